@@ -1,0 +1,42 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else: each makes .venv and installs what it needs.
+BIN := .venv/bin
+RUN := demo-village
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help demo test lint types imports size tests clean
+
+help: ## show this
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/' | expand -t 10
+
+.venv/.run: pyproject.toml constraints.txt scripts/setup.sh
+	@scripts/setup.sh run
+
+.venv/.dev: .venv/.run
+	@scripts/setup.sh dev
+
+demo: .venv/.run ## fine-tune the default model on the sample data, and compare it with its base
+	@rm -rf runs/$(RUN)
+	$(BIN)/deltaw train examples/village/train.jsonl --config examples/village/train.yaml --name $(RUN)
+	$(BIN)/deltaw eval $(RUN) examples/village/val.jsonl --metrics facts --compare 5 --max-new-tokens 40
+	@echo "Talk to it: $(BIN)/deltaw chat $(RUN)"
+
+test: .venv/.dev lint types imports size tests ## everything that must hold at each commit
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.dev
+	$(BIN)/mypy
+
+imports: .venv/.dev
+	$(BIN)/lint-imports --no-logo
+
+size: .venv/.dev
+	$(BIN)/python scripts/size.py
+
+tests: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term
+
+clean: ## remove what was installed and built
+	rm -rf .venv build dist *.egg-info

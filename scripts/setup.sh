@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Make .venv and install the pinned dependencies: `run` for using deltaw, `dev` for working on it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+find_python() {
+    for name in ${PYTHON:-} python3.13 python3.12 python3.11 python3 python; do
+        if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$name" && return
+        fi
+    done
+    echo "deltaw needs Python 3.11 or newer; PYTHON=/path/to/python make ... names one." >&2
+    exit 2
+}
+
+pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
+
+# Without an NVIDIA GPU the processor build of torch is enough, and brings no gigabytes of CUDA libraries. It is on
+# torch's own index; an index of yours that has it, or has only one build, is asked first.
+install_torch() {
+    local version
+    version=$(sed -n 's/^torch==//p' constraints.txt)
+    if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1 || [ "$(uname -s)" != Linux ]; then
+        pip install -c constraints.txt torch
+    else
+        pip install -c constraints.txt "torch==$version+cpu" 2>/dev/null ||
+            pip install "torch==$version+cpu" --index-url https://download.pytorch.org/whl/cpu
+    fi
+}
+
+if [ ! -x .venv/bin/python ]; then
+    python=$(find_python)
+    echo "Making .venv with $("$python" --version)"
+    "$python" -m venv .venv || { echo "This Python cannot make environments (on Debian: apt install python3-venv)." >&2; exit 2; }
+fi
+if [ "$1" = run ]; then
+    echo "Installing deltaw and its dependencies"
+    pip install "pip>=25.1"
+    install_torch
+    pip install -c constraints.txt -e ".[eval]"
+else
+    echo "Installing what tests need"
+    pip install -c constraints.txt --group dev
+fi
+touch ".venv/.$1"
