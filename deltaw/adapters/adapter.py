@@ -1,0 +1,106 @@
+"""An adapter: the deltas of one method on one model. It owns what is trained; the model never does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from deltaw.adapters.protocol import Method
+from deltaw.models.slots import Delta, Parts, Slot
+
+
+class Adapter(nn.Module):
+    """Deltas by slot name. Attaching, merging and going back are pointer writes; no weight is ever subtracted."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+        self.deltas = nn.ModuleDict()
+        self._slots: dict[str, Slot] = {}
+        self._aside: list[tuple[Slot, Parts]] = []
+
+    @classmethod
+    def build(cls, method: Method, model: nn.Module, seed: int = 0) -> Adapter:
+        """Make a fresh adapter of `method` for `model`; the same seed gives the same adapter.
+
+        Raises:
+            UserError: the method's targets name no layer of this model.
+        """
+        self = cls(method)
+        rng = torch.Generator().manual_seed(seed)
+        for site in method.plan(method.sites(model)):
+            delta = method.build(site, rng)
+            self.deltas[site.name.replace(".", "/")] = delta
+            self._slots[site.name] = site.slot
+        return self
+
+    def named_deltas(self) -> Iterator[tuple[str, Delta]]:
+        """Slot names and the deltas made for them."""
+        for name, delta in self.deltas.items():
+            assert isinstance(delta, Delta)
+            yield name.replace("/", "."), delta
+
+    def items(self) -> Iterator[tuple[Slot, Delta]]:
+        """Slots and the deltas made for them."""
+        for name, delta in self.named_deltas():
+            yield self._slots[name], delta
+
+    @property
+    def parameter_count(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.parameters())
+
+    def attach(self) -> None:
+        """Fill the model's slots with this adapter's deltas."""
+        for slot, delta in self.items():
+            slot.fill(delta)
+
+    def detach(self) -> None:
+        """Empty the slots that this adapter has deltas for."""
+        for slot, _ in self.items():
+            slot.fill(None)
+
+    @contextmanager
+    def on(self) -> Iterator[Adapter]:
+        """Wear this adapter for the length of a `with` block; what was worn before comes back afterwards."""
+        before = [(slot, slot.delta) for slot, _ in self.items()]
+        self.attach()
+        try:
+            yield self
+        finally:
+            for slot, delta in before:
+                slot.fill(delta)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold every delta into its layer; the frozen weights are put aside, not overwritten.
+
+        Raises:
+            CannotMerge: a delta has no merged form; then nothing was changed.
+        """
+        for slot, parts in [(slot, delta.merged(slot)) for slot, delta in self.items()]:
+            self._aside.append((slot, {name: getattr(slot, name) for name in parts}))
+            slot.swap(parts)
+        self.detach()
+
+    def unmerge(self) -> None:
+        """Put the frozen weights back, bit for bit."""
+        while self._aside:
+            slot, parts = self._aside.pop()
+            slot.swap(parts)
+
+
+@contextmanager
+def bare(model: nn.Module) -> Iterator[None]:
+    """The base model without any adapter, for the length of a `with` block."""
+    worn = [(slot, slot.delta) for slot in model.modules() if isinstance(slot, Slot)]
+    for slot, _ in worn:
+        slot.fill(None)
+    try:
+        yield
+    finally:
+        for slot, delta in worn:
+            slot.fill(delta)

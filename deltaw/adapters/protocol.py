@@ -1,0 +1,91 @@
+"""The protocol that every fine-tuning technique follows: choose sites, build one delta per site."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from deltaw.errors import UserError, nearest
+from deltaw.models.slots import Delta, Embedding, Linear, RMSNorm, Slot
+from deltaw.settings import settings
+
+ALL_LINEAR = "all-linear"
+HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One slot that a method was asked to adapt."""
+
+    name: str
+    slot: Any
+    rank: int = 0
+    alpha: float = 0.0
+
+
+@settings
+class Method(ABC):
+    """One fine-tuning technique: its fields are its settings, its two functions are its behaviour."""
+
+    identity_at_start: ClassVar[bool] = True
+    """Whether a fresh adapter leaves the model's outputs as they were."""
+    kinds: ClassVar[tuple[type[Slot], ...]] = (Linear,)
+    """The layers it knows how to adapt."""
+    peak_rate: ClassVar[float] = 1e-3
+    """A learning rate that works for a model of width 576; wider ones get less."""
+
+    targets: str = ALL_LINEAR
+    """Layers to adapt: all-linear, short names such as q,v, full names, or patterns; separated by commas."""
+
+    def plan(self, sites: list[Site]) -> list[Site]:
+        """Choose what each site gets from all of them at once. By default: the same everywhere."""
+        return sites
+
+    @abstractmethod
+    def build(self, site: Site, rng: torch.Generator) -> Delta:
+        """Make the delta of one site; random numbers come from `rng`."""
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """Return the slots of `model` that `targets` names, in the model's order.
+
+        Raises:
+            UserError: a target that names no layer.
+        """
+        slots = {name: slot for name, slot in model.named_modules() if isinstance(slot, self.kinds)}
+        wanted: set[str] = set()
+        for target in filter(None, (t.strip() for t in self.targets.split(","))):
+            found = {name for name in slots if chosen(target, name, slots[name])}
+            if not found:
+                short = {name.rsplit(".", 1)[-1] for name in slots}
+                raise UserError(f"The target '{target}' names no layer of this model.", remedy=nearest(target, short))
+            wanted |= found
+        if not wanted:
+            raise UserError("There are no targets to adapt.", remedy=f"Try --targets {ALL_LINEAR}.")
+        return [Site(name, slot) for name, slot in slots.items() if name in wanted]
+
+
+def chosen(target: str, name: str, slot: object) -> bool:
+    """Whether `target` names this layer: `all`, `all-linear`, `q`, `q_proj`, its whole name, or a pattern of it."""
+    if target == "all":
+        return isinstance(slot, Linear | RMSNorm | Embedding)
+    if target == ALL_LINEAR:
+        return isinstance(slot, Linear) and name != HEAD
+    last = name.rsplit(".", 1)[-1]
+    return last in (target, f"{target}_proj") or matches(target, name)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern fits the whole name or a whole tail of it, as in PEFT's `rank_pattern`.
+
+    Raises:
+        UserError: the pattern is no regular expression.
+    """
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+    except re.error as e:
+        raise UserError(f"'{pattern}' is no pattern.", why=f"{e}.") from None

@@ -1,0 +1,45 @@
+"""The errors a user can meet: each says what happened, where, why, and how to mend it, and has an exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake in usage or data; the command line shows it as a panel and leaves with `code`."""
+
+    code = 2
+
+    def __init__(self, what: str, *, where: str = "", why: str = "", remedy: str = "") -> None:
+        super().__init__(what)
+        self.what, self.where, self.why, self.remedy = what, where, why, remedy
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        return " ".join(part for part in (head, self.why, self.remedy) if part)
+
+
+class WillNotFit(UserError):
+    """The work needs more memory or disk than the machine has."""
+
+    code = 3
+
+
+class Diverged(UserError):
+    """Training met a loss that is not a number twice."""
+
+    code = 4
+
+
+class Interrupted(UserError):
+    """The user stopped the work; what was done is saved."""
+
+    code = 130
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Name the known one that is closest, or list them all: the remedy for a misspelt name."""
+    known = sorted(names)
+    close = get_close_matches(name, known, 1, 0.6)
+    return f"Did you mean '{close[0]}'?" if close else f"There are: {', '.join(known)}."

@@ -1,0 +1,81 @@
+"""LoRA: W + s B A, with A random and B zero (Hu et al. 2021, arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+from dataclasses import field, replace
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from deltaw.adapters.protocol import Method, Site, matches
+from deltaw.errors import UserError
+from deltaw.models.slots import Affine, Delta, Linear, Parts
+from deltaw.settings import Count, settings
+
+
+class LowRank(Delta):
+    """y = W x + scale * B (A dropout(x)); A and B are fp32, and computed with in the type of x."""
+
+    def __init__(self, A_RI: Tensor, B_OR: Tensor, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.A, self.B = nn.Parameter(A_RI), nn.Parameter(B_OR)
+        self.scale, self.dropout = scale, dropout
+
+    def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
+        y_TO = slot.run(x_TI)
+        x_TI = F.dropout(x_TI, self.dropout, self.training and self.dropout > 0)
+        down_TR = F.linear(x_TI, self.A.to(x_TI.dtype))
+        return torch.addmm(y_TO, down_TR, self.B.to(x_TI.dtype).t(), alpha=self.scale)
+
+    def merged(self, slot: Linear) -> Parts:
+        w_OI = slot.weight.dense()
+        # Summed in fp32 and rounded once, to the type of the base.
+        return {"weight": slot.weight.repack(torch.addmm(w_OI.float(), self.B, self.A, alpha=self.scale))}
+
+    def served(self, slot: Linear) -> Affine:  # noqa: ARG002 (the same at every slot)
+        return Affine(self.A, self.scale * self.B)
+
+
+@settings
+class LoRA(Method):
+    """Train two thin matrices beside each frozen one."""
+
+    rank: Count = 16
+    """Rank R of the update."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The update is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead, so that high ranks learn as fast (Kalajdzievski 2023, arXiv:2312.03732)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's input that is zeroed in training."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """How A starts: uniform in ±1/sqrt(in) as in the authors' code, or normal with deviation 1/rank."""
+    rank_pattern: dict[str, Count] = field(default_factory=dict)
+    """Other ranks for some layers, by pattern of their names: {"layers.0.*": 32}."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other alphas for some layers, by pattern of their names."""
+
+    def plan(self, sites: list[Site]) -> list[Site]:
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            if not any(matches(pattern, site.name) for site in sites):
+                raise UserError(f"The pattern '{pattern}' fits no adapted layer.",
+                                why=f"Adapted layers have names such as {sites[0].name}.")  # fmt: skip
+        return [replace(s, rank=_first(self.rank_pattern, s.name, self.rank),
+                        alpha=_first(self.alpha_pattern, s.name, self.alpha)) for s in sites]  # fmt: skip
+
+    def build(self, site: Site, rng: torch.Generator) -> Delta:
+        o, i = site.slot.weight.shape
+        A_RI = torch.empty(site.rank, i)
+        if self.init == "gaussian":
+            A_RI.normal_(0, 1 / site.rank, generator=rng)
+        else:
+            A_RI.uniform_(-(i**-0.5), i**-0.5, generator=rng)
+        scale = site.alpha / (site.rank**0.5 if self.rslora else site.rank)
+        return LowRank(A_RI, torch.zeros(o, site.rank), scale, self.dropout)
+
+
+def _first(patterns: dict[str, Any], name: str, otherwise: Any) -> Any:
+    return next((value for pattern, value in patterns.items() if matches(pattern, name)), otherwise)

@@ -1,0 +1,1 @@
+"""A frozen decoder with a slot in every layer, and the readers that bring one from disk."""

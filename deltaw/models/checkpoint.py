@@ -1,0 +1,135 @@
+"""A model on disk: a folder of safetensors with a `config.json`, or one GGUF file. Read, and written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deltaw.errors import UserError
+from deltaw.models.config import ModelConfig
+from deltaw.models.decoder import Decoder
+from deltaw.models.gguf import GGUF
+from deltaw.models.slots import Embedding, Linear, RMSNorm
+from deltaw.weights.dense import Dense
+
+FORMS = "A model is a folder with config.json and *.safetensors, or one GGUF file."
+SAMPLED = 4096
+"""Values of each tensor that enter the fingerprint."""
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Decoder:
+    """Read a model folder or a GGUF file; weights are converted to `dtype`.
+
+    Raises:
+        UserError: the family is not supported, a weight is missing or left over, or the only weights are a pickle.
+    """
+    gguf = GGUF(path) if path.is_file() else None
+    config = gguf.config() if gguf else ModelConfig.from_hf(read_json(path / "config.json"), str(path))
+    with torch.device("meta"):
+        model = Decoder(config)
+    wanted = dict(_places(model))
+    for name, w in gguf.tensors() if gguf else _tensors(path):
+        if name not in wanted:
+            if (name == "lm_head.weight" and config.tied) or name.endswith("rotary_emb.inv_freq"):
+                continue  # Tied checkpoints may carry the matrix twice; old ones carry RoPE's constants.
+            raise UserError(f"The weight '{name}' has no place in this model.", where=str(path))
+        _put(*wanted.pop(name), w.to(device=device, dtype=dtype), f"{path}: {name}")
+    if wanted:
+        raise UserError(f"{len(wanted)} weights are missing, such as '{min(wanted)}'.", where=str(path))
+    return model.eval()
+
+
+def save(model: Decoder, folder: Path) -> None:
+    """Write `model.safetensors` and `config.json` such that `transformers` loads the same model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {_hf_name(name): get(owner, part).contiguous() for name, (owner, part) in _places(model)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {**model.config.to_hf(), "dtype": str(model.dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def fingerprint(model: Decoder) -> str:
+    """Hash of names, shapes and 4,096 evenly spaced values (as bf16) of every tensor: the identity of a base.
+
+    As bf16, so that the same model loaded in fp32 and in bf16 is the same base.
+    """
+    h = hashlib.sha256()
+    for name, (owner, part) in sorted(_places(model), key=lambda item: item[0]):
+        w = get(owner, part)
+        h.update(f"{name}{tuple(w.shape)}".encode())
+        picked = w.reshape(-1)[:: max(1, w.numel() // SAMPLED)]
+        h.update(picked.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return h.hexdigest()[:32]
+
+
+def get(owner: Any, part: str) -> Tensor:
+    """The tensor that stands at this place of a layer."""
+    value = getattr(owner, part)
+    return value if isinstance(value, Tensor) else value.dense()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        UserError: the file is missing or is not an object.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path.name} is missing.", where=str(path.parent),
+                        remedy=FORMS) from None  # fmt: skip
+    except ValueError as e:
+        raise UserError("This is not JSON.", where=str(path), why=str(e)) from None
+    if not isinstance(value, dict):
+        raise UserError("This is not a JSON object.", where=str(path))
+    return value
+
+
+def _places(model: Decoder) -> Iterator[tuple[str, tuple[Any, str]]]:
+    """Every weight's checkpoint name (no leading `model.`), the layer that owns it and the attribute it is."""
+    for name, module in model.named_modules():
+        match module:
+            case Embedding():
+                yield f"{name}.weight", (module, "table")
+            case RMSNorm():
+                yield f"{name}.weight", (module, "gain")
+            case Linear():
+                yield f"{name}.weight", (module, "weight")
+                if module.bias is not None:
+                    yield f"{name}.bias", (module, "bias")
+
+
+def _put(owner: Any, part: str, w: Tensor, where: str) -> None:
+    shape = tuple(get(owner, part).shape)
+    if tuple(w.shape) != shape:
+        raise UserError(f"Shape {tuple(w.shape)} where config.json asks for {shape}.", where=where)
+    setattr(owner, part, Dense(w) if isinstance(owner, Linear) and part == "weight" else w)
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = next(iter([*folder.glob("*.bin"), *folder.glob("*.pt*")]), None)
+        raise UserError("There are no *.safetensors files.", where=str(folder),
+                        remedy=f"{pickled.name} is a pickle, which may run code: convert it first." if pickled else
+                        FORMS)  # fmt: skip
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    yield name.removeprefix("model."), opened.get_tensor(name)
+        except SafetensorError as e:
+            raise UserError("This safetensors file is damaged.", where=str(file), why=str(e)) from None
+
+
+def _hf_name(name: str) -> str:
+    return name if name.startswith("lm_head") else f"model.{name}"

@@ -1,0 +1,122 @@
+"""A layer has a slot; a delta fills it. The contract between the frozen model and whatever adapts it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltaw.models.seen import Seen
+from deltaw.weights import Weight
+
+Parts = dict[str, Weight | Tensor | None]
+"""Attributes of a slot by name, such as `weight` and `bias`."""
+
+
+class CannotMerge(Exception):
+    """No weights of the plain layer do what this delta does."""
+
+
+class Affine(NamedTuple):
+    """What a server needs to run a linear delta beside others: y = gain * (W x) + B A x + bias."""
+
+    A_RI: Tensor
+    B_OR: Tensor
+    gain_O: Tensor | None = None
+    bias_O: Tensor | None = None
+
+
+class Delta(nn.Module):
+    """What one adapter does at one slot. Its parameters are trained; its state dict is what is saved."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Called as `forward(slot, *args)`: the layer's output; `slot.run(*args)` is its frozen part."""
+        raise NotImplementedError
+
+    def merged(self, slot: Any) -> Parts:
+        """Give the slot's own parts, changed so that the empty slot does the same. Pure: touches nothing.
+
+        Raises:
+            CannotMerge: no weights of the plain layer do what this delta does.
+        """
+        raise CannotMerge(f"{type(self).__name__} at {type(slot).__name__}")
+
+    def served(self, slot: Any) -> Affine | None:  # noqa: ARG002 (the contract's argument; most deltas need it)
+        """Give the form in which a server mixes this with other adapters in one batch; None: merged only."""
+        return None
+
+
+class Slot(nn.Module):
+    """A layer an adapter may change. Subclasses write `run`; nobody overrides `forward`."""
+
+    delta: Delta | None = None
+
+    def fill(self, delta: Delta | None) -> None:
+        """Put a delta in, or take it out. It stays outside the module tree: the model never owns adapter weights."""
+        object.__setattr__(self, "delta", delta)
+
+    def swap(self, parts: Mapping[str, Any]) -> None:
+        """Replace parts by name, without copying any."""
+        for name, part in parts.items():
+            setattr(self, name, part.detach() if isinstance(part, Tensor) else part)
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the frozen layer's output."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any) -> Tensor:
+        """Compute the layer's output, through the delta if there is one."""
+        y: Tensor = self.run(*args) if self.delta is None else self.delta(self, *args)
+        return y
+
+
+class Linear(Slot):
+    """y = x W' + b."""
+
+    weight: Weight
+    bias: Tensor | None
+
+    def __init__(self, weight: Weight, bias_O: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("bias", bias_O)
+
+    def run(self, x_TI: Tensor) -> Tensor:
+        y_TO: Tensor = self.weight(x_TI)
+        return y_TO if self.bias is None else y_TO + self.bias
+
+
+class RMSNorm(Slot):
+    """x / rms(x) * gain, over the last dimension."""
+
+    gain: Tensor
+
+    def __init__(self, gain_D: Tensor, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("gain", gain_D)
+
+    def run(self, x_TD: Tensor, gain_D: Tensor | None = None) -> Tensor:
+        return F.rms_norm(x_TD, x_TD.shape[-1:], self.gain if gain_D is None else gain_D, self.eps)
+
+
+class Embedding(Slot):
+    """Row `id` of the table, for every id."""
+
+    table: Tensor
+
+    def __init__(self, table_VD: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("table", table_VD)
+
+    def run(self, ids_T: Tensor, table_VD: Tensor | None = None) -> Tensor:
+        return F.embedding(ids_T, self.table if table_VD is None else table_VD)
+
+
+class Attend(Slot):
+    """Softmax attention over ready queries, keys and values; `seen` says which token sees which."""
+
+    def run(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, seen: Seen) -> Tensor:
+        return seen.attend(q_THE, k_TKE, v_TKE)

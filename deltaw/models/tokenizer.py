@@ -1,0 +1,162 @@
+"""Text to ids and back, and conversations to text by the model's own template.
+
+Templates come with the model, so they run in Jinja's sandbox: they can format, and nothing else.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tokenizers import Tokenizer as Fast
+
+from deltaw.errors import UserError
+from deltaw.models.gguf import GGUF
+
+Message = Mapping[str, Any]
+"""One turn: `{"role": "user", "content": "..."}`."""
+
+SPLIT_DIGITS = "smollm"
+"""llama.cpp's name for GPT-2's word splitting after every digit was set apart; transformers leaves the digits out."""
+
+
+class Tokenizer:
+    """A byte-pair tokenizer with its special tokens and chat template."""
+
+    def __init__(self, fast: Fast, *, template: str | None, specials: Mapping[str, str], end_ids: set[int]) -> None:
+        self.fast, self.template, self.specials, self.end_ids = fast, template, dict(specials), end_ids
+        self.fast.no_truncation()
+        self.fast.no_padding()
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Read the tokenizer of a model folder, or the one inside a GGUF file.
+
+        Raises:
+            UserError: there is none, or it is in a form that cannot be read.
+        """
+        if path.is_file():
+            return _from_gguf(path)
+        if not (path / "tokenizer.json").exists():
+            return _from_transformers(path)
+        config = _json(path / "tokenizer_config.json")
+        template = config.get("chat_template")
+        if (file := path / "chat_template.jinja").exists():
+            template = file.read_text()
+        elif isinstance(template, list):  # several templates by name; the plain one is called "default"
+            template = next((t["template"] for t in template if t["name"] == "default"), None)
+        specials = {
+            k: _content(config[k]) for k in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(k)
+        }
+        fast = Fast.from_file(str(path / "tokenizer.json"))
+        listed = _json(path / "generation_config.json").get(
+            "eos_token_id", _json(path / "config.json").get("eos_token_id")
+        )
+        ends = {fast.token_to_id(specials["eos_token"])} if "eos_token" in specials else set()
+        ends |= set(listed if isinstance(listed, list) else [] if listed is None else [listed])
+        return cls(fast, template=template, specials=specials, end_ids={e for e in ends if e is not None})
+
+    def save(self, folder: Path) -> None:
+        """Write files from which this class and `transformers` read the same tokenizer."""
+        self.fast.save(str(folder / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.specials, "clean_up_tokenization_spaces": False}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(self.end_ids)}) + "\n")
+        if self.template is not None:
+            (folder / "chat_template.jinja").write_text(self.template)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text as it stands; special tokens are recognised, none is added."""
+        return list(self.fast.encode(text, add_special_tokens=False).ids)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and for each the characters `start, stop` of the text that it came from."""
+        encoding = self.fast.encode(text, add_special_tokens=False)
+        return list(encoding.ids), list(encoding.offsets)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Text of the ids."""
+        return str(self.fast.decode(list(ids), skip_special_tokens=skip_special))
+
+    def chat(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
+        """Render a conversation; `prompt`: end with what comes before the assistant's next answer.
+
+        Raises:
+            UserError: the model has no template, or the template refuses the conversation.
+        """
+        from jinja2 import TemplateError
+
+        if self.template is None:
+            raise UserError("This model has no chat template.", remedy="Take an instruct model, or --train-on all.")
+        try:
+            tokens = {"bos_token": "", "eos_token": "", **self.specials}
+            return str(_compiled(self.template).render(messages=messages, add_generation_prompt=prompt, **tokens))
+        except TemplateError as e:
+            raise UserError("The model's chat template refuses this conversation.", why=str(e)) from None
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str) -> Any:
+    """The template in a sandbox with the helpers that templates on the hub rely on."""
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    """The tokenizer inside a GGUF file, as `transformers` reads it."""
+    gguf = GGUF(path)
+    fast, specials = _read_by_transformers(path.parent, gguf_file=path.name)
+    if gguf.field("tokenizer.ggml.pre") == SPLIT_DIGITS:
+        from tokenizers.pre_tokenizers import ByteLevel, Digits
+        from tokenizers.pre_tokenizers import Sequence as InTurn
+
+        fast.pre_tokenizer = InTurn([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    end = gguf.field("tokenizer.ggml.eos_token_id")
+    return Tokenizer(fast, template=gguf.field("tokenizer.chat_template"), specials=specials, end_ids={int(end)})
+
+
+def _from_transformers(folder: Path) -> Tokenizer:
+    """A tokenizer that exists only in SentencePiece or vocabulary files."""
+    if not any((folder / name).exists() for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json")):
+        raise UserError("There is no tokenizer in this model folder.", where=str(folder),
+                        remedy="It needs tokenizer.json, or tokenizer.model.")  # fmt: skip
+    fast, specials = _read_by_transformers(folder)
+    ends = {i for i in [fast.token_to_id(specials.get("eos_token", ""))] if i is not None}
+    return Tokenizer(fast, template=_json(folder / "tokenizer_config.json").get("chat_template"), specials=specials,
+                     end_ids=ends)  # fmt: skip
+
+
+def _read_by_transformers(folder: Path, **options: str) -> tuple[Fast, dict[str, str]]:
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    slow = AutoTokenizer.from_pretrained(str(folder), **options)
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    specials = {name: str(getattr(slow, name)) for name in names if getattr(slow, name, None)}
+    return Fast.from_str(slow.backend_tokenizer.to_str()), specials
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except ValueError as e:
+        raise UserError("This is not a JSON object.", where=str(path), why=str(e)) from None
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    return str(token["content"]) if isinstance(token, dict) else token

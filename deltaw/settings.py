@@ -1,0 +1,160 @@
+"""Settings: frozen dataclasses with a sentence under each field, from which flags, YAML keys and keywords come.
+
+Nothing here imports torch, so that asking for help is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
+
+import yaml
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from deltaw.errors import UserError, nearest
+
+T = TypeVar("T")
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """Make a class a checked, frozen, keyword-only dataclass that refuses unknown fields."""
+    return cast("type[T]", pydantic_dataclass(cls, frozen=True, kw_only=True, config=ConfigDict(extra="forbid")))
+
+
+@settings
+class Training:
+    """What `deltaw train` can be told, beside the files and the method's own settings."""
+
+    base: str = "smollm2-135m"
+    """The model to fine-tune: a folder, a GGUF file, a short name or a hub id."""
+    method: str = "lora"
+    """The technique; its own settings are flags too (see `deltaw train --method NAME --help`)."""
+    name: str | None = None
+    """Name of the run's folder. By default: the data's name, the method and a number."""
+    runs: Path = Path("runs")
+    """Folder in which run folders are made."""
+
+    val: str = "0.05"
+    """Validation rows: a file, or the share of the training rows to hold out (0: none)."""
+    train_on: Literal["answers", "all"] = "answers"
+    """Which tokens are learnt: the assistant's answers, or every token (plain text)."""
+    max_tokens: Count | None = None
+    """Rows longer than this many tokens are cut, and counted. By default: the model's context."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    """How often each row is seen."""
+    steps: Count | None = None
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Fit the whole schedule into this many minutes, as measured on this machine."""
+    batch_rows: Count = 8
+    """Rows per optimizer step."""
+    micro_tokens: Count = 2048
+    """Tokens per forward pass: a step with more is split, with the same result and less memory."""
+
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Peak rate. By default: chosen for the method and the model's width."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after warm-up."""
+    warmup: Share = 0.05
+    """Share of the steps in which the rate rises to its peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the whole gradient (0: no limit)."""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Keep only layer inputs and compute the rest again: about a third more time, far less memory. Auto: if it must."""
+
+    evaluations: Annotated[int, Field(ge=0)] = 6
+    """How often the validation loss is measured during the run."""
+    patience: Annotated[int, Field(ge=0)] = 2
+    """Stop after this many evaluations in a row without a better validation loss (0: never)."""
+    keep_best: bool = True
+    """End with the adapter of the best validation loss rather than the last."""
+    save_every: Count | None = None
+    """Steps between checkpoints. By default: at each evaluation, and at least once every two minutes."""
+    sample: str | None = None
+    """A question to answer before and after training. By default: the first of the validation rows."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the adapter's start, the order of rows and dropout."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the base's weights and activations. Auto: bfloat16 where the processor multiplies it, else float32."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, ..."""
+    threads: Count | None = None
+    """Processor threads. By default: one per core."""
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Make settings from plain values.
+
+    Raises:
+        UserError: an unknown key (with the nearest known one), or a value that does not fit.
+    """
+    known = names(cls)
+    for key in values:
+        if key not in known:
+            raise UserError(f"Unknown setting '{key}'.", where=where, remedy=nearest(key, known))
+    try:
+        return cls(**values)
+    except ValidationError as e:
+        raise UserError(complaint(e), where=where) from None
+
+
+def complaint(error: ValidationError) -> str:
+    """Say in one sentence what pydantic found first."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"]) or "settings"
+    return f"{name} = {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}."
+
+
+def names(cls: Any) -> list[str]:
+    """The names of a settings class's fields."""
+    return [f.name for f in fields(cls) if f.init]
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """Settings as JSON and YAML can hold them."""
+    return {
+        k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()
+    }
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a configuration file.
+
+    Raises:
+        UserError: the file is missing, or is no YAML mapping; says the line.
+    """
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except OSError as e:
+        raise UserError("The configuration file cannot be read.", where=str(path), why=f"{e.strerror}.") from None
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError("This is not YAML.", where=f"{path}{line}", why=str(getattr(e, "problem", e))) from None
+    if not isinstance(values, dict):
+        raise UserError("A configuration file is a mapping of settings to values.", where=str(path),
+                        remedy="For example: learning_rate: 0.001")  # fmt: skip
+    return values
+
+
+def check_keys(path: Path, known: list[str]) -> None:
+    """Refuse keys of a configuration file that are not among `known`.
+
+    Raises:
+        UserError: an unknown key, with its line and the nearest known one.
+    """
+    node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
+        if key.value not in known:
+            raise UserError(f"Unknown setting '{key.value}'.", where=f"{path}:{key.start_mark.line + 1}",
+                            remedy=nearest(key.value, known))  # fmt: skip
