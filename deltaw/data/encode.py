@@ -1,0 +1,159 @@
+"""A row as ids, with a mark on the tokens that are learnt.
+
+Answers are found by rendering the conversation with the model's own template, up to each answer and past it: what was
+added is the answer with its end-of-turn token, and the tokenizer's offsets say which tokens that is. No template needs
+to mark its answers, and the mark is checked by decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from deltaw.data.rows import Example
+from deltaw.errors import UserError
+from deltaw.models.tokenizer import Tokenizer
+
+TrainOn = Literal["answers", "all"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Ids of one row; `trained[t]`: the model learns to say token t."""
+
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+    where: str = ""
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are learnt; the first has nothing before it to be said from."""
+        return sum(self.trained[1:])
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """The rows that are learnt from, and what was lost on the way."""
+
+    rows: tuple[Encoded, ...]
+    cut: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    def notices(self, limit: int) -> tuple[str, ...]:
+        """What a user should know of it, in words."""
+        lines = []
+        if self.cut:
+            lines.append(f"{len(self.cut)} rows were cut to {limit:,} tokens (the first: {self.cut[0]})")
+        if self.dropped:
+            lines.append(f"{len(self.dropped)} rows were left out: nothing to learn in their first {limit:,} tokens "
+                         f"(the first: {self.dropped[0]})")  # fmt: skip
+        return tuple(lines)
+
+
+def encode_all(examples: Sequence[Example], tokenizer: Tokenizer, train_on: TrainOn, max_tokens: int) -> EncodedRows:
+    """Encode rows, cutting those over `max_tokens` and dropping those that then teach nothing.
+
+    Raises:
+        UserError: no row teaches anything, or an answer cannot be found in what the template rendered.
+    """
+    rows: list[Encoded] = []
+    cut: list[str] = []
+    dropped: list[str] = []
+    for example in examples:
+        row = encode(example, tokenizer, train_on)
+        if len(row.ids) > max_tokens:
+            row = Encoded(row.ids[:max_tokens], row.trained[:max_tokens], row.where)
+            (cut if row.targets else dropped).append(row.where)
+        elif not row.targets:
+            dropped.append(row.where)
+        if row.targets:
+            rows.append(row)
+    if not rows:
+        raise UserError("No row has a token to learn.", where=examples[0].where if examples else "",
+                        remedy="Rows need an assistant's answer, or take --train-on all.")  # fmt: skip
+    return EncodedRows(tuple(rows), tuple(cut), tuple(dropped))
+
+
+def encode(example: Example, tokenizer: Tokenizer, train_on: TrainOn = "answers") -> Encoded:
+    """Encode one row.
+
+    Raises:
+        UserError: an answer cannot be found in what the template rendered.
+    """
+    if not example.messages:
+        ids = [*tokenizer.encode(example.text), *_end_of(tokenizer, example.where)]
+        return Encoded(tuple(ids), (train_on == "all",) * len(ids), example.where)
+    if train_on == "all":
+        ids = tokenizer.encode(tokenizer.chat(example.messages))
+        return Encoded(tuple(ids), (True,) * len(ids), example.where)
+    text, spans = answer_spans(example, tokenizer)
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    if any(a < edge < b for a, b in offsets for span in spans for edge in span):
+        # A token lies across an answer's edge; in use the prompt is encoded alone, so the row is too.
+        return _in_pieces(text, spans, tokenizer, example.where)
+    trained = [any(start <= a and b <= stop and a < b for start, stop in spans) for a, b in offsets]
+    learnt = tokenizer.decode([i for i, t in zip(ids, trained, strict=True) if t])
+    if learnt != "".join(text[start:stop] for start, stop in spans):
+        return _in_pieces(text, spans, tokenizer, example.where)
+    return Encoded(tuple(ids), tuple(trained), example.where)
+
+
+def answer_spans(example: Example, tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
+    """Render the conversation, and say where its answers stand in it, each with its end-of-turn token."""
+    whole = tokenizer.chat(example.messages)
+    spans: list[tuple[int, int]] = []
+    for i, turn in enumerate(example.messages):
+        if turn["role"] != "assistant":
+            continue
+        before = tokenizer.chat(example.messages[:i], prompt=True)
+        after = tokenizer.chat(example.messages[: i + 1])
+        if whole.startswith(before) and whole.startswith(after):
+            start, stop = len(before), _turn_end(after, len(before), tokenizer)
+        else:  # the template renders earlier turns in another way once there are later ones
+            start, stop = _searched(whole, turn["content"], spans[-1][1] if spans else 0, tokenizer)
+        if start < 0 or turn["content"].strip() not in whole[start:stop]:
+            raise UserError(f"The answer in turn {i + 1} is not in what the model's template renders.",
+                            where=example.where, remedy="Take --train-on all, or another model.")  # fmt: skip
+        spans.append((start, stop))
+    return whole, spans
+
+
+def _turn_end(text: str, start: int, tokenizer: Tokenizer) -> int:
+    """Where the turn's end-of-turn token stops: what follows it (a line break, as a rule) is never said in use."""
+    ends = [text.rfind(end, start) + len(end) for end in _end_texts(tokenizer) if text.rfind(end, start) >= 0]
+    return max(ends, default=len(text))
+
+
+def _searched(whole: str, content: str, at: int, tokenizer: Tokenizer) -> tuple[int, int]:
+    start = whole.find(content.strip(), at)
+    stop = start + len(content.strip())
+    following = next((end for end in _end_texts(tokenizer) if whole.startswith(end, stop)), "")
+    return start, stop + len(following)
+
+
+def _in_pieces(text: str, spans: list[tuple[int, int]], tokenizer: Tokenizer, where: str) -> Encoded:
+    ids: list[int] = []
+    trained: list[bool] = []
+    edges = [0, *(edge for span in spans for edge in span), len(text)]
+    for i, (a, b) in enumerate(pairwise(edges)):
+        piece = tokenizer.encode(text[a:b])
+        if i % 2 and tokenizer.decode(piece) != text[a:b]:
+            raise UserError("An answer changes when it is encoded and decoded.", where=where,
+                            why=f"It reads {text[a:b][:40]!r}.")  # fmt: skip
+        ids += piece
+        trained += [i % 2 == 1] * len(piece)
+    return Encoded(tuple(ids), tuple(trained), where)
+
+
+def _end_texts(tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.decode([i]) for i in sorted(tokenizer.end_ids)]
+
+
+def _end_of(tokenizer: Tokenizer, where: str) -> list[int]:
+    if not tokenizer.end_ids:
+        raise UserError("This model's tokenizer has no end-of-text token.", where=where)
+    eos = tokenizer.specials.get("eos_token")
+    ids = [] if eos is None else tokenizer.encode(eos)
+    return ids if len(ids) == 1 else [min(tokenizer.end_ids)]

@@ -1,0 +1,1 @@
+"""Generation: a cache of keys and values, a way to pick tokens, and the loop over both."""

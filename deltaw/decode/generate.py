@@ -1,0 +1,76 @@
+"""The generation loop: prompts in, answers out, token by token. It knows ids, and no conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from deltaw.data.batch import lay
+from deltaw.data.encode import Encoded
+from deltaw.decode.cache import Cache
+from deltaw.decode.sampling import Sampling, pick
+from deltaw.models.decoder import Decoder
+from deltaw.models.tokenizer import Tokenizer
+
+BATCH = 32
+"""Prompts that are answered together."""
+
+
+def generate(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, end_ids: set[int],
+             heard: Callable[[], bool] | None = None) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
+    """Answer all prompts at once; yield after each step who said what, as (prompt, token). End tokens are not yielded.
+
+    `heard`: asked before each step; false stops everybody.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
+    batch = lay([Encoded(tuple(prompts[i]), (False,) * len(prompts[i])) for i in order]).to(model.device)
+    said = [list(prompts[i]) for i in order]
+    draws = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + i) for i in order]
+    with torch.inference_mode():
+        cache = Cache(model.config, batch.seen, sampling.max_new_tokens, model.dtype, model.device)
+        h_TD = model.hidden(batch.ids_T, batch.at_T, cache.prefill())[cache.last_tokens()]
+        alive = list(range(len(order)))
+        for step in range(sampling.max_new_tokens):
+            logits_BV = model.logits(h_TD)
+            picked = [pick(logits_V, sampling, draws[b], said[b]) for b, logits_V in zip(alive, logits_BV, strict=True)]
+            going = [b for b, token in enumerate(picked) if token not in end_ids]
+            if going:
+                yield [(order[alive[b]], picked[b]) for b in going]
+            if not going or step + 1 == sampling.max_new_tokens or (heard is not None and not heard()):
+                return
+            if len(going) < len(alive):
+                cache.keep(torch.tensor(going, device=model.device))
+                alive, picked = [alive[b] for b in going], [picked[b] for b in going]
+            for b, token in zip(alive, picked, strict=True):
+                said[b].append(token)
+            ids_B = torch.tensor(picked, device=model.device)
+            seen = cache.next()
+            h_TD = model.hidden(ids_B, cache.lengths_B - 1, seen)
+
+
+def answers(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
+    """Answer many prompts, some at a time, and return their texts."""
+    said: list[list[int]] = [[] for _ in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(prompts), BATCH):
+        some = by_length[start : start + BATCH]
+        for step in generate(model, [prompts[i] for i in some], sampling, tokenizer.end_ids):
+            for row, token in step:
+                said[some[row]].append(token)
+    return [tokenizer.decode(ids, skip_special=True) for ids in said]
+
+
+def stream(model: Decoder, tokenizer: Tokenizer, prompt: Sequence[int], sampling: Sampling,
+           heard: Callable[[], bool] | None = None) -> Iterator[str]:  # fmt: skip
+    """Answer one prompt, yielding text as soon as it is whole characters."""
+    ids: list[int] = []
+    shown = ""
+    for step in generate(model, [prompt], sampling, tokenizer.end_ids, heard):
+        ids += [token for _, token in step]
+        text = tokenizer.decode(ids, skip_special=True)
+        if not text.endswith("\ufffd"):  # the bytes of a character may be spread over tokens
+            yield text[len(shown) :]
+            shown = text
+    if rest := tokenizer.decode(ids, skip_special=True)[len(shown) :]:
+        yield rest

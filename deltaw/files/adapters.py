@@ -1,0 +1,140 @@
+"""An adapter on disk: one safetensors file whose header says the method, its settings and the base it was made for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deltaw import __version__
+from deltaw.adapters.adapter import Adapter
+from deltaw.errors import Diverged, UserError
+from deltaw.files.atomic import replacing
+from deltaw.methods import method, name_of
+from deltaw.models import checkpoint
+from deltaw.models.decoder import Decoder
+from deltaw.settings import plain
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an adapter file says of itself."""
+
+    method: str
+    settings: dict[str, Any]
+    base: str
+    fingerprint: str
+    version: str = __version__
+    format: int = FORMAT
+
+    @classmethod
+    def of(cls, adapter: Adapter, base: str, fingerprint: str) -> Header:
+        """The header of an adapter made for the base of this name and fingerprint."""
+        return cls(name_of(adapter.method), plain(adapter.method), base, fingerprint)
+
+
+def save(adapter: Adapter, header: Header, path: Path) -> None:
+    """Write the adapter, whole or not at all.
+
+    Raises:
+        Diverged: a weight is not finite; nothing is written.
+        OSError: the disk is full or cannot be written.
+    """
+    tensors = state(adapter)
+    refuse_nan(tensors)
+    with replacing(path) as scratch:
+        save_file(tensors, scratch, metadata={"deltaw": json.dumps(vars(header))})
+
+
+def load(path: Path, model: Decoder) -> Adapter:
+    """Build the adapter that the file describes on `model`, and read its tensors.
+
+    Raises:
+        UserError: no adapter file of ours, a damaged one, or one that was made for another base.
+    """
+    header, tensors = read(path)
+    if (have := checkpoint.fingerprint(model)) != header.fingerprint:
+        raise UserError("This adapter was made for another base model.", where=str(path),
+                        why=f"It was trained on '{header.base}' ({header.fingerprint[:8]}); this base is {have[:8]}.",
+                        remedy=f"Take --base {header.base}.")  # fmt: skip
+    adapter = Adapter.build(method(header.method, str(path), **header.settings), model)
+    put(adapter, tensors, str(path))
+    return adapter.eval()
+
+
+def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
+    """Read the header and the tensors of an adapter file.
+
+    Raises:
+        UserError: no adapter file of ours, or a damaged one.
+    """
+    with _opened(path) as (header, file):
+        return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+
+
+def read_header(path: Path) -> Header:
+    """Read only what an adapter file says of itself.
+
+    Raises:
+        UserError: no adapter file of ours, or a damaged one.
+    """
+    with _opened(path) as (header, _):
+        return header
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Header, Any]]:
+    try:
+        with safe_open(path, "pt") as file:
+            said = (file.metadata() or {}).get("deltaw")
+            if said is None:
+                raise UserError("This safetensors file is no deltaw adapter.", where=str(path))
+            yield Header(**json.loads(said)), file
+    except FileNotFoundError:
+        raise UserError("There is no adapter here.", where=str(path),
+                        why="Its run may not have ended: deltaw train --resume goes on with it.") from None  # fmt: skip
+    except (SafetensorError, OSError, TypeError, ValueError) as e:
+        raise UserError("The adapter file is damaged.", where=str(path), why=str(e)) from None
+
+
+def state(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's tensors by slot name and part: `layers.3.mlp.up_proj.A`."""
+    return {name.removeprefix("deltas.").replace("/", "."): t.detach().cpu().contiguous()
+            for name, t in adapter.state_dict().items()}  # fmt: skip
+
+
+def put(adapter: Adapter, tensors: dict[str, Tensor], where: str) -> None:
+    """Copy tensors named as by `state` into the adapter.
+
+    Raises:
+        UserError: a tensor is missing, left over or of another shape.
+    """
+    own = {name.removeprefix("deltas.").replace("/", "."): t for name, t in adapter.state_dict(keep_vars=True).items()}
+    if odd := sorted(own.keys() ^ tensors.keys()):
+        raise UserError(f"{len(odd)} tensors do not fit this adapter, such as '{odd[0]}'.", where=where)
+    with torch.no_grad():
+        for name, t in own.items():
+            if t.shape != tensors[name].shape:
+                raise UserError(f"'{name}' has shape {tuple(tensors[name].shape)}, not {tuple(t.shape)}.", where=where)
+            t.copy_(tensors[name])
+
+
+def refuse_nan(tensors: dict[str, Tensor]) -> None:
+    """Stop before anything that is not a number is written.
+
+    Raises:
+        Diverged: a tensor has a value that is not finite.
+    """
+    for name, t in tensors.items():
+        if t.is_floating_point() and not bool(t.isfinite().all()):
+            raise Diverged(f"'{name}' holds values that are no numbers: nothing was written.")

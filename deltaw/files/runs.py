@@ -1,0 +1,137 @@
+"""The run folder: everything one training run was told, did and made, in one place.
+
+config.yaml     the settings as resolved        plan.json       predicted and measured time and memory
+events.jsonl    what happened, line by line     checkpoints/    what a run resumes from; the last two
+adapter/        the result                      report.html     the same for people
+manifest.json   fingerprints of base, tokenizer, template and data
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deltaw.errors import UserError, nearest
+from deltaw.files.atomic import write_text
+
+
+@dataclass(frozen=True)
+class Run:
+    """Paths in a run folder."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    @property
+    def adapter(self) -> Path:
+        """The result, in our one-file form."""
+        return self.folder / "adapter" / "adapter.safetensors"
+
+    @property
+    def best(self) -> Path:
+        """The adapter with the best validation loss so far."""
+        return self.folder / "checkpoints" / "best.safetensors"
+
+    @property
+    def config(self) -> Path:
+        """The settings as resolved."""
+        return self.folder / "config.yaml"
+
+    @property
+    def events(self) -> Path:
+        """What happened, one JSON object a line."""
+        return self.folder / "events.jsonl"
+
+    @property
+    def plan(self) -> Path:
+        """Predicted and measured time and memory."""
+        return self.folder / "plan.json"
+
+    @property
+    def manifest(self) -> Path:
+        """Fingerprints of base, tokenizer, template and data."""
+        return self.folder / "manifest.json"
+
+    def checkpoints(self) -> list[Path]:
+        """Checkpoints, oldest first."""
+        return sorted((self.folder / "checkpoints").glob("step-*.safetensors"))
+
+    def read_config(self) -> dict[str, Any]:
+        """The settings that the run was made with.
+
+        Raises:
+            UserError: the folder has none.
+        """
+        try:
+            return dict(yaml.safe_load(self.config.read_text()))
+        except (OSError, yaml.YAMLError, TypeError) as e:
+            raise UserError(
+                "This run folder has no readable config.yaml.", where=str(self.folder), why=str(e)
+            ) from None
+
+    def write_config(self, values: dict[str, Any]) -> None:
+        """Write the settings as resolved."""
+        write_text(self.config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+    def write_json(self, path: Path, values: dict[str, Any]) -> None:
+        """Write one of the folder's JSON files."""
+        write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def create(runs: Path, name: str | None, stem: str, method: str) -> Run:
+    """Make a new run folder, called `name`, or by the data, the method and the first free number.
+
+    Raises:
+        UserError: a run of this name is there already.
+    """
+    if name is not None:
+        if re.search(r"[^\w.-]", name) or name.startswith("."):
+            raise UserError(f"'{name}' is no name for a folder.", remedy="Use letters, digits, '-', '_' and '.'.")
+        if (runs / name).exists():
+            raise UserError(f"There is a run '{name}' already.", where=str(runs / name),
+                            remedy=f"Take another --name, or go on with it: deltaw train --resume {name}")  # fmt: skip
+        (runs / name).mkdir(parents=True)
+        return Run(runs / name)
+    number = 1
+    while True:
+        folder = runs / f"{stem}-{method}-{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return Run(folder)
+
+
+def find(name: str | None, runs: Path) -> Run:
+    """Find a run by its name or path; without one, the newest.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    known = sorted((p.parent for p in runs.glob("*/config.yaml")), key=lambda p: (p / "config.yaml").stat().st_mtime)
+    if name is None:
+        if not known:
+            raise UserError("There is no run yet.", where=str(runs), remedy="Train one: deltaw train FILE")
+        return Run(known[-1])
+    for folder in (runs / name, Path(name)):
+        if (folder / "config.yaml").exists():
+            return Run(folder)
+    remedy = nearest(name, [p.name for p in known]) if known else "Train one: deltaw train FILE"
+    raise UserError(f"There is no run '{name}'.", where=str(runs), remedy=remedy)
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,0 +1,250 @@
+"""Metrics over generated answers: what they mean, which of them suit given rows, and their values."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from typing import Any
+
+from deltaw.errors import UserError, nearest
+
+INTENT = "intent"
+SHORT = 3  # words: a label has at most as many, prose has more
+LABEL_ROWS = 20
+ROUGE_READS = re.compile("[A-Za-z0-9]")
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One generated answer and what it is judged by."""
+
+    answer: str
+    references: tuple[str, ...]
+    facts: tuple[str, ...] = ()
+    """What a right answer names; alternatives within a fact are separated by `|`."""
+
+
+Metric = Callable[[Sequence[Graded]], float]
+
+
+def facts(rows: Sequence[Graded]) -> float:
+    """Share of answers in which all facts occur as whole words, whatever their case, 0 to 1 (`5` occurs in `5:30`)."""
+    right = 0
+    for row in rows:
+        text = f" {_folded(row.answer)} "
+        right += all(any(_occurs(words, text) for words in _alternatives(fact)) for fact in row.facts)
+    return _ratio(right, len(rows))
+
+
+def exact_match(rows: Sequence[Graded]) -> float:
+    """Share of answers that equal a reference but for white space around them, 0 to 1."""
+    return _ratio(sum(row.answer.strip() in {r.strip() for r in row.references} for row in rows), len(rows))
+
+
+def sacrebleu(kind: str, rows: Sequence[Graded]) -> float:
+    """Corpus `bleu` (Papineni et al. 2002) or `chrf` (Popović 2015) with sacrebleu's defaults (Post 2018), 0 to 100.
+
+    Raises:
+        UserError: sacrebleu is not installed.
+    """
+    # One stream holds the rows' first references, the next their second ones, ...; sacrebleu leaves out a None.
+    streams = list(zip_longest(*(row.references for row in rows)))
+    quiet = {"force": True} if kind == "bleu" else {}  # no warning about answers that look tokenized
+    found = getattr(_optional("sacrebleu"), f"corpus_{kind}")([row.answer for row in rows], streams, **quiet)
+    return min(100.0, float(found.score))  # a perfect BLEU can round to a hair above 100
+
+
+def rouge(kind: str, rows: Sequence[Graded]) -> float:
+    """Mean over rows of the best reference's ROUGE F-measure, without stemming, 0 to 1 (Lin 2004).
+
+    Raises:
+        UserError: rouge-score is not installed.
+    """
+    scorer = _optional("rouge_score.rouge_scorer").RougeScorer([kind], use_stemmer=False)
+    best = (scorer.score_multi(row.references, row.answer)[kind].fmeasure for row in rows)
+    return _ratio(math.fsum(best), len(rows))
+
+
+def json_valid(rows: Sequence[Graded]) -> float:
+    """Share of answers that are a JSON object or array and nothing else, 0 to 1."""
+    return _ratio(sum(_parsed(row.answer) is not None for row in rows), len(rows))
+
+
+def slot_f1(rows: Sequence[Graded]) -> float:
+    """Micro-averaged F1 over the (key, value) pairs but the intent, each row against its closest reference, 0 to 1."""
+    hits = pairs = 0
+    for row in rows:
+        said = _pairs(row.answer)
+        counts = [(len(said & asked), len(said) + len(asked)) for asked in map(_pairs, row.references)]
+        best = max(counts, key=lambda count: _f1(*count))
+        hits, pairs = hits + best[0], pairs + best[1]
+    return _f1(hits, pairs)
+
+
+def intent(rows: Sequence[Graded]) -> float:
+    """Share of answers whose JSON `intent` is that of a reference, 0 to 1."""
+    right = 0
+    for row in rows:
+        told = _object(row.answer)
+        right += INTENT in told and told[INTENT] in [_object(text).get(INTENT) for text in row.references]
+    return _ratio(right, len(rows))
+
+
+def label_accuracy(rows: Sequence[Graded]) -> float:
+    """Share of answers that equal a reference but for case, white space around them and a final period, 0 to 1."""
+    return _ratio(sum(_label(row.answer) in {_label(r) for r in row.references} for row in rows), len(rows))
+
+
+METRICS: dict[str, Metric] = {
+    "facts": facts,
+    "exact_match": exact_match,
+    "bleu": partial(sacrebleu, "bleu"),
+    "chrf": partial(sacrebleu, "chrf"),
+    **{kind: partial(rouge, kind) for kind in ("rouge1", "rouge2", "rougeL")},
+    "json_valid": json_valid,
+    "slot_f1": slot_f1,
+    "intent": intent,
+    "label_accuracy": label_accuracy,
+}
+
+
+def suits(rows: Sequence[Graded]) -> list[str]:
+    """Name the metrics that make sense for these rows by default, in the order of `METRICS`; `score` can give each."""
+    wanted = {"facts", "exact_match", "slot_f1", "intent"}
+    if 2 * sum(_judged(row.references, _is_prose) for row in rows) > len(rows):
+        wanted |= {"bleu", "chrf"}
+        if all(_judged(row.references, ROUGE_READS.search) for row in rows):
+            wanted.add("rougeL")
+    if all(_judged(row.references, _is_object) for row in rows):
+        wanted.add("json_valid")
+    labels = {_label(text) for row in rows for text in row.references}
+    few = len(rows) >= LABEL_ROWS and 3 * len(labels) <= len(rows)
+    if few and all(len(text.split()) <= SHORT for text in labels):
+        wanted.add("label_accuracy")
+    return [name for name in METRICS if rows and name in wanted and not _obstacle(name, rows)]
+
+
+def score(rows: Sequence[Graded], names: Sequence[str] | None = None) -> dict[str, float]:
+    """Compute the named metrics, or those that suit the rows: shares in 0 to 1, BLEU and chrF in 0 to 100.
+
+    Raises:
+        UserError: no rows, an unknown metric, one that these rows cannot give, or one whose package is not installed.
+    """
+    if not rows:
+        raise UserError("There are no answers to score.")
+    chosen = suits(rows) if names is None else names
+    if not chosen:
+        raise UserError(
+            "There is nothing to score these answers by.", why="Every row needs references, or every row facts."
+        )
+    for name in chosen:
+        if name not in METRICS:
+            raise UserError(f"There is no metric '{name}'.", remedy=nearest(name, METRICS))
+        if why := _obstacle(name, rows):
+            raise UserError(f"These rows cannot give the metric '{name}'.", why=why)
+    return {name: METRICS[name](rows) for name in chosen}
+
+
+def _obstacle(name: str, rows: Sequence[Graded]) -> str:
+    """Why these rows cannot give a metric; empty if they can."""
+    if name == "json_valid":
+        return ""
+    needs: dict[str, tuple[Callable[[str], object], str]] = {
+        "facts": (_alternatives, "names no facts, or an empty one"),
+        "slot_f1": (_is_object, "has no reference, or one that is no JSON object"),
+        "intent": (lambda text: INTENT in _object(text), "has no reference, or one that is no JSON with an intent"),
+    }
+    test, lack = needs.get(name, (lambda _: True, "has no reference"))
+    for number, row in enumerate(rows, 1):
+        if not _judged(row.facts if name == "facts" else row.references, test):
+            return f"Row {number} {lack}."
+    references = [text for row in rows for text in row.references]
+    if name == "slot_f1" and not any(map(_pairs, references)):
+        return "No reference has a key beside the intent."
+    if name.startswith("rouge") and not any(map(ROUGE_READS.search, references)):
+        return "ROUGE reads only the letters a to z and digits, and the references have none."
+    return ""
+
+
+def _judged(judges: Sequence[str], test: Callable[[str], object]) -> bool:
+    return bool(judges) and all(map(test, judges))
+
+
+def _ratio(part: float, whole: int) -> float:
+    return part / whole
+
+
+def _f1(hits: int, pairs: int) -> float:
+    return _ratio(2 * hits, pairs) if pairs else 1.0  # nothing asked and nothing said is right
+
+
+def _optional(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UserError("This metric's package is missing.", why=f"{e}.", remedy='pip install "deltaw[eval]"') from None
+
+
+def _parsed(text: str) -> dict[str, Any] | list[Any] | None:
+    """The JSON object or array that the whole text is, or None."""
+    try:
+        value = json.loads(text, parse_constant=int)  # int refuses NaN and Infinity, which are no JSON
+    except (ValueError, RecursionError):  # a model that repeats itself can nest thousands of brackets
+        return None
+    return value if isinstance(value, dict | list) else None
+
+
+def _object(text: str) -> dict[str, Any]:
+    value = _parsed(text)
+    return value if isinstance(value, dict) else {}
+
+
+def _pairs(text: str) -> set[tuple[str, str]]:
+    return {(key, _value(value)) for key, value in _object(text).items() if key != INTENT}
+
+
+def _value(value: Any) -> str:
+    return (value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)).strip().lower()
+
+
+def _label(text: str) -> str:
+    return text.strip().lower().removesuffix(".").rstrip()
+
+
+def _alternatives(fact: str) -> list[str]:
+    return [words for words in map(_folded, fact.split("|")) if words]
+
+
+def _folded(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text.casefold()).split())
+
+
+def _occurs(words: str, text: str) -> bool:
+    """Whether `words` occur in a text with spaces around it, and no end of theirs cuts a word of the text."""
+    start = text.find(words)
+    while start > 0:
+        end = start + len(words)
+        if not _inside_word(text[start - 1 : start + 1]) and not _inside_word(text[end - 1 : end + 1]):
+            return True
+        start = text.find(words, start + 1)
+    return False
+
+
+def _inside_word(two: str) -> bool:
+    # Marks count: regular expressions see a word's end before each vowel sign of Hindi or Thai.
+    return all(c.isalnum() or c == "_" or unicodedata.category(c).startswith("M") for c in two)
+
+
+def _is_object(text: str) -> bool:
+    return isinstance(_parsed(text), dict)
+
+
+def _is_prose(text: str) -> bool:
+    return len(text.split()) > SHORT and _parsed(text) is None
