@@ -1,0 +1,98 @@
+"""What this machine is: cores, instructions, memory, disk, and how fast it really multiplies."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from deltaw.models.device import instruction_sets, multiplies_bf16
+from deltaw.models.source import cache, cached
+
+MEASURED_ROWS, MEASURED_WIDTH = 512, 1536
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What `deltaw doctor` shows."""
+
+    system: str
+    python: str
+    torch: str
+    cores: int
+    threads: int
+    instruction_sets: tuple[str, ...]
+    ram_bytes: int
+    available_bytes: int
+    disk_free_bytes: int
+    fp32_gflops: float
+    bf16_gflops: float
+    bf16_native: bool
+    gpu: str | None
+    gpu_bytes: int
+    cache: str
+    models: tuple[str, ...]
+
+
+def probe(seconds: float = 0.4) -> Machine:
+    """Look at the machine; each of the two matrix products is measured for about `seconds`."""
+    memory, gpu = psutil.virtual_memory(), torch.cuda.is_available()
+    return Machine(
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cores=psutil.cpu_count(logical=False) or 1,
+        threads=torch.get_num_threads(),
+        instruction_sets=tuple(name for name, has in instruction_sets().items() if has),
+        ram_bytes=memory.total,
+        available_bytes=memory.available,
+        disk_free_bytes=free_disk(cache()),
+        fp32_gflops=matmul_gflops(torch.float32, seconds),
+        bf16_gflops=matmul_gflops(torch.bfloat16, seconds),
+        bf16_native=multiplies_bf16(torch.device("cpu")),
+        gpu=torch.cuda.get_device_name() if gpu else None,
+        gpu_bytes=torch.cuda.get_device_properties(0).total_memory if gpu else 0,
+        cache=str(cache()),
+        models=tuple(cached()),
+    )
+
+
+def matmul_gflops(dtype: torch.dtype, seconds: float) -> float:
+    """Billions of floating-point operations a second in a matrix product of this type on the processor."""
+    x, w = torch.randn(MEASURED_ROWS, MEASURED_WIDTH), torch.randn(MEASURED_WIDTH, MEASURED_WIDTH)
+    x, w = x.to(dtype), w.to(dtype)
+    x @ w  # the first product prepares kernels
+    done, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds:
+        x @ w
+        done += 1
+    return 2 * MEASURED_ROWS * MEASURED_WIDTH**2 * done / spent / 1e9
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a process may still take, on this device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min(int(psutil.virtual_memory().available), _cgroup_room())
+
+
+def free_disk(path: Path) -> int:
+    """Free bytes on the disk where `path` is or will be."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _cgroup_room() -> int:
+    """What a container's memory limit leaves, where there is one."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (root / "memory.max").read_text().strip(), (root / "memory.current").read_text()
+    except OSError:
+        return 1 << 62
+    return (1 << 62) if limit == "max" else max(0, int(limit) - int(used))

@@ -1,0 +1,202 @@
+"""How long a run will take and how much memory: measured on real micro-steps, whose gradients are thrown away.
+
+The shortest, the median and the longest micro-batch of the first epoch are run forward and backward. What the others
+take is interpolated over the arithmetic they need; evaluations, samples and checkpoints are measured and added. Memory
+is what the process held at most in the longest micro-step, plus what is not yet there: gradients and Adam's moments.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltaw.advise.machine import available_bytes
+from deltaw.data.batch import Batch, micro_batches, per_epoch, steps
+from deltaw.decode.generate import answers
+from deltaw.decode.sampling import Sampling
+from deltaw.errors import WillNotFit
+from deltaw.models.checkpoint import read_json
+from deltaw.scoring.loss import batch_loss
+from deltaw.train.loop import SAMPLE_TOKENS, SAVE_SECONDS, Job
+from deltaw.train.memory import peak_bytes
+
+SPREAD = 0.15
+"""Half the width of the shown range: how much the same step varies on a quiet machine."""
+MOMENTS_BYTES = 8
+"""Adam's two moments, in fp32, per trained number."""
+HEADROOM = 1.1
+PROBED_TOKENS = 6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes. `seconds` covers steps, evaluations, samples and checkpoints."""
+
+    steps: int
+    seconds: float
+    step_seconds: float
+    fixed_seconds: float
+    peak_bytes: int
+    available_bytes: int
+    recompute: bool
+    notices: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """The plan that a run was begun with."""
+        values = read_json(path)
+        values.pop("actual", None)
+        return cls(**{**values, "notices": tuple(values["notices"])})
+
+    def after(self, done: int) -> float:
+        """Seconds that `done` steps of the plan take."""
+        return self.seconds * done / self.steps
+
+
+@dataclass(frozen=True)
+class Work:
+    """Measured seconds of micro-batches over the arithmetic they need, in operations."""
+
+    operations: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def of(self, operations: float) -> float:
+        """Seconds for this much arithmetic: between two measured points on their line, outside in proportion."""
+        if operations >= self.operations[-1]:
+            return self.seconds[-1] * operations / self.operations[-1]
+        return float(np.interp(operations, self.operations, self.seconds))
+
+
+def measure(job: Job, minutes: float | None = None) -> Plan:
+    """Plan the run `job`; with `minutes`, choose as many steps as they allow.
+
+    Raises:
+        WillNotFit: it needs more memory than there is, whatever can be saved.
+    """
+    epoch = _first_epoch(job)
+    batches = sorted((b for step in epoch for b in step), key=lambda b: operations(b, job))
+    random = torch.get_rng_state()
+    with job.adapter.on():
+        job.adapter.train()
+        recompute, notices = _fitting(job, batches)
+        job = replace(job, recompute=recompute)
+        work = _measured(job, batches)
+        peak = peak_bytes(job.model.device) + MOMENTS_BYTES * job.adapter.parameter_count
+        step_seconds = sum(work.of(operations(b, job)) for step in epoch for b in step) / len(epoch)
+        fixed = _evaluation_seconds(job)
+    job.adapter.zero_grad(set_to_none=True)
+    torch.set_rng_state(random)
+    total = job.steps if minutes is None else max(1, int((minutes * 60 - fixed) / step_seconds))
+    seconds = total * step_seconds + fixed
+    seconds += _save_seconds(job) * (1 + seconds / SAVE_SECONDS)
+    return Plan(total, seconds, step_seconds, fixed, peak, available_bytes(job.model.device), recompute, notices)
+
+
+def operations(batch: Batch, job: Job) -> float:
+    """Multiplications and additions of a training micro-step: products, head, attention, each forward and backward."""
+    c = job.model.config
+    attention, mlp = 2 * (c.heads + c.kv_heads) * c.head_width * c.width, 3 * c.width * c.hidden
+    products = 4 * batch.tokens * c.layers * (attention + mlp)
+    head = 4 * batch.targets * c.width * c.vocab
+    pairs = 14 * batch.pairs * c.layers * c.heads * c.head_width
+    return float(products + head + pairs)
+
+
+def _first_epoch(job: Job) -> list[list[Batch]]:
+    order = steps(job.weights, job.settings.batch_rows, job.settings.seed)
+    count = min(job.steps, per_epoch(job.weights, job.settings.batch_rows))
+    drawn = [next(order)[1] for _ in range(count)]
+    return [micro_batches([job.rows[i] for i in rows], job.settings.micro_tokens) for rows in drawn]
+
+
+def _fitting(job: Job, batches: list[Batch]) -> tuple[bool, tuple[str, ...]]:
+    """Whether layers must be computed again in the backward pass for the largest micro-batch to fit."""
+    config, median, largest = job.model.config, batches[len(batches) // 2], max(batches, key=lambda b: b.tokens)
+    free, wanted = available_bytes(job.model.device), job.settings.gradient_checkpointing
+    kept = _kept_bytes(job, median) * largest.tokens / median.tokens
+    inputs = config.layers * largest.tokens * config.width * job.model.dtype.itemsize
+    state = (MOMENTS_BYTES + 4) * job.adapter.parameter_count
+    need = {False: int(HEADROOM * kept + state), True: int(HEADROOM * (inputs + 2 * kept / config.layers) + state)}
+    recompute = wanted == "on" or (wanted == "auto" and need[False] > free)
+    if need[recompute] > free:
+        raise WillNotFit(
+            f"The longest micro-batch ({largest.tokens:,} tokens) needs about {need[recompute] / 1e9:.1f} GB, "
+            f"and {free / 1e9:.1f} GB are free.",
+            remedy=f"Cut rows with --max-tokens {int(largest.tokens * free / need[recompute] * 0.9)}"
+            + ("." if recompute else ", or take --gradient-checkpointing on."),
+        )
+    saved = (
+        f"Layers are computed twice to save memory: {need[True] / 1e9:.1f} GB instead of {need[False] / 1e9:.1f} GB."
+    )
+    return recompute, (saved,) if recompute and wanted == "auto" else ()
+
+
+def _kept_bytes(job: Job, batch: Batch) -> int:
+    """Bytes that a forward pass keeps for the backward pass, each storage counted once, the frozen model not."""
+    frozen = {t.untyped_storage().data_ptr() for t in job.model.buffers()}
+    kept: dict[int, int] = {}
+
+    def count(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        _micro_step(job, batch)
+    return sum(kept.values())
+
+
+def _measured(job: Job, batches: list[Batch]) -> Work:
+    """Seconds of the shortest, the median and the longest micro-batch."""
+    points: dict[float, float] = {}
+    for batch in (batches[0], batches[len(batches) // 2], batches[-1]):
+        if (key := operations(batch, job)) not in points:
+            points[key] = _micro_step(job, batch)
+    seconds = np.maximum.accumulate(list(points.values()))  # more work never takes less
+    return Work(tuple(points), tuple(float(s) for s in seconds))
+
+
+def _micro_step(job: Job, batch: Batch) -> float:
+    with _clock() as seconds:
+        (batch_loss(job.model, batch.to(job.model.device), job.recompute) / batch.targets).backward()  # type: ignore[no-untyped-call]
+        if job.model.device.type == "cuda":
+            torch.cuda.synchronize()
+    return seconds()
+
+
+def _evaluation_seconds(job: Job) -> float:
+    """Seconds of all evaluations and samples of the run."""
+    rounds = job.settings.evaluations if job.val else 0
+    seconds = 0.0
+    if rounds:
+        longest = max(job.val, key=lambda b: b.tokens)
+        with torch.no_grad(), _clock() as spent:
+            batch_loss(job.model, longest.to(job.model.device))
+        seconds += rounds * spent() * sum(operations(b, job) for b in job.val) / operations(longest, job)
+    if job.question is not None:
+        with _clock() as spent:
+            answers(job.model, job.tokenizer, [job.question.ids], Sampling(max_new_tokens=PROBED_TOKENS))
+        said = len(job.tokenizer.encode(job.question.expected)) or SAMPLE_TOKENS
+        seconds += (rounds + 1) * spent() / PROBED_TOKENS * min(said, SAMPLE_TOKENS)
+    return seconds
+
+
+def _save_seconds(job: Job) -> float:
+    """A checkpoint writes the adapter and both moments; disks flush about 200 MB a second."""
+    return 12 * job.adapter.parameter_count / 200e6
+
+
+@contextmanager
+def _clock() -> Iterator[Callable[[], float]]:
+    start = time.perf_counter()
+    spent = [0.0]
+    yield lambda: spent[0]
+    spent[0] = time.perf_counter() - start

@@ -1,0 +1,76 @@
+"""A conversation in which the answering persona may change at any turn; the base stays loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from deltaw.api.persona import Persona
+from deltaw.decode.sampling import Sampling
+from deltaw.errors import UserError, nearest
+from deltaw.files.atomic import write_text
+
+BASE = "base"
+
+
+class Chat:
+    """Turns so far, the personas there are, and the one that answers next."""
+
+    def __init__(self, personas: Sequence[Persona], sampling: Sampling) -> None:
+        self.personas = {BASE: Persona(BASE, personas[0].base), **{p.name: p for p in personas}}
+        self.current, self.sampling = personas[0].name, sampling
+        self.turns: list[dict[str, str]] = []
+
+    def switch(self, name: str) -> None:
+        """Let another persona answer from now on.
+
+        Raises:
+            UserError: there is none of this name.
+        """
+        if name not in self.personas:
+            raise UserError(f"There is no persona '{name}' here.", remedy=nearest(name, self.personas))
+        self.current = name
+
+    def system(self, text: str) -> None:
+        """Begin anew with this system prompt; an empty one takes it away."""
+        self.turns = [{"role": "system", "content": text}] if text else []
+
+    def ask(self, question: str, heard: Callable[[], bool] | None = None) -> Iterator[str]:
+        """Answer piece by piece; whatever was said when `heard` turned false is kept as the answer."""
+        asked = [*self.turns, {"role": "user", "content": question}]
+        said = ""
+        try:
+            for piece in self.personas[self.current].stream(asked, self.sampling, heard):
+                said += piece
+                yield piece
+        finally:
+            self.turns = [*asked, {"role": "assistant", "content": said}]
+
+    def retry(self) -> str | None:
+        """Take the last answer and its question back; gives the question."""
+        if len(self.turns) < 2 or self.turns[-1]["role"] != "assistant":
+            return None
+        question = self.turns[-2]["content"]
+        self.turns = self.turns[:-2]
+        return question
+
+    def compare(self, question: str) -> dict[str, str]:
+        """The answers of the base and of every persona, after the same turns and with the same seed."""
+        asked = [*self.turns, {"role": "user", "content": question}]
+        return {name: persona.ask(asked, **vars(self.sampling)) for name, persona in self.personas.items()}
+
+    def save(self, path: Path) -> int:
+        """Add the conversation to a file of training rows; gives how many rows it has now.
+
+        Raises:
+            UserError: nothing was said yet.
+        """
+        if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in self.turns):
+            raise UserError("There is no answer to save yet.")
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        if before and not before.endswith("\n"):
+            before += "\n"
+        text = before + json.dumps({"messages": self.turns}, ensure_ascii=False) + "\n"
+        write_text(path, text)
+        return sum(bool(line.strip()) for line in text.split("\n"))

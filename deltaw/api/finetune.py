@@ -1,0 +1,203 @@
+"""Fine-tune: from files and settings to a run folder with an adapter in it, by way of a measured plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaw.adapters.adapter import Adapter
+from deltaw.adapters.protocol import Method
+from deltaw.advise import plan as planning
+from deltaw.advise.machine import free_disk
+from deltaw.advise.plan import SPREAD, Plan
+from deltaw.api.persona import Base, Persona, load_base
+from deltaw.api.prepare import EncodedData, Loaded, encode, load, manifest, question
+from deltaw.data.batch import per_epoch
+from deltaw.errors import Diverged, Interrupted, UserError, WillNotFit, nearest
+from deltaw.files import adapters, runs
+from deltaw.files.runs import Run
+from deltaw.methods import find as find_method
+from deltaw.methods import method as make_method
+from deltaw.models import checkpoint
+from deltaw.settings import Training, build, names, plain
+from deltaw.train.events import Event, Finished, Planned, Started, Warned
+from deltaw.train.loop import Job, Trainer
+from deltaw.train.record import EventFile, TensorBoard
+from deltaw.train.report import write_report
+
+Listener = Callable[[Event], None]
+RATE_WIDTH = 576
+"""The model width for which methods give their `peak_rate`; wider models get less, in proportion."""
+CHECKPOINTS = 4
+"""Two kept, one being written, and the results."""
+
+
+def finetune(*data: str | Path, listen: Sequence[Listener] = (), **settings: Any) -> Persona:
+    """Fine-tune on data files, and return the persona. Keywords are those of `deltaw train`: `rank=8, epochs=2`.
+
+    Raises:
+        UserError: wrong settings or data. WillNotFit: too little memory. Diverged: the loss was not finite twice.
+    """
+    made = prepare([str(d) for d in data], settings)
+    for event in made.events():
+        for each in listen:
+            each(event)
+        if isinstance(event, Finished) and event.reason == "interrupted":
+            raise Interrupted(
+                "Training was interrupted; it is saved.", remedy=f"deltaw train --resume {made.job.run.name}"
+            )
+    return Persona(made.job.run.name, made.base, made.job.adapter)
+
+
+@dataclass
+class Prepared:
+    """A run that is ready to begin, or to go on."""
+
+    base: Base
+    job: Job
+    started: Started
+    plan: Plan | None = None
+
+    def events(self) -> Iterator[Event]:
+        """Plan, train, and keep the run folder: every event is written down before it is passed on.
+
+        Raises:
+            WillNotFit: the plan needs more memory than there is. Diverged: the loss was not finite twice.
+        """
+        run = self.job.run
+        log, board = EventFile(run.events), TensorBoard(run.folder / "tensorboard")
+        try:
+            for event in self._all():
+                log(event)
+                board(event)
+                yield event
+            if lost := log.lost + board.lost:
+                yield Warned(text=f"The disk was full: {lost} events are missing in {run.name}'s records.")
+        except Diverged:
+            write_report(run.folder)
+            raise
+        finally:
+            log.close()
+            board.close()
+        write_report(run.folder)
+
+    def _all(self) -> Iterator[Event]:
+        trainer = Trainer(self.job)
+        trainer.resume()
+        yield self.started
+        if self.plan is None:
+            self.plan = planning.measure(self.job, self.job.settings.minutes)
+            self.job.steps, self.job.recompute = self.plan.steps, self.plan.recompute
+            self.job.run.write_json(self.job.run.plan, dataclasses.asdict(self.plan))
+        yield _planned(self.plan)
+        for event in trainer.run():
+            yield self._with_prediction(event) if isinstance(event, Finished) else event
+
+    def _with_prediction(self, event: Finished) -> Finished:
+        plan = self.plan
+        assert plan is not None
+        event = dataclasses.replace(event, predicted_seconds=plan.after(event.step), predicted_bytes=plan.peak_bytes)
+        self.job.run.write_json(self.job.run.plan, {**dataclasses.asdict(plan), "actual": event.record()})
+        return event
+
+
+def prepare(data: Sequence[str], values: Mapping[str, Any], stop: Callable[[], bool] = lambda: False,
+            say: Callable[[str], None] = lambda _: None) -> Prepared:  # fmt: skip
+    """Check settings and data, bring the base into memory, make the adapter and the run folder.
+
+    Raises:
+        UserError: wrong settings or data. WillNotFit: too little disk.
+    """
+    settings, method = resolve(values)
+    loaded = load(data, settings)  # before the model: a fault in the data is found at once
+    base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say)
+    encoded = encode(loaded, base, settings)
+    adapter = Adapter.build(method, base.model, settings.seed).to(base.model.device)
+    run = runs.create(settings.runs, settings.name, loaded.files[0][0].stem, settings.method)
+    _check_disk(run, adapter)
+    run.write_config({"data": list(data), **plain(settings), **plain(method), "name": run.name})
+    run.write_json(run.manifest, manifest(base, loaded))
+    return Prepared(base, *_job(base, run, adapter, settings, loaded, encoded, stop))
+
+
+def resume(name: str | None, folder: Path, stop: Callable[[], bool] = lambda: False,
+           say: Callable[[str], None] = lambda _: None) -> Prepared:  # fmt: skip
+    """Make an interrupted run ready to go on where its newest checkpoint is.
+
+    Raises:
+        UserError: there is no such run, it has ended, or its base or data are not what they were.
+    """
+    run = runs.find(name, folder)
+    config = run.read_config()
+    data = config.pop("data")
+    if run.adapter.exists():
+        raise UserError(f"The run '{run.name}' has ended.", where=str(run.folder), remedy=f"deltaw chat {run.name}")
+    settings, method = resolve(config, str(run.config))
+    loaded = load(data, settings)
+    base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say)
+    then, now = checkpoint.read_json(run.manifest), manifest(base, loaded)
+    if changed := [key for key in now if then.get(key) != now[key]]:
+        raise UserError(f"The run '{run.name}' cannot go on: {', '.join(changed)} changed since it began.",
+                        where=str(run.manifest), remedy="Put it back as it was, or train anew.")  # fmt: skip
+    adapter = Adapter.build(method, base.model, settings.seed).to(base.model.device)
+    prepared = Prepared(base, *_job(base, run, adapter, settings, loaded, encode(loaded, base, settings), stop))
+    if run.plan.exists():
+        prepared.plan = Plan.read(run.plan)
+        prepared.job.steps, prepared.job.recompute = prepared.plan.steps, prepared.plan.recompute
+    return prepared
+
+
+def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loaded, encoded: EncodedData,
+         stop: Callable[[], bool]) -> tuple[Job, Started]:  # fmt: skip
+    method = adapter.method
+    torch.manual_seed(settings.seed)
+    width = base.model.config.width
+    learning_rate = settings.learning_rate or type(method).peak_rate * min(1.0, RATE_WIDTH / width)
+    steps = settings.steps or max(1, round(settings.epochs * per_epoch(encoded.weights, settings.batch_rows)))
+    job = Job(run, base.model, base.tokenizer, adapter, adapters.Header.of(adapter, base.name, base.fingerprint),
+              settings, encoded.rows, encoded.weights, encoded.val, steps, learning_rate,
+              question=question(loaded, base, settings), stop=stop)  # fmt: skip
+    started = Started(
+        run=str(run.folder), base=base.name, method=settings.method, trained_parameters=adapter.parameter_count,
+        base_parameters=sum(b.numel() for b in base.model.buffers()), rows=len(encoded.rows),
+        val_rows=encoded.val_rows, tokens=sum(len(r.ids) for r in encoded.rows),
+        trained_tokens=sum(r.targets for r in encoded.rows), dtype=str(base.model.dtype).removeprefix("torch."),
+        device=str(base.model.device), threads=torch.get_num_threads(), learning_rate=learning_rate,
+        resumed_at=int(run.checkpoints()[-1].stem.removeprefix("step-")) if run.checkpoints() else 0,
+        notices=(*loaded.notices, *encoded.notices))  # fmt: skip
+    return job, started
+
+
+def _check_disk(run: Run, adapter: Adapter) -> None:
+    if (free := free_disk(run.folder)) < (need := CHECKPOINTS * 12 * adapter.parameter_count):
+        run.folder.rmdir()
+        raise WillNotFit(f"Checkpoints need about {need / 1e6:.0f} MB of disk; {free / 1e6:.0f} MB are free.",
+                         where=str(run.folder.parent), remedy="Free some, or take --runs on another disk.")  # fmt: skip
+
+
+def _planned(plan: Plan) -> Planned:
+    return Planned(steps=plan.steps, train_seconds=plan.seconds, low_seconds=plan.seconds * (1 - SPREAD),
+                   high_seconds=plan.seconds * (1 + SPREAD), peak_bytes=plan.peak_bytes,
+                   available_bytes=plan.available_bytes, recompute=plan.recompute, notices=plan.notices)  # fmt: skip
+
+
+def resolve(values: Mapping[str, Any], where: str = "") -> tuple[Training, Method]:
+    """Divide flat settings into those of training and those of the method.
+
+    Raises:
+        UserError: an unknown setting, with the nearest known one, or a value that does not fit.
+    """
+    method = find_method(str(values.get("method", "lora")))
+    known = [*names(Training), *names(method)]
+    for key in values:
+        if key not in known:
+            raise UserError(f"Unknown setting '{key}'.", where=where, remedy=nearest(key, known))
+    own = {k: v for k, v in values.items() if k in names(method)}
+    rest = {k: v for k, v in values.items() if k in names(Training)}
+    settings = build(Training, rest, where)
+    return settings, make_method(settings.method, where, **own)

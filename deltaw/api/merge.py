@@ -1,0 +1,79 @@
+"""Merge: fold an adapter into its base, write a plain model folder, and check what was written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltaw.adapters.adapter import bare
+from deltaw.api.persona import Persona
+from deltaw.data.batch import Batch, micro_batches
+from deltaw.data.encode import Encoded, encode_all
+from deltaw.data.rows import Example
+from deltaw.errors import UserError
+from deltaw.evaluate.measure import Comparison, Difference, label_logits
+from deltaw.models import checkpoint
+from deltaw.models.slots import CannotMerge
+
+CHECK_ROWS, CHECK_TOKENS = 32, 512
+FALLBACK = "The quick brown fox jumps over the lazy dog, and what happened next was told in the village for many years."
+"""What is checked on when there is no data: any text will do, since two models are compared with one another."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Where the merged model is, and how it differs from the base wearing the adapter."""
+
+    folder: Path
+    difference: Difference
+    dtype: str
+    size_bytes: int
+
+
+def merge(persona: Persona, folder: Path, examples: Sequence[Example] = ()) -> Merged:
+    """Write base and adapter as one model that `transformers` loads, read it back, and compare logits on `examples`.
+
+    The base in memory is left as it was, bit for bit.
+
+    Raises:
+        UserError: the folder is there already, there is no adapter, or its method cannot be merged.
+    """
+    if persona.adapter is None:
+        raise UserError("The base has no adapter to merge.")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError("The folder is there already, and not empty.", where=str(folder), remedy="Take another --out.")
+    model = persona.base.model
+    batches = _batches(persona, examples)
+    try:
+        with bare(model):
+            persona.adapter.merge()
+            checkpoint.save(model, folder)
+    except CannotMerge as e:
+        raise UserError("This adapter cannot be merged into plain weights.", why=str(e)) from None
+    finally:
+        persona.adapter.unmerge()
+    persona.base.tokenizer.save(folder)
+    written = checkpoint.load(folder, model.dtype, str(model.device))
+    sums = Comparison()
+    for batch in batches:
+        with persona.on():
+            worn_NV, labels_N = label_logits(model, batch)
+        sums.add(worn_NV, label_logits(written, batch)[0], labels_N)
+    merged = Merged(folder, sums.result(), str(model.dtype).removeprefix("torch."),
+                    sum(f.stat().st_size for f in folder.glob("*.safetensors")))  # fmt: skip
+    report = {**dataclasses.asdict(merged), "folder": folder.name, "persona": persona.name, "base": persona.base.name}
+    (folder / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return merged
+
+
+def _batches(persona: Persona, examples: Sequence[Example]) -> list[Batch]:
+    tokenizer, device = persona.base.tokenizer, persona.base.model.device
+    if examples:
+        rows = encode_all(examples[:CHECK_ROWS], tokenizer, "all", CHECK_TOKENS).rows
+    else:
+        ids = tuple(tokenizer.encode(FALLBACK))
+        rows = (Encoded(ids, (True,) * len(ids)),)
+    return [batch.to(device) for batch in micro_batches(rows, CHECK_TOKENS, share=False)]

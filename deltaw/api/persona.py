@@ -1,0 +1,130 @@
+"""One base model that wears any number of adapters: load it once, switch by pointer writes, ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaw.adapters.adapter import Adapter, bare
+from deltaw.decode.generate import answers, stream
+from deltaw.decode.sampling import Sampling
+from deltaw.files import adapters, runs
+from deltaw.models import checkpoint, source
+from deltaw.models.decoder import Decoder
+from deltaw.models.device import choose_device, choose_dtype
+from deltaw.models.tokenizer import Message, Tokenizer
+from deltaw.settings import build
+
+Conversation = str | Sequence[Message]
+"""A question, or the turns so far."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model in memory with its tokenizer and where it came from."""
+
+    name: str
+    path: Path
+    model: Decoder
+    tokenizer: Tokenizer
+    fingerprint: str
+
+
+def load_base(name: str, dtype: str = "auto", device: str = "auto", threads: int | None = None,
+              say: source.Say = lambda _: None) -> Base:  # fmt: skip
+    """Bring a base model into memory, fetched first if need be.
+
+    Raises:
+        UserError: there is no such model, or it is not supported.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    path, where = source.find(name, say), choose_device(device)
+    model = checkpoint.load(path, choose_dtype(dtype, where), str(where))
+    return Base(name, path, model, Tokenizer.load(path), checkpoint.fingerprint(model))
+
+
+@dataclass(frozen=True)
+class Persona:
+    """A base and what it wears; `adapter` None is the base as it is."""
+
+    name: str
+    base: Base
+    adapter: Adapter | None = None
+
+    def on(self) -> AbstractContextManager[Any]:
+        """Wear this persona, and nothing else, for the length of a `with` block."""
+        return bare(self.base.model) if self.adapter is None else self.adapter.on()
+
+    def ask(self, conversation: Conversation, **sampling: Any) -> str:
+        """Answer a question or a conversation. Keywords are those of `Sampling`, such as `temperature=0.7`."""
+        return self.ask_all([conversation], **sampling)[0]
+
+    def ask_all(self, conversations: Sequence[Conversation], **sampling: Any) -> list[str]:
+        """Answer many conversations, several at a time."""
+        prompts = [self.prompt(c) for c in conversations]
+        with self.on():
+            return answers(self.base.model, self.base.tokenizer, prompts, build(Sampling, sampling))
+
+    def stream(self, conversation: Conversation, sampling: Sampling,
+               heard: Callable[[], bool] | None = None) -> Iterator[str]:  # fmt: skip
+        """Answer piece by piece; `heard` is asked before each token, false stops."""
+        with self.on():
+            yield from stream(self.base.model, self.base.tokenizer, self.prompt(conversation), sampling, heard)
+
+    def prompt(self, conversation: Conversation) -> list[int]:
+        """The ids after which the model answers."""
+        turns = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
+        return self.base.tokenizer.encode(self.base.tokenizer.chat(turns, prompt=True))
+
+    def wearing(self, name: str, path: Path) -> Persona:
+        """The same base with the adapter of another file.
+
+        Raises:
+            UserError: no adapter, or one of another base.
+        """
+        return replace(self, name=name, adapter=adapters.load(path, self.base.model))
+
+
+def locate(name: str | None, folder: Path) -> tuple[str, Path]:
+    """Find an adapter by the name of its run, or its file or folder: a name to show, and the file.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name is not None:
+        path = Path(name)
+        if path.is_file():
+            return path.stem, path
+        if (path / "adapter.safetensors").exists():
+            return path.name, path / "adapter.safetensors"
+    run = runs.find(name, folder)
+    return run.name, run.adapter
+
+
+def load_all(
+    names: Sequence[str], runs_folder: Path = Path("runs"), base: str | None = None, **how: Any
+) -> list[Persona]:
+    """Load one base and several personas for it; without names, the newest run. `how` as for `load_base`.
+
+    Raises:
+        UserError: a persona is missing, or was made for another base.
+    """
+    found = [locate(name, runs_folder) for name in names] or [locate(None, runs_folder)]
+    headers = [adapters.read_header(path) for _, path in found]
+    bare_base = Persona("base", load_base(base or headers[0].base, **how))
+    return [bare_base.wearing(name, path) for name, path in found]
+
+
+def load(name: str | None = None, runs: str | Path = "runs", base: str | None = None, **how: Any) -> Persona:
+    """Load a persona by its run's name, folder or file; without a name, the newest. `how` as for `load_base`.
+
+    Raises:
+        UserError: there is none, or it was made for another base.
+    """
+    return load_all([] if name is None else [name], Path(runs), base, **how)[0]

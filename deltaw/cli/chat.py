@@ -1,0 +1,138 @@
+"""`deltaw chat`: talk, switch personas, compare them, save what was said as training data."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from deltaw.cli.interrupt import interruptible
+from deltaw.cli.show import busy, grid
+from deltaw.decode.sampling import Sampling
+from deltaw.errors import UserError
+
+if TYPE_CHECKING:
+    from deltaw.api.chat import Chat
+
+HELP = """/persona NAME   let another persona answer     /personas     who there is
+/base           let the base answer            /compare Q    everybody answers Q
+/system TEXT    begin anew with a system prompt  /reset        forget the conversation
+/retry          answer the last question again /save FILE    add the conversation to a file of training rows
+/help           this                           /quit         leave (or Ctrl-D); Ctrl-C stops an answer"""
+
+
+def chat(*runs: str, base: str | None = None, folder: Annotated[Path, Parameter(name="--runs")] = Path("runs"),
+         sampling: Annotated[Sampling | None, Parameter(name="*")] = None) -> None:  # fmt: skip
+    """Talk with one or more personas; the base is loaded once.
+
+    Parameters
+    ----------
+    runs
+        Names or folders of runs, or adapter files. By default: the newest run.
+    base
+        The base model, if it is not where the adapters were trained on it.
+    folder
+        Folder of the run folders.
+    """
+    from deltaw.api.chat import Chat
+    from deltaw.api.persona import load_all
+
+    with busy() as say:
+        personas = load_all(runs, folder, base, say=say)
+    session = Chat(personas, sampling or Sampling(temperature=0.3, top_p=0.95))
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(f"[bold]{session.current}[/] on {personas[0].base.name}. /help lists what you can do.")
+    for line in _lines(session, console):
+        try:
+            if line.startswith("/"):
+                if not _command(session, console, line):
+                    break
+            elif line.strip():
+                _answer(session, console, line)
+        except UserError as e:
+            console.print(str(e), style="red", markup=False)
+
+
+def _lines(session: Chat, console: Console) -> Iterator[str]:
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\n") for line in sys.stdin)
+        return
+    if importlib.util.find_spec("readline"):  # line editing and history, where Python has it
+        importlib.import_module("readline")
+    while True:
+        try:
+            yield input(f"\n{session.current}> ")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            console.print("\n/quit or Ctrl-D leaves.", style="dim")
+
+
+def _command(session: Chat, console: Console, line: str) -> bool:
+    """Do what a line with a slash says; false: leave."""
+    word, _, rest = line.partition(" ")
+    if word in ("/quit", "/exit"):
+        return False
+    DO.get(word, _help)(session, console, rest.strip())
+    return True
+
+
+def _persona(session: Chat, console: Console, name: str) -> None:
+    session.switch(name)
+    console.print(f"{name} answers now.", style="dim", markup=False)
+
+
+def _personas(session: Chat, console: Console, _: str) -> None:
+    console.print("\n".join(("* " if n == session.current else "  ") + n for n in session.personas), markup=False)
+
+
+def _compare(session: Chat, _: Console, question: str) -> None:
+    if not question:
+        raise UserError("What shall they answer?", remedy="/compare QUESTION")
+    said = session.compare(question)
+    grid(list(said), [list(said.values())])
+
+
+def _system(session: Chat, console: Console, text: str) -> None:
+    session.system(text)
+    console.print("The conversation begins anew.", style="dim")
+
+
+def _retry(session: Chat, console: Console, _: str) -> None:
+    if (question := session.retry()) is None:
+        raise UserError("There is no answer to try again.")
+    _answer(session, console, question)
+
+
+def _save(session: Chat, console: Console, name: str) -> None:
+    path = Path(name or "chat.jsonl")
+    console.print(f"{path} has {session.save(path)} rows now.", style="dim", markup=False)
+
+
+def _help(_: Chat, console: Console, __: str) -> None:
+    console.print(HELP, markup=False)
+
+
+DO: dict[str, Callable[[Chat, Console, str], None]] = {
+    "/persona": _persona,
+    "/base": lambda session, console, _: _persona(session, console, "base"),
+    "/personas": _personas,
+    "/compare": _compare,
+    "/system": _system,
+    "/reset": lambda session, console, _: _system(session, console, ""),
+    "/retry": _retry,
+    "/save": _save,
+}
+
+
+def _answer(session: Chat, console: Console, question: str) -> None:
+    with interruptible(hint="") as stop:
+        for piece in session.ask(question, lambda: not stop()):
+            console.out(piece, end="")
+    console.out("")

@@ -1,0 +1,77 @@
+"""`deltaw inspect`: what a model, an adapter or a run is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deltaw.cli.show import facts
+from deltaw.cli.words import count, size
+
+
+def inspect(name: str, *, runs: Path = Path("runs"), json: bool = False) -> None:
+    """Say what a model, an adapter or a run is.
+
+    Parameters
+    ----------
+    name
+        A model (folder, GGUF file, short name), an adapter file, or a run's name or folder.
+    runs
+        Folder of the run folders.
+    json
+        Print one JSON object.
+    """
+    from deltaw.models.source import KNOWN
+
+    path = Path(name)
+    if name in KNOWN or path.suffix == ".gguf" or (path / "config.json").exists():
+        rows = _model(name)
+    else:
+        rows = _adapter(name, runs)
+    facts(name, rows, json)
+
+
+def _model(name: str) -> dict[str, Any]:
+    from deltaw.models import checkpoint, source
+    from deltaw.models.gguf import GGUF
+
+    path = source.find(name)
+    model = checkpoint.load(path)
+    config, origin = model.config, source.note(path)
+    packing = GGUF(path).packing if path.is_file() else origin.get("packing", "")
+    rows = {
+        "path": str(path),
+        "parameters": count(sum(b.numel() for b in model.buffers())),
+        "layers": f"{config.layers}, width {config.width}, {config.heads} heads, {config.kv_heads} for keys and values",
+        "vocabulary": f"{config.vocab:,}" + (", tied to the output" if config.tied else ""),
+        "context": f"{config.context:,} tokens",
+        "fingerprint": checkpoint.fingerprint(model),
+    }
+    if packing and packing not in ("F32", "F16", "BF16"):
+        rows["weights"] = (f"dequantised: this base is a {packing} file ({_bits(packing)}-bit codes) unpacked to "
+                           "float32; the precision of the original is lost")  # fmt: skip
+    return rows | {k: v for k, v in origin.items() if k in ("source", "licence", "sha256")}
+
+
+def _adapter(name: str, runs: Path) -> dict[str, Any]:
+    from deltaw.api.persona import locate
+    from deltaw.files import adapters
+
+    shown, path = locate(name, runs)
+    header, tensors = adapters.read(path)
+    layers = sorted({t.rpartition(".")[0] for t in tensors})
+    return {
+        "adapter": shown,
+        "path": str(path),
+        "size": size(path.stat().st_size),
+        "method": header.method,
+        **{f"  {k}": v for k, v in header.settings.items() if v not in ({}, None)},
+        "numbers": count(sum(t.numel() for t in tensors.values())),
+        "layers": f"{len(layers)}, from {layers[0]} to {layers[-1]}",
+        "base": f"{header.base} ({header.fingerprint})",
+        "made by": f"deltaw {header.version}",
+    }
+
+
+def _bits(packing: str) -> str:
+    return packing[1] if packing[:1] == "Q" else packing

@@ -1,0 +1,54 @@
+"""`deltaw merge`: base and adapter as one plain model, checked."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from deltaw.cli.show import busy, facts
+from deltaw.cli.words import size
+
+
+def merge(run: str | None = None, *, out: Path | None = None, check: Path | None = None, runs: Path = Path("runs"),
+          dtype: str = "auto", json: bool = False) -> None:  # fmt: skip
+    """Write base and adapter as one plain model that transformers loads, and check it against the adapter.
+
+    Parameters
+    ----------
+    run
+        A run's name or folder, or an adapter file. By default: the newest run.
+    out
+        Folder to write. By default: `merged` in the run's folder.
+    check
+        Rows on which both are compared. By default: the run's own data.
+    runs
+        Folder of the run folders.
+    dtype
+        Type of the written weights: float32, bfloat16, or auto (what this machine computes in).
+    json
+        Print one JSON object.
+    """
+    from deltaw.api.merge import merge as merged_into
+    from deltaw.api.persona import load, locate
+    from deltaw.data.rows import read, split_weight
+    from deltaw.files.runs import Run
+
+    name, path = locate(run, runs)
+    folder = path.parent.parent if path.parent.name == "adapter" else path.parent
+    if check is None and (config := Run(folder).config).exists():
+        known = [split_weight(f)[0] for f in Run(config.parent).read_config()["data"]]
+        check = next((f for f in known if f.exists()), None)
+    with busy(json) as say:
+        persona = load(str(path), runs, dtype=dtype, say=say)
+        say(f"Merging {name}")
+        done = merged_into(persona, out or folder / "merged", read(check) if check else ())
+    d = done.difference
+    rows = {
+        "written": f"{done.folder} ({size(done.size_bytes)}, {done.dtype})",
+        "checked on": f"{d.tokens:,} tokens, read back from disk",
+        "max |Δlogit|": f"{d.max_logit_difference:.2e}",
+        "same first choice": f"{d.top1_agreement:.2%}",
+        "perplexity": f"{d.perplexity_before:.4f} with the adapter, {d.perplexity_after:.4f} merged "
+                      f"({d.perplexity_change:+.3%})",
+    }  # fmt: skip
+    facts(f"Merged {name}", rows, json, asdict(done))

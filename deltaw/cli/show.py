@@ -1,0 +1,73 @@
+"""How results are shown: tables on a terminal, plain lines in a pipe, JSON where it is asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def json_line(record: Mapping[str, Any]) -> None:
+    """Print one JSON object on a line of its own; what is no number becomes null."""
+    sys.stdout.write(json.dumps(_strict(dict(record)), ensure_ascii=False, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def facts(title: str, rows: Mapping[str, Any], as_json: bool, record: Mapping[str, Any] | None = None) -> None:
+    """Show names and values; as JSON, `record` if it is given."""
+    if as_json:
+        return json_line(record if record is not None else rows)
+    console = Console()
+    if not console.is_terminal:
+        for name, value in rows.items():
+            console.print(f"{name}: {value}", soft_wrap=True, highlight=False, markup=False)
+        return None
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=box.SIMPLE)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return console.print(table)
+
+
+def grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Show a table: with rules on a terminal, with tabs in a pipe."""
+    console = Console()
+    if not console.is_terminal:
+        for row in (columns, *rows):
+            console.print(
+                "\t".join(cell.replace("\n", " ") for cell in row), soft_wrap=True, highlight=False, markup=False
+            )
+        return
+    table = Table(box=box.ROUNDED, show_lines=True)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    console.print(table)
+
+
+@contextmanager
+def busy(quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """Give a function that says what takes long; on stderr, so that results stay clean."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda line: None if quiet else console.print(line, highlight=False)
+        return
+    with console.status("Getting ready") as status:
+        yield lambda line: status.update(line)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,124 @@
+"""`deltaw train`: flags, a configuration file and a method's own settings in, a run folder out."""
+
+from __future__ import annotations
+
+import json as json_text
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+from cyclopts.config import Dict
+from rich.console import Console
+
+from deltaw.cli.interrupt import INTERRUPTED, interruptible
+from deltaw.cli.show import busy, json_line
+from deltaw.cli.view import view
+from deltaw.errors import UserError
+from deltaw.methods import find
+from deltaw.settings import Training, check_keys, names, plain, read_yaml
+from deltaw.train.events import Event, Finished
+
+EXIT = {"interrupted": INTERRUPTED}
+"""What a run that ended for this reason leaves with; any other: 0."""
+
+
+def register(app: App, arguments: Sequence[str]) -> None:
+    """Add the command `train` to `app`, with the flags of the method that the arguments or their file name.
+
+    Raises:
+        UserError: there is no such method, or the configuration file is faulty.
+    """
+    config = _given("config", arguments)
+    values = {} if config is None else read_yaml(Path(config))
+    method = find(_given("method", arguments) or str(values.get("method", "lora")))
+    if config is not None:
+        check_keys(Path(config), ["data", *names(Training), *names(method)])
+    data = values.pop("data", [])
+
+    def train(*files: str, settings: Any = None, own: Any = None, config: Path | None = None,  # noqa: ARG001 (read before)
+              resume: bool = False, json: bool = False) -> int:  # fmt: skip
+        """Fine-tune a model on your data.
+
+        Parameters
+        ----------
+        files
+            Rows to learn from, as FILE or FILE:WEIGHT (2: each row is seen twice as often). With --resume: the run.
+        config
+            A YAML file with any of these settings, and `data`; flags come before it.
+        resume
+            Go on with an interrupted run: the newest, unless one is named.
+        json
+            Print events as JSON lines.
+        """
+        settings, own = settings or Training(), own or method()
+        with interruptible() as stop:
+            if resume:
+                return _resume(files, settings.runs, stop, json)
+            return _begin(files or tuple([data] if isinstance(data, str) else data), {**plain(settings), **plain(own)},
+                          stop, json)  # fmt: skip
+
+    flat = Parameter(name="*")
+    train.__annotations__ |= {"files": str, "settings": Annotated[Training | None, flat], "config": Path | None,
+                              "own": Annotated[method | None, flat], "resume": bool, "json": bool}  # fmt: skip
+    # A mapping's keys may hold dots, which cyclopts would take apart; as JSON they stay whole.
+    said = {k: json_text.dumps(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
+    app.command(App(name="train", config=Dict(said, use_commands_as_keys=False, source=config)))
+    app["train"].default(train)
+
+
+def _begin(files: Sequence[str], values: dict[str, Any], stop: Callable[[], bool], as_json: bool) -> int:
+    from deltaw.api.finetune import prepare
+
+    with busy(as_json) as say:
+        prepared = prepare(files, values, stop, say)
+    return _show(prepared, as_json)
+
+
+def _resume(files: Sequence[str], runs: Path, stop: Callable[[], bool], as_json: bool) -> int:
+    from deltaw.api.finetune import resume
+
+    if len(files) > 1:
+        raise UserError("Only one run is resumed at a time.", remedy=f"deltaw train --resume {files[0]}")
+    with busy(as_json) as say:
+        prepared = resume(files[0] if files else None, runs, stop, say)
+    return _show(prepared, as_json)
+
+
+def _show(prepared: Any, as_json: bool) -> int:
+    console = Console()
+    listener = JsonLines() if as_json else view(console)
+    reason = ""
+    try:
+        for event in prepared.events():
+            listener(event)
+            reason = event.reason if isinstance(event, Finished) else reason
+    finally:
+        listener.close()
+    if not as_json:
+        name = prepared.job.run.name
+        console.print(
+            f"Go on with: deltaw train --resume {name}" if reason in EXIT else f"Talk to it: deltaw chat {name}"
+        )
+    return EXIT.get(reason, 0)
+
+
+class JsonLines:
+    """Every event as a JSON line."""
+
+    def __call__(self, event: Event) -> None:
+        json_line(event.record())
+
+    def close(self) -> None:
+        """Nothing is held back."""
+
+
+def _given(name: str, arguments: Sequence[str]) -> str | None:
+    """The value of `--name` among unparsed arguments."""
+    flag = f"--{name}"
+    for i, argument in enumerate(arguments):
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+    return None

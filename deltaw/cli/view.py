@@ -1,0 +1,250 @@
+"""A run on the terminal: a live area where there is a terminal, and one line for each event where there is none."""
+
+from __future__ import annotations
+
+import math
+
+from rich.box import ROUNDED
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from deltaw.cli import words
+from deltaw.train.events import Evaluated, Event, Finished, Planned, Sampled, Saved, Started, Stepped, Warned
+from deltaw.train.record import Listener
+from deltaw.train.svg import smooth
+
+SPARKS = 40
+BETWEEN_SECONDS = 5.0
+REASONS = {
+    "done": ("Done", "green"),
+    "no better": ("Stopped early: the validation loss got no better", "green"),
+    "interrupted": ("Interrupted", "yellow"),
+    "diverged": ("Diverged: the loss was not a number", "red"),
+}
+
+
+def view(console: Console) -> Listener:
+    """The view that suits the console: live on a capable terminal, plain lines in a file or a pipe."""
+    capable = console.is_terminal and not console.is_dumb_terminal and not console.options.ascii_only
+    return LiveView(console) if capable else PlainView(console)
+
+
+class LiveView:
+    """Shows a run in place: a bar, the course of the loss, and answers before and after."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._plan: Planned | None = None
+        self._first: Stepped | None = None
+        self._step: Stepped | None = None
+        self._losses: list[float | None] = []
+        self._evaluated: Evaluated | None = None
+        self._best: Evaluated | None = None
+        self._saved: Saved | None = None
+        self._samples: list[Sampled] = []
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self.console.print(_panel(event.run, _facts(event), "cyan"))
+                self._notices(event.notices)
+                self._live.start()
+            case Planned():
+                self._plan = event
+                self.console.print(Text(plan_line(event)))
+                self._notices(event.notices)
+            case Stepped():
+                self._first, self._step = self._first or event, event
+                self._losses = [*self._losses, event.loss][-10 * SPARKS :]
+            case Evaluated():
+                self._evaluated = event
+                self._best = event if event.best else self._best
+            case Sampled():
+                self._samples.append(event)
+            case Saved():
+                self._saved = event
+            case Warned():
+                self.console.print(Text(f"! {words.one_line(event.text)}", style="yellow"))
+            case Finished():
+                self.close()
+                reason, color = _reason(event)
+                for text in (*_answers(self._samples, limit=600), _panel(reason, _outcome(event), color)):
+                    self.console.print(text)
+                self._notices(event.notes)
+
+    def close(self) -> None:
+        """Stop the live area, and give the cursor back."""
+        self._live.stop()
+
+    def _notices(self, notices: tuple[str, ...]) -> None:
+        for notice in notices:
+            self.console.print(Text(f"• {words.one_line(notice)}", style="dim"))
+
+    def _render(self) -> RenderableType:
+        step = self._step
+        if step is None:
+            return Text("Measuring this machine …" if self._plan is None else "Starting …", style="dim")
+        width = self.console.width
+        bar = Table.grid(expand=True, padding=(0, 2, 0, 0))
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True)
+        bar.add_row(ProgressBar(max(1, step.steps), step.step), f"{step.step}/{step.steps}  {self._eta(step)}")
+        saved = f"saved at {self._saved.step}" if self._saved else ""
+        pace = [(f"{step.tokens_per_second:,.0f} tok/s", ""), (words.size(step.memory_bytes), ""), (saved, "dim"),
+                (f"epoch {step.epoch:.2f}", "dim"), (f"lr {step.learning_rate:.1e}", "dim")]  # fmt: skip
+        answers = _answers(self._samples, limit=max(40, 2 * width))
+        return Group(bar, _flow(self._course(step, width), width), _flow(pace, width), *answers)
+
+    def _course(self, step: Stepped, width: int) -> list[tuple[str, str]]:
+        means = smooth(self._losses)
+        sparks = words.sparkline([math.nan if mean is None else mean for mean in means], min(SPARKS, 2 * width // 5))
+        now = step.loss if means[-1] is None else means[-1]
+        val = f"val {words.loss(self._evaluated.loss)}" if self._evaluated else ""
+        best = f"best {words.loss(self._best.loss)} at {self._best.step}" if self._best else ""
+        return [(sparks, "cyan"), (f"train {words.loss(now)}", "bold"), (val, "bold"), (best, "green")]
+
+    def _eta(self, step: Stepped) -> str:
+        assert self._first is not None
+        left, done = max(0, step.steps - step.step), step.step - self._first.step
+        if done:
+            return f"{words.duration(left * (step.seconds - self._first.seconds) / done)} left"
+        if self._plan and self._plan.steps:
+            return f"{words.duration(left * self._plan.train_seconds / self._plan.steps)} left"
+        return ""
+
+
+class PlainView:
+    """Writes a line for each event; for steps at most one every five seconds of the run, and the first and the last."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._shown_seconds: float | None = None
+        self._waiting: Stepped | None = None
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Stepped):
+            shown, self._waiting = self._shown_seconds, event
+            if shown is None or event.seconds - shown >= BETWEEN_SECONDS or event.step >= event.steps:
+                self._show_step()
+            return
+        if isinstance(event, Finished):
+            self._show_step()  # the last one, wherever the run ended
+        for line in _lines(event):
+            self._say(line)
+
+    def close(self) -> None:
+        """Show the last step, if it was not."""
+        self._show_step()
+
+    def _show_step(self) -> None:
+        if event := self._waiting:
+            self._waiting, self._shown_seconds = None, event.seconds
+            pace = (
+                f"{event.tokens_per_second:,.0f} tok/s  {words.size(event.memory_bytes)}  {words.clock(event.seconds)}"
+            )
+            rate = f"lr {event.learning_rate:.1e}"
+            self._say(f"step {event.step}/{event.steps}  loss {words.loss(event.loss)}  {rate}  {pace}")
+
+    def _say(self, line: str) -> None:
+        # A model may answer in letters that the console's encoding does not have.
+        line = words.one_line(line).encode(self.console.encoding, "replace").decode(self.console.encoding)
+        self.console.print(Text(line), soft_wrap=True)
+
+
+def plan_line(plan: Planned) -> str:
+    """What a run will take, in one line."""
+    how = ", layers computed twice to save memory" if plan.recompute else ""
+    return (f"Plan: {plan.steps} steps, about {words.duration(plan.train_seconds)} "
+            f"({words.clock(plan.low_seconds)} to {words.clock(plan.high_seconds)}), "
+            f"peak memory {words.size_of(plan.peak_bytes, plan.available_bytes)}{how}")  # fmt: skip
+
+
+def _lines(event: Event) -> list[str]:
+    match event:
+        case Started():
+            lines = [f"{event.run}: " + "; ".join(f"{name} {value}" for name, value in _facts(event))]
+            return lines + [f"- {notice}" for notice in event.notices]
+        case Planned():
+            return [plan_line(event), *(f"- {notice}" for notice in event.notices)]
+        case Evaluated():
+            return [f"step {event.step}  validation loss {words.loss(event.loss)}{' (best so far)' * event.best}"]
+        case Sampled():
+            return [f"step {event.step}  {words.one_line(event.question, 60)} -> {words.one_line(event.answer, 200)}"]
+        case Saved():
+            return [f"step {event.step}  saved {event.path}"]
+        case Warned():
+            return [f"warning: {event.text}"]
+        case Finished():
+            lines = [f"{_reason(event)[0]}: " + ", ".join(f"{name} {value}" for name, value in _outcome(event))]
+            return lines + [f"- {note}" for note in event.notes]
+    return []
+
+
+def _facts(event: Started) -> list[tuple[str, str]]:
+    share = words.share(event.trained_parameters, event.base_parameters)
+    tokens, trained_tokens = words.count(event.tokens), words.count(event.trained_tokens)
+    return [
+        ("base", event.base),
+        ("method", f"{event.method}, {words.count(event.trained_parameters)} trained ({share})"),
+        ("data", f"{event.rows:,} rows, {tokens} tokens ({trained_tokens} trained)"),
+        ("validation", f"{event.val_rows:,} rows"),
+        ("compute", f"{event.dtype} on {event.device}, {event.threads} thread{'s' * (event.threads != 1)}"),
+        ("rate", f"{event.learning_rate:.1e}"),
+        *([("resumed", f"at step {event.resumed_at}")] if event.resumed_at else []),
+    ]
+
+
+def _outcome(event: Finished) -> list[tuple[str, str]]:
+    best = f"{words.loss(event.best_loss)} at step {event.best_step}" if event.best_loss is not None else ""
+    training = words.duration(event.train_seconds) + _against(event.train_seconds, event.predicted_seconds)
+    memory = words.size(event.peak_bytes) + _against(event.peak_bytes, event.predicted_bytes)
+    rows = [("steps", str(event.step)), ("train loss", words.loss(event.loss)), ("best val loss", best)]
+    return [(name, value) for name, value in [*rows, ("training", training), ("memory", memory)] if value]
+
+
+def _against(actual: float, predicted: float | None) -> str:
+    return f" ({words.off(actual, predicted)} against the plan)" if predicted else ""
+
+
+def _reason(event: Finished) -> tuple[str, str]:
+    return REASONS.get(event.reason, (event.reason, "yellow"))
+
+
+def _panel(title: str, rows: list[tuple[str, str]], color: str) -> Panel:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in rows:
+        grid.add_row(name, Text(words.one_line(value)))
+    heading = Text(words.one_line(title), style=f"bold {color}")
+    return Panel(grid, box=ROUNDED, title=heading, title_align="left", border_style=color)
+
+
+def _flow(parts: list[tuple[str, str]], width: int) -> Text:
+    """Styled words side by side, on a new line where the next would not fit: none is broken at its own spaces."""
+    text, room = Text(), width
+    for phrase, style in parts:
+        if not phrase:
+            continue
+        if text and room < len(phrase) + 2:
+            text, room = text.append("\n"), width
+        elif text:
+            text, room = text.append("  "), room - 2
+        text, room = text.append(phrase, style), room - len(phrase)
+    return text
+
+
+def _answers(samples: list[Sampled], limit: int) -> list[RenderableType]:
+    if not samples:
+        return []
+    first, last = samples[0], samples[-1]
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_row(Text("before", style="dim"), Text(words.one_line(first.answer, limit)))
+    if last is not first:
+        grid.add_row(Text("after", style="green"), Text(words.one_line(last.answer, limit)))
+    return [Text(words.one_line(first.question, limit), style="bold"), grid]

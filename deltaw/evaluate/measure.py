@@ -1,0 +1,86 @@
+"""Perplexity of the right answers, grades of the given ones, and how far two models differ on the same rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deltaw.data.batch import IGNORED, Batch
+from deltaw.data.rows import Example
+from deltaw.decode.generate import answers
+from deltaw.decode.sampling import Sampling
+from deltaw.errors import UserError
+from deltaw.models.decoder import Decoder
+from deltaw.models.tokenizer import Tokenizer
+from deltaw.scoring.loss import batch_loss
+from deltaw.scoring.text import Graded
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two models on the same labelled tokens: logits, choices, and perplexities."""
+
+    max_logit_difference: float
+    top1_agreement: float
+    perplexity_before: float
+    perplexity_after: float
+    tokens: int
+
+    @property
+    def perplexity_change(self) -> float:
+        """Relative change: 0.01 is one per cent worse."""
+        return self.perplexity_after / self.perplexity_before - 1
+
+
+@torch.inference_mode()
+def perplexity(model: Decoder, batches: Sequence[Batch]) -> float:
+    """Exp of the mean loss over all trained tokens of the batches."""
+    total = sum(batch_loss(model, b.to(model.device)).item() for b in batches)
+    return math.exp(total / sum(b.targets for b in batches))
+
+
+def grade(model: Decoder, tokenizer: Tokenizer, examples: Sequence[Example], sampling: Sampling) -> list[Graded]:
+    """Answer every row's question, and put its right answers beside.
+
+    Raises:
+        UserError: a row has no question.
+    """
+    for e in examples:
+        if not e.prompt:
+            raise UserError("This row asks nothing.", where=e.where, remedy="Rows to grade need messages.")
+    prompts = [tokenizer.encode(tokenizer.chat(e.prompt, prompt=True)) for e in examples]
+    said = answers(model, tokenizer, prompts, sampling)
+    return [Graded(a, e.references or ((e.answer,) if e.answer else ()), e.facts)
+            for a, e in zip(said, examples, strict=True)]  # fmt: skip
+
+
+@torch.inference_mode()
+def label_logits(model: Decoder, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the labelled tokens, shape N x V, and their labels."""
+    rows_N = (batch.labels_T != IGNORED).nonzero()[:, 0]
+    h_TD = model.hidden(batch.ids_T, batch.at_T, batch.seen)
+    return model.logits(h_TD[rows_N]).float(), batch.labels_T[rows_N]
+
+
+class Comparison:
+    """Sums over batches of what two models say; divided once, at the end."""
+
+    def __init__(self) -> None:
+        self.most, self.agreed, self.tokens = 0.0, 0, 0
+        self.losses = [0.0, 0.0]
+
+    def add(self, before_NV: torch.Tensor, after_NV: torch.Tensor, labels_N: torch.Tensor) -> None:
+        """Take in the logits of both models for the same labelled tokens."""
+        self.most = max(self.most, float((before_NV - after_NV).abs().max()))
+        self.agreed += int((before_NV.argmax(1) == after_NV.argmax(1)).sum())
+        self.tokens += len(labels_N)
+        for i, logits_NV in enumerate((before_NV, after_NV)):
+            self.losses[i] += float(torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum"))
+
+    def result(self) -> Difference:
+        """What all batches together say."""
+        before, after = (math.exp(loss / self.tokens) for loss in self.losses)
+        return Difference(self.most, self.agreed / self.tokens, before, after, self.tokens)

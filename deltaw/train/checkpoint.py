@@ -1,0 +1,81 @@
+"""What a run resumes from, bit for bit: the adapter, Adam's moments, the random state and the counters, in one file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deltaw.adapters.adapter import Adapter
+from deltaw.errors import UserError
+from deltaw.files import adapters
+from deltaw.files.atomic import replacing
+from deltaw.files.runs import Run
+
+KEPT = 2
+
+
+@dataclass
+class Progress:
+    """Where a run is: everything that decides the next step and is no tensor."""
+
+    step: int = 0
+    rate_scale: float = 1.0
+    skipped: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+    worse: int = 0
+    last_evaluation: int = 0
+    seconds: float = 0.0
+
+
+def save(run: Run, adapter: Adapter, optimizer: torch.optim.Optimizer, progress: Progress, random: Tensor) -> Path:
+    """Write a checkpoint of the moment before step `progress.step`, and forget all but the last two.
+
+    Raises:
+        Diverged: a value is not finite; nothing is written.
+        OSError: the disk is full or cannot be written.
+    """
+    tensors = {f"adapter.{name}": t for name, t in adapters.state(adapter).items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{key}": t.detach().cpu().contiguous() for key, t in state.items()}
+    tensors["random.cpu"] = random
+    adapters.refuse_nan(tensors)
+    path = run.folder / "checkpoints" / f"step-{progress.step:07d}.safetensors"
+    with replacing(path) as scratch:
+        save_file(tensors, scratch, metadata={"progress": json.dumps(asdict(progress))})
+    for old in run.checkpoints()[:-KEPT]:
+        old.unlink()
+    return path
+
+
+def load(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put a checkpoint back into the adapter, the optimizer and torch's random state.
+
+    Raises:
+        UserError: the file is damaged or does not fit this adapter.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            progress = Progress(**json.loads(file.metadata()["progress"]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
+        raise UserError("The checkpoint is damaged.", where=str(path), why=str(e),
+                        remedy="Remove it; the run then resumes from the one before.") from None  # fmt: skip
+    adapters.put(adapter, _part(tensors, "adapter."), str(path))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, t in _part(tensors, "optimizer.").items():
+        i, _, key = name.partition(".")
+        moments.setdefault(int(i), {})[key] = t
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    torch.set_rng_state(tensors["random.cpu"])
+    return progress
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

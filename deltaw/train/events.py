@@ -1,0 +1,118 @@
+"""What happens during a run, as plain values. The terminal, `events.jsonl`, TensorBoard and the report only listen."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened; `seconds` since the run (or its resumption) began."""
+
+    seconds: float = 0.0
+
+    def record(self) -> dict[str, Any]:
+        """The event as one JSON object, its kind under `event`."""
+        return {"event": type(self).__name__.lower(), **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started(Event):
+    """The run is set up: what will be trained, on what."""
+
+    run: str
+    base: str
+    method: str
+    trained_parameters: int
+    base_parameters: int
+    rows: int
+    val_rows: int
+    tokens: int
+    trained_tokens: int
+    dtype: str
+    device: str
+    threads: int
+    learning_rate: float
+    resumed_at: int = 0
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned(Event):
+    """What the run will take, measured on real micro-steps that were thrown away."""
+
+    steps: int
+    train_seconds: float
+    low_seconds: float
+    high_seconds: float
+    peak_bytes: int
+    available_bytes: int
+    recompute: bool
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepped(Event):
+    """One optimizer step; `loss` is the mean over the step's trained tokens."""
+
+    step: int
+    steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    trained_tokens: int
+    tokens_per_second: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated(Event):
+    """The validation loss, a mean over all its trained tokens; `best`: lower than ever before."""
+
+    step: int
+    loss: float
+    best: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled(Event):
+    """One question, answered by the model as it is at `step` (0: before training)."""
+
+    step: int
+    question: str
+    answer: str
+    expected: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved(Event):
+    """A checkpoint was written."""
+
+    step: int
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warned(Event):
+    """Something the user should know, and the run goes on."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(Event):
+    """The end: why (`done`, `no better`, `interrupted`, `diverged`), what was reached, how far the plan was off."""
+
+    reason: str
+    step: int
+    loss: float | None = None
+    best_step: int | None = None
+    best_loss: float | None = None
+    train_seconds: float = 0.0
+    peak_bytes: int = 0
+    predicted_seconds: float | None = None
+    predicted_bytes: int | None = None
+    notes: tuple[str, ...] = field(default=())

@@ -1,0 +1,252 @@
+"""The training loop: a generator of events. It shows nothing and asks nothing; it saves, so that nothing is lost.
+
+A step's loss is the sum over its trained tokens divided once by their number, however many micro-batches it took. What
+decides a step (weights, moments, random state, counters) is in its checkpoint, so a resumed run goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from deltaw.adapters.adapter import Adapter
+from deltaw.data.batch import Batch, micro_batches, steps
+from deltaw.data.encode import Encoded
+from deltaw.decode.generate import answers
+from deltaw.decode.sampling import Sampling
+from deltaw.errors import Diverged
+from deltaw.files import adapters
+from deltaw.files.runs import Run
+from deltaw.models.decoder import Decoder
+from deltaw.models.tokenizer import Tokenizer
+from deltaw.scoring.loss import batch_loss
+from deltaw.settings import Training
+from deltaw.train import checkpoint
+from deltaw.train.checkpoint import Progress
+from deltaw.train.events import Evaluated, Event, Finished, Sampled, Saved, Stepped, Warned
+from deltaw.train.memory import peak_bytes, resident_bytes
+from deltaw.train.optimizer import adamw, rate
+
+SAVE_SECONDS = 120
+SAMPLE_TOKENS = 48
+RECENT = 20
+"""Steps over which the shown speed is measured."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked before, during and after training, to be looked at."""
+
+    text: str
+    ids: tuple[int, ...]
+    expected: str = ""
+
+
+@dataclass
+class Job:
+    """Everything a run needs. `weights`: each file's number of rows, and how often each row is seen per epoch."""
+
+    run: Run
+    model: Decoder
+    tokenizer: Tokenizer
+    adapter: Adapter
+    header: adapters.Header
+    settings: Training
+    rows: tuple[Encoded, ...]
+    weights: tuple[tuple[int, float], ...]
+    val: tuple[Batch, ...]
+    steps: int
+    learning_rate: float
+    recompute: bool = False
+    question: Question | None = None
+    stop: Callable[[], bool] = field(default=lambda: False)
+    """Asked after each micro-step; true: save and end."""
+
+
+class Trainer:
+    """One run, from its start or from a checkpoint."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.progress = job, Progress()
+        self.optimizer = adamw(job.adapter, job.settings)
+        self.began = time.monotonic()
+        self.saved_at = self.began
+        self.recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
+        self.last_loss: float | None = None
+
+    def resume(self) -> bool:
+        """Go back to the newest checkpoint; false if there is none."""
+        found = self.job.run.checkpoints()
+        if found:
+            self.progress = checkpoint.load(found[-1], self.job.adapter, self.optimizer)
+        return bool(found)
+
+    def run(self) -> Iterator[Event]:
+        """Train; every event carries the seconds since the run began, those before a resumption included.
+
+        Raises:
+            Diverged: the loss was not finite twice; the last good state is saved.
+        """
+        before, self.began = self.progress.seconds, time.monotonic()
+        with self.job.adapter.on():
+            for event in self._events():
+                self.progress.seconds = before + time.monotonic() - self.began
+                yield replace(event, seconds=self.progress.seconds)
+
+    def _events(self) -> Iterator[Event]:
+        job, progress = self.job, self.progress
+        every = max(1, job.steps // job.settings.evaluations) if job.settings.evaluations and job.val else 0
+        if progress.step == 0:
+            yield from self._sample()
+            yield from self._save()
+        order = steps(job.weights, job.settings.batch_rows, job.settings.seed)
+        for _ in range(progress.step):
+            next(order)
+        while progress.step < job.steps:
+            epoch, rows = next(order)
+            random = torch.get_rng_state()
+            stepped = self._step(epoch, rows)
+            if isinstance(stepped, Stepped):
+                yield stepped
+            elif stepped is None:
+                yield from self._save(random)
+                yield self._finished("interrupted")
+                return
+            elif progress.skipped < 2:
+                yield stepped
+            else:
+                yield from self._diverged()
+            progress.step += 1
+            if every and (progress.step % every == 0 or progress.step == job.steps):
+                yield from self._evaluate()
+                if job.settings.patience and progress.worse >= job.settings.patience:
+                    yield from self._end("no better")
+                    return
+            if self._due(every):
+                yield from self._save()
+        yield from self._end("done")
+
+    def _step(self, epoch: float, rows: list[int]) -> Stepped | Warned | None:
+        """Take one optimizer step. None: asked to stop halfway; a warning: the loss was not finite, nothing moved."""
+        job, progress = self.job, self.progress
+        start = time.monotonic()
+        batches = micro_batches([job.rows[i] for i in rows], job.settings.micro_tokens)
+        targets = sum(b.targets for b in batches)
+        job.adapter.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for batch in batches:
+            loss = batch_loss(job.model, batch.to(job.model.device), job.recompute)
+            (loss / targets).backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+            if job.stop():
+                return None
+        norm = self._clip()
+        now = rate(progress.step, job.steps, job.learning_rate, job.settings) * progress.rate_scale
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            progress.skipped += 1
+            progress.rate_scale *= 0.5
+            return Warned(
+                text=f"The loss of step {progress.step + 1} is not finite: the step is skipped, the rate halved."
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = now
+        self.optimizer.step()
+        tokens, self.last_loss = sum(b.row_tokens for b in batches), total / targets
+        self.recent.append((tokens, time.monotonic() - start))
+        return Stepped(step=progress.step + 1, steps=job.steps, epoch=epoch, loss=self.last_loss, learning_rate=now,
+                       gradient_norm=norm, tokens=tokens, trained_tokens=targets, memory_bytes=resident_bytes(),
+                       tokens_per_second=sum(n for n, _ in self.recent) / sum(s for _, s in self.recent))  # fmt: skip
+
+    def _clip(self) -> float:
+        grads = [p.grad for p in self.job.adapter.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self.job.settings.clip and math.isfinite(float(norm)):
+            torch.nn.utils.clip_grads_with_norm_(self.job.adapter.parameters(), self.job.settings.clip, norm)
+        return float(norm)
+
+    def _evaluate(self) -> Iterator[Event]:
+        progress = self.progress
+        loss = validation_loss(self.job)
+        best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
+        progress.worse = 0 if best else progress.worse + 1
+        if best:
+            progress.best_loss, progress.best_step = loss, progress.step
+            yield from self._guarded(lambda: adapters.save(self.job.adapter, self.job.header, self.job.run.best))
+        progress.last_evaluation = progress.step
+        yield Evaluated(step=progress.step, loss=loss, best=best)
+        yield from self._sample()
+
+    def _sample(self) -> Iterator[Event]:
+        if (asked := self.job.question) is None:
+            return
+        self.job.adapter.eval()
+        sampling = Sampling(max_new_tokens=SAMPLE_TOKENS)
+        (answer,) = answers(self.job.model, self.job.tokenizer, [asked.ids], sampling)
+        yield Sampled(step=self.progress.step, question=asked.text, answer=answer, expected=asked.expected)
+
+    def _due(self, every: int) -> bool:
+        step, asked = self.progress.step, self.job.settings.save_every
+        if asked:
+            return step % asked == 0
+        return (every > 0 and step % every == 0) or time.monotonic() - self.saved_at > SAVE_SECONDS
+
+    def _save(self, random: Tensor | None = None) -> Iterator[Event]:
+        written = []
+        state = torch.get_rng_state() if random is None else random
+        yield from self._guarded(lambda: written.append(
+            checkpoint.save(self.job.run, self.job.adapter, self.optimizer, self.progress, state)))  # fmt: skip
+        self.saved_at = time.monotonic()
+        for path in written:
+            yield Saved(step=self.progress.step, path=str(path))
+
+    def _guarded(self, write: Callable[[], object]) -> Iterator[Event]:
+        """Run `write`; a full disk becomes a warning, and the next save tries again."""
+        try:
+            write()
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(e).lower():
+                raise
+            yield Warned(text="The disk is full: nothing was saved. Training goes on, and saving is tried again.")
+
+    def _end(self, reason: str) -> Iterator[Event]:
+        job, progress = self.job, self.progress
+        yield from self._save()
+        if job.settings.keep_best and progress.best_step not in (None, progress.step) and job.run.best.exists():
+            adapters.put(job.adapter, adapters.read(job.run.best)[1], str(job.run.best))
+            yield from self._sample()
+        job.adapter.eval()
+        yield from self._guarded(lambda: adapters.save(job.adapter, job.header, job.run.adapter))
+        yield self._finished(reason)
+
+    def _diverged(self) -> Iterator[Event]:
+        job = self.job
+        self.resume()
+        good = job.run.best if job.settings.keep_best and job.run.best.exists() else None
+        if good is not None:
+            adapters.put(job.adapter, adapters.read(good)[1], str(good))
+        yield from self._guarded(lambda: adapters.save(job.adapter, job.header, job.run.adapter))
+        yield self._finished("diverged")
+        raise Diverged("The loss was not finite twice.", where=str(job.run.folder),
+                       why=f"The adapter as it was at step {self.progress.step} is saved.",
+                       remedy=f"Train with a lower rate: --learning-rate {job.learning_rate / 4:.0e}")  # fmt: skip
+
+    def _finished(self, reason: str) -> Finished:
+        p = self.progress
+        return Finished(reason=reason, step=p.step, loss=self.last_loss, best_step=p.best_step, best_loss=p.best_loss,
+                        train_seconds=p.seconds, peak_bytes=peak_bytes(self.job.model.device))  # fmt: skip
+
+
+@torch.no_grad()
+def validation_loss(job: Job) -> float:
+    """Mean loss over the trained tokens of the validation rows, in nats."""
+    job.adapter.eval()
+    total = sum(batch_loss(job.model, batch.to(job.model.device)).item() for batch in job.val)
+    return total / sum(batch.targets for batch in job.val)
