@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from deltaw.errors import UserError, nearest
@@ -19,6 +19,8 @@ from deltaw.errors import UserError, nearest
 T = TypeVar("T")
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, BeforeValidator(lambda said: str(said) if isinstance(said, int | float | Path) else said)]
+"""A text; numbers and paths are taken as they are written."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -31,7 +33,7 @@ def settings(cls: type[T]) -> type[T]:
 class Training:
     """What `deltaw train` can be told, beside the files and the method's own settings."""
 
-    base: str = "smollm2-135m"
+    base: Text = "smollm2-135m"
     """The model to fine-tune: a folder, a GGUF file, a short name or a hub id."""
     method: str = "lora"
     """The technique; its own settings are flags too (see `deltaw train --method NAME --help`)."""
@@ -40,18 +42,18 @@ class Training:
     runs: Path = Path("runs")
     """Folder in which run folders are made."""
 
-    val: str = "0.05"
+    val: Text = "0.05"
     """Validation rows: a file, or the share of the training rows to hold out (0: none)."""
     train_on: Literal["answers", "all"] = "answers"
     """Which tokens are learnt: the assistant's answers, or every token (plain text)."""
     max_tokens: Count | None = None
     """Rows longer than this many tokens are cut, and counted. By default: the model's context."""
 
-    epochs: Annotated[float, Field(gt=0)] = 3.0
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
     """How often each row is seen."""
     steps: Count | None = None
     """Stop after this many optimizer steps, whatever `epochs` says."""
-    minutes: Annotated[float, Field(gt=0)] | None = None
+    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Fit the whole schedule into this many minutes, as measured on this machine."""
     batch_rows: Count = 8
     """Rows per optimizer step."""
@@ -64,7 +66,7 @@ class Training:
     """How the rate falls after warm-up."""
     warmup: Share = 0.05
     """Share of the steps in which the rate rises to its peak."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """AdamW's decoupled weight decay."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the whole gradient (0: no limit)."""
@@ -137,6 +139,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text()) or {}
     except OSError as e:
         raise UserError("The configuration file cannot be read.", where=str(path), why=f"{e.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError("This is not UTF-8 text.", where=str(path), remedy="Save the file as UTF-8.") from None
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -147,14 +151,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def check_keys(path: Path, known: list[str]) -> None:
-    """Refuse keys of a configuration file that are not among `known`.
+def check_file(path: Path, values: Mapping[str, Any], *classes: Any) -> None:
+    """Refuse a configuration file with a key that no class has (`data` aside), or a value that does not fit.
 
     Raises:
-        UserError: an unknown key, with its line and the nearest known one.
+        UserError: says the line, and the nearest known key or what is wrong with the value.
     """
     node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
     for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
-        if key.value not in known:
-            raise UserError(f"Unknown setting '{key.value}'.", where=f"{path}:{key.start_mark.line + 1}",
-                            remedy=nearest(key.value, known))  # fmt: skip
+        where = f"{path}:{key.start_mark.line + 1}"
+        owner = next((cls for cls in classes if key.value in names(cls)), None)
+        if owner is not None:
+            build(owner, {key.value: values[key.value]}, where)
+        elif key.value != "data":
+            known = ["data", *(name for cls in classes for name in names(cls))]
+            raise UserError(f"Unknown setting '{key.value}'.", where=where, remedy=nearest(key.value, known))

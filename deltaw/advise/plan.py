@@ -2,30 +2,27 @@
 
 The shortest, the median and the longest micro-batch of the first epoch are run forward and backward. What the others
 take is interpolated over the arithmetic they need; evaluations, samples and checkpoints are measured and added. Memory
-is what the process held at most in the longest micro-step, plus what is not yet there: gradients and Adam's moments.
+is what the process held at most in the longest micro-step, plus what is not there yet: Adam's moments.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from deltaw.advise.machine import available_bytes
+from deltaw.advise.probe import Cost, clock, cost, kept_bytes
 from deltaw.data.batch import Batch, micro_batches, per_epoch, steps
 from deltaw.decode.generate import answers
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import WillNotFit
 from deltaw.models.checkpoint import read_json
 from deltaw.scoring.loss import batch_loss
+from deltaw.train.checkpoint import get_random, set_random
 from deltaw.train.loop import SAMPLE_TOKENS, SAVE_SECONDS, Job
-from deltaw.train.memory import peak_bytes
 
 SPREAD = 0.15
 """Half the width of the shown range: how much the same step varies on a quiet machine."""
@@ -67,8 +64,14 @@ class Work:
     operations: tuple[float, ...]
     seconds: tuple[float, ...]
 
+    @classmethod
+    def through(cls, costs: dict[float, Cost]) -> Work:
+        """The line through measured points; more work never takes less."""
+        points = sorted(costs)
+        return cls(tuple(points), tuple(np.maximum.accumulate([costs[p].seconds for p in points]).tolist()))
+
     def of(self, operations: float) -> float:
-        """Seconds for this much arithmetic: between two measured points on their line, outside in proportion."""
+        """Seconds for this much arithmetic: between measured points on their line, beyond the last in proportion."""
         if operations >= self.operations[-1]:
             return self.seconds[-1] * operations / self.operations[-1]
         return float(np.interp(operations, self.operations, self.seconds))
@@ -82,17 +85,17 @@ def measure(job: Job, minutes: float | None = None) -> Plan:
     """
     epoch = _first_epoch(job)
     batches = sorted((b for step in epoch for b in step), key=lambda b: operations(b, job))
-    random = torch.get_rng_state()
+    random = get_random()
     with job.adapter.on():
         job.adapter.train()
         recompute, notices = _fitting(job, batches)
         job = replace(job, recompute=recompute)
-        work = _measured(job, batches)
-        peak = peak_bytes(job.model.device) + MOMENTS_BYTES * job.adapter.parameter_count
+        work, peak = _measured(job, batches)
+        peak += MOMENTS_BYTES * job.adapter.parameter_count
         step_seconds = sum(work.of(operations(b, job)) for step in epoch for b in step) / len(epoch)
         fixed = _evaluation_seconds(job)
-    job.adapter.zero_grad(set_to_none=True)
-    torch.set_rng_state(random)
+    job.adapter.zero_grad(set_to_none=False)
+    set_random(random)
     total = job.steps if minutes is None else max(1, int((minutes * 60 - fixed) / step_seconds))
     seconds = total * step_seconds + fixed
     seconds += _save_seconds(job) * (1 + seconds / SAVE_SECONDS)
@@ -120,17 +123,21 @@ def _fitting(job: Job, batches: list[Batch]) -> tuple[bool, tuple[str, ...]]:
     """Whether layers must be computed again in the backward pass for the largest micro-batch to fit."""
     config, median, largest = job.model.config, batches[len(batches) // 2], max(batches, key=lambda b: b.tokens)
     free, wanted = available_bytes(job.model.device), job.settings.gradient_checkpointing
-    kept = _kept_bytes(job, median) * largest.tokens / median.tokens
+    kept = kept_bytes(job, median) * largest.tokens / median.tokens
     inputs = config.layers * largest.tokens * config.width * job.model.dtype.itemsize
     state = (MOMENTS_BYTES + 4) * job.adapter.parameter_count
     need = {False: int(HEADROOM * kept + state), True: int(HEADROOM * (inputs + 2 * kept / config.layers) + state)}
     recompute = wanted == "on" or (wanted == "auto" and need[False] > free)
     if need[recompute] > free:
+        per_token = (need[recompute] - state) / largest.tokens
+        fitting = int(0.9 * (free - state) / per_token)
+        knob = "" if recompute else ", or take --gradient-checkpointing on"
         raise WillNotFit(
             f"The longest micro-batch ({largest.tokens:,} tokens) needs about {need[recompute] / 1e9:.1f} GB, "
             f"and {free / 1e9:.1f} GB are free.",
-            remedy=f"Cut rows with --max-tokens {int(largest.tokens * free / need[recompute] * 0.9)}"
-            + ("." if recompute else ", or take --gradient-checkpointing on."),
+            remedy=f"Cut rows with --max-tokens {fitting}{knob}."
+            if fitting > 0
+            else f"Adam's state alone needs {state / 1e9:.1f} GB: take a lower --rank, or fewer --targets.",
         )
     saved = (
         f"Layers are computed twice to save memory: {need[True] / 1e9:.1f} GB instead of {need[False] / 1e9:.1f} GB."
@@ -138,38 +145,13 @@ def _fitting(job: Job, batches: list[Batch]) -> tuple[bool, tuple[str, ...]]:
     return recompute, (saved,) if recompute and wanted == "auto" else ()
 
 
-def _kept_bytes(job: Job, batch: Batch) -> int:
-    """Bytes that a forward pass keeps for the backward pass, each storage counted once, the frozen model not."""
-    frozen = {t.untyped_storage().data_ptr() for t in job.model.buffers()}
-    kept: dict[int, int] = {}
-
-    def count(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in frozen:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-        _micro_step(job, batch)
-    return sum(kept.values())
-
-
-def _measured(job: Job, batches: list[Batch]) -> Work:
-    """Seconds of the shortest, the median and the longest micro-batch."""
-    points: dict[float, float] = {}
-    for batch in (batches[0], batches[len(batches) // 2], batches[-1]):
-        if (key := operations(batch, job)) not in points:
-            points[key] = _micro_step(job, batch)
-    seconds = np.maximum.accumulate(list(points.values()))  # more work never takes less
-    return Work(tuple(points), tuple(float(s) for s in seconds))
-
-
-def _micro_step(job: Job, batch: Batch) -> float:
-    with _clock() as seconds:
-        (batch_loss(job.model, batch.to(job.model.device), job.recompute) / batch.targets).backward()  # type: ignore[no-untyped-call]
-        if job.model.device.type == "cuda":
-            torch.cuda.synchronize()
-    return seconds()
+def _measured(job: Job, batches: list[Batch]) -> tuple[Work, int]:
+    """What the shortest, the median and the longest micro-batch take, and the most memory that any of them does."""
+    shortest, median, longest = batches[0], batches[len(batches) // 2], batches[-1]
+    costs = {operations(b, job): cost(job, b) for b in (shortest, median)}
+    most = operations(longest, job)
+    costs[most] = cost(job, longest, expected_seconds=Work.through(costs).of(most))
+    return Work.through(costs), max(c.peak_bytes for c in costs.values())
 
 
 def _evaluation_seconds(job: Job) -> float:
@@ -178,11 +160,11 @@ def _evaluation_seconds(job: Job) -> float:
     seconds = 0.0
     if rounds:
         longest = max(job.val, key=lambda b: b.tokens)
-        with torch.no_grad(), _clock() as spent:
+        with torch.no_grad(), clock() as spent:
             batch_loss(job.model, longest.to(job.model.device))
         seconds += rounds * spent() * sum(operations(b, job) for b in job.val) / operations(longest, job)
     if job.question is not None:
-        with _clock() as spent:
+        with clock() as spent:
             answers(job.model, job.tokenizer, [job.question.ids], Sampling(max_new_tokens=PROBED_TOKENS))
         said = len(job.tokenizer.encode(job.question.expected)) or SAMPLE_TOKENS
         seconds += (rounds + 1) * spent() / PROBED_TOKENS * min(said, SAMPLE_TOKENS)
@@ -192,11 +174,3 @@ def _evaluation_seconds(job: Job) -> float:
 def _save_seconds(job: Job) -> float:
     """A checkpoint writes the adapter and both moments; disks flush about 200 MB a second."""
     return 12 * job.adapter.parameter_count / 200e6
-
-
-@contextmanager
-def _clock() -> Iterator[Callable[[], float]]:
-    start = time.perf_counter()
-    spent = [0.0]
-    yield lambda: spent[0]
-    spent[0] = time.perf_counter() - start

@@ -132,7 +132,7 @@ def resume(name: str | None, folder: Path, stop: Callable[[], bool] = lambda: Fa
     Raises:
         UserError: there is no such run, it has ended, or its base or data are not what they were.
     """
-    run = runs.find(name, folder)
+    run = runs.find(name, folder, lambda run: bool(run.checkpoints()) and not run.adapter.exists())
     config = run.read_config()
     data = config.pop("data")
     if run.adapter.exists():
@@ -155,7 +155,6 @@ def resume(name: str | None, folder: Path, stop: Callable[[], bool] = lambda: Fa
 def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loaded, encoded: EncodedData,
          stop: Callable[[], bool]) -> tuple[Job, Started]:  # fmt: skip
     method = adapter.method
-    torch.manual_seed(settings.seed)
     width = base.model.config.width
     learning_rate = settings.learning_rate or type(method).peak_rate * min(1.0, RATE_WIDTH / width)
     steps = settings.steps or max(1, round(settings.epochs * per_epoch(encoded.weights, settings.batch_rows)))

@@ -103,7 +103,7 @@ def locate(name: str | None, folder: Path) -> tuple[str, Path]:
             return path.stem, path
         if (path / "adapter.safetensors").exists():
             return path.name, path / "adapter.safetensors"
-    run = runs.find(name, folder)
+    run = runs.find(name, folder, lambda run: run.adapter.exists())
     return run.name, run.adapter
 
 

@@ -59,7 +59,7 @@ def _adapter(name: str, runs: Path) -> dict[str, Any]:
 
     shown, path = locate(name, runs)
     header, tensors = adapters.read(path)
-    layers = sorted({t.rpartition(".")[0] for t in tensors})
+    layers = sorted({t.rpartition(".")[0] for t in tensors}, key=_natural)
     return {
         "adapter": shown,
         "path": str(path),
@@ -71,6 +71,11 @@ def _adapter(name: str, runs: Path) -> dict[str, Any]:
         "base": f"{header.base} ({header.fingerprint})",
         "made by": f"deltaw {header.version}",
     }
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort layer 9 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _bits(packing: str) -> str:

@@ -13,6 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from deltaw.cli.words import one_line
+
 
 def json_line(record: Mapping[str, Any]) -> None:
     """Print one JSON object on a line of its own; what is no number becomes null."""
@@ -42,9 +44,7 @@ def grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console = Console()
     if not console.is_terminal:
         for row in (columns, *rows):
-            console.print(
-                "\t".join(cell.replace("\n", " ") for cell in row), soft_wrap=True, highlight=False, markup=False
-            )
+            sys.stdout.write("\t".join(one_line(cell) for cell in row) + "\n")  # rich would make the tabs spaces
         return
     table = Table(box=box.ROUNDED, show_lines=True)
     for column in columns:

@@ -14,12 +14,13 @@ from rich.console import Console
 from deltaw.cli.interrupt import INTERRUPTED, interruptible
 from deltaw.cli.show import busy, json_line
 from deltaw.cli.view import view
-from deltaw.errors import UserError
+from deltaw.errors import UserError, WillNotFit
 from deltaw.methods import find
-from deltaw.settings import Training, check_keys, names, plain, read_yaml
+from deltaw.settings import Training, check_file, names, plain, read_yaml
 from deltaw.train.events import Event, Finished
+from deltaw.train.loop import DISK_FULL
 
-EXIT = {"interrupted": INTERRUPTED}
+EXIT = {"interrupted": INTERRUPTED, DISK_FULL: WillNotFit.code}
 """What a run that ended for this reason leaves with; any other: 0."""
 
 
@@ -33,7 +34,7 @@ def register(app: App, arguments: Sequence[str]) -> None:
     values = {} if config is None else read_yaml(Path(config))
     method = find(_given("method", arguments) or str(values.get("method", "lora")))
     if config is not None:
-        check_keys(Path(config), ["data", *names(Training), *names(method)])
+        check_file(Path(config), values, Training, method)
     data = values.pop("data", [])
 
     def train(*files: str, settings: Any = None, own: Any = None, config: Path | None = None,  # noqa: ARG001 (read before)
@@ -54,6 +55,7 @@ def register(app: App, arguments: Sequence[str]) -> None:
         settings, own = settings or Training(), own or method()
         with interruptible() as stop:
             if resume:
+                _refuse_changes((settings, Training()), (own, method()))
                 return _resume(files, settings.runs, stop, json)
             return _begin(files or tuple([data] if isinstance(data, str) else data), {**plain(settings), **plain(own)},
                           stop, json)  # fmt: skip
@@ -83,6 +85,15 @@ def _resume(files: Sequence[str], runs: Path, stop: Callable[[], bool], as_json:
     with busy(as_json) as say:
         prepared = resume(files[0] if files else None, runs, stop, say)
     return _show(prepared, as_json)
+
+
+def _refuse_changes(*said: tuple[Any, Any]) -> None:
+    """A run that goes on does so as it was begun: flags that would be ignored are refused."""
+    for given, default in said:
+        for name in set(names(given)) - {"runs"}:
+            if getattr(given, name) != getattr(default, name):
+                raise UserError("A run goes on with the settings it was begun with.",
+                                remedy=f"Leave --{name.replace('_', '-')} out, or train anew.")  # fmt: skip
 
 
 def _show(prepared: Any, as_json: bool) -> int:

@@ -24,6 +24,7 @@ REASONS = {
     "no better": ("Stopped early: the validation loss got no better", "green"),
     "interrupted": ("Interrupted", "yellow"),
     "diverged": ("Diverged: the loss was not a number", "red"),
+    "disk full": ("The disk is full: the adapter is not written; free some, then resume", "red"),
 }
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from deltaw.data.rows import Example
 from deltaw.errors import UserError
-from deltaw.models.tokenizer import Tokenizer
+from deltaw.models.tokenizer import Message, Tokenizer
 
 TrainOn = Literal["answers", "all"]
 
@@ -112,7 +112,7 @@ def answer_spans(example: Example, tokenizer: Tokenizer) -> tuple[str, list[tupl
         if whole.startswith(before) and whole.startswith(after):
             start, stop = len(before), _turn_end(after, len(before), tokenizer)
         else:  # the template renders earlier turns in another way once there are later ones
-            start, stop = _searched(whole, turn["content"], spans[-1][1] if spans else 0, tokenizer)
+            start, stop = _searched(whole, example.messages, i, tokenizer)
         if start < 0 or turn["content"].strip() not in whole[start:stop]:
             raise UserError(f"The answer in turn {i + 1} is not in what the model's template renders.",
                             where=example.where, remedy="Take --train-on all, or another model.")  # fmt: skip
@@ -126,9 +126,14 @@ def _turn_end(text: str, start: int, tokenizer: Tokenizer) -> int:
     return max(ends, default=len(text))
 
 
-def _searched(whole: str, content: str, at: int, tokenizer: Tokenizer) -> tuple[int, int]:
-    start = whole.find(content.strip(), at)
-    stop = start + len(content.strip())
+def _searched(whole: str, messages: Sequence[Message], i: int, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Where turn i stands in the rendered whole: render once more with a mark in its place, and compare."""
+    mark = "\ue000answer\ue001"
+    other = tokenizer.chat([*messages[:i], {**messages[i], "content": mark}, *messages[i + 1 :]])
+    start = other.find(mark)
+    stop = len(whole) - (len(other) - start - len(mark))
+    if start < 0 or whole[:start] != other[:start] or whole[stop:] != other[start + len(mark) :]:
+        return -1, -1
     following = next((end for end in _end_texts(tokenizer) if whole.startswith(end, stop)), "")
     return start, stop + len(following)
 

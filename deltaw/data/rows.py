@@ -53,7 +53,7 @@ def read(path: Path) -> list[Example]:
     except OSError as e:
         raise UserError("The data file cannot be read.", where=str(path), why=str(e.strerror) + ".") from None
     except UnicodeDecodeError as e:
-        line = path.read_bytes()[: e.start].count(b"\n") + 1
+        line = e.object[: e.start].count(b"\n") + 1
         raise UserError("This is not UTF-8 text.", where=f"{path}:{line}", remedy="Save the file as UTF-8.") from None
     examples = list(_documents(text, path) if path.suffix == ".txt" else _rows(text, path))
     if not examples:
@@ -98,7 +98,7 @@ def _rows(text: str, path: Path) -> Iterator[Example]:
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             column = getattr(e, "colno", 1)
             raise UserError(f"This line is not JSON (column {column}).", where=where, why=f"{getattr(e, 'msg', e)}.",
                             remedy="Each line is one JSON object.") from None  # fmt: skip
@@ -132,6 +132,8 @@ def _messages(messages: Any, where: str) -> tuple[dict[str, str], ...]:
             raise UserError(f"Turn {i} has the role {role!r}.", where=where, remedy=f"Roles are: {', '.join(ROLES)}.")
         if not isinstance(content, str):
             raise UserError(f"Turn {i} ({role}) has no text: its content is {json.dumps(content)}.", where=where)
+        if not content.isprintable() and any("\ud800" <= c <= "\udfff" for c in content):
+            raise UserError(f"Turn {i} holds half a character (a lone surrogate).", where=where)
         if role == "assistant" and not content.strip():
             raise UserError(f"Turn {i} is an empty answer.", where=where, remedy="Write the answer, or drop the row.")
         turns.append({"role": str(role), "content": content})

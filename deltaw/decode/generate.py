@@ -18,15 +18,18 @@ BATCH = 32
 
 
 def generate(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, end_ids: set[int],
-             heard: Callable[[], bool] | None = None) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
+             heard: Callable[[], bool] | None = None, streams: Sequence[int] | None = None
+             ) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
     """Answer all prompts at once; yield after each step who said what, as (prompt, token). End tokens are not yielded.
 
-    `heard`: asked before each step; false stops everybody.
+    `heard`: asked before each step; false stops everybody. `streams`: which stream of random numbers each prompt draws
+    from; by default that of its place.
     """
     order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
     batch = lay([Encoded(tuple(prompts[i]), (False,) * len(prompts[i])) for i in order]).to(model.device)
     said = [list(prompts[i]) for i in order]
-    draws = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + i) for i in order]
+    streams = range(len(prompts)) if streams is None else streams
+    draws = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + streams[i]) for i in order]
     with torch.inference_mode():
         cache = Cache(model.config, batch.seen, sampling.max_new_tokens, model.dtype, model.device)
         h_TD = model.hidden(batch.ids_T, batch.at_T, cache.prefill())[cache.last_tokens()]
@@ -55,7 +58,7 @@ def answers(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Sequence[int
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), BATCH):
         some = by_length[start : start + BATCH]
-        for step in generate(model, [prompts[i] for i in some], sampling, tokenizer.end_ids):
+        for step in generate(model, [prompts[i] for i in some], sampling, tokenizer.end_ids, streams=some):
             for row, token in step:
                 said[some[row]].append(token)
     return [tokenizer.decode(ids, skip_special=True) for ids in said]

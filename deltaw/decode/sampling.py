@@ -46,7 +46,8 @@ def pick(logits_V: Tensor, sampling: Sampling, rng: torch.Generator, said: list[
 def likely(logits_V: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities after top-k, top-p and min-p; they sum to 1, and the likeliest token is always left."""
     p_V, order_V = logits_V.softmax(-1).sort(descending=True)
-    keep_V = p_V.cumsum(-1) - p_V < sampling.top_p
+    # At 1 the running sum, which is rounded, would cut the tail.
+    keep_V = (p_V.cumsum(-1) - p_V < sampling.top_p) | (sampling.top_p == 1)
     keep_V &= p_V >= sampling.min_p * p_V[0]
     if sampling.top_k:
         keep_V[sampling.top_k :] = False

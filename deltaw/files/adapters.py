@@ -99,7 +99,11 @@ def _opened(path: Path) -> Iterator[tuple[Header, Any]]:
             said = (file.metadata() or {}).get("deltaw")
             if said is None:
                 raise UserError("This safetensors file is no deltaw adapter.", where=str(path))
-            yield Header(**json.loads(said)), file
+            header = Header(**json.loads(said))
+            if header.format > FORMAT:
+                raise UserError(f"This adapter is of format {header.format}, and this version reads {FORMAT} at most.",
+                                where=str(path), remedy="Update deltaw.")  # fmt: skip
+            yield header, file
     except FileNotFoundError:
         raise UserError("There is no adapter here.", where=str(path),
                         why="Its run may not have ended: deltaw train --resume goes on with it.") from None  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ class Run:
         """
         try:
             return dict(yaml.safe_load(self.config.read_text()))
-        except (OSError, yaml.YAMLError, TypeError) as e:
+        except (OSError, yaml.YAMLError, TypeError, ValueError) as e:
             raise UserError(
                 "This run folder has no readable config.yaml.", where=str(self.folder), why=str(e)
             ) from None
@@ -95,7 +96,7 @@ def create(runs: Path, name: str | None, stem: str, method: str) -> Run:
         UserError: a run of this name is there already.
     """
     if name is not None:
-        if re.search(r"[^\w.-]", name) or name.startswith("."):
+        if not name or re.search(r"[^\w.-]", name) or name.startswith("."):
             raise UserError(f"'{name}' is no name for a folder.", remedy="Use letters, digits, '-', '_' and '.'.")
         if (runs / name).exists():
             raise UserError(f"There is a run '{name}' already.", where=str(runs / name),
@@ -113,21 +114,24 @@ def create(runs: Path, name: str | None, stem: str, method: str) -> Run:
             return Run(folder)
 
 
-def find(name: str | None, runs: Path) -> Run:
-    """Find a run by its name or path; without one, the newest.
+def find(name: str | None, runs: Path, suits: Callable[[Run], bool] = lambda _: True) -> Run:
+    """Find a run by its name or path; without one, the newest that `suits`.
 
     Raises:
         UserError: there is no such run.
     """
-    known = sorted((p.parent for p in runs.glob("*/config.yaml")), key=lambda p: (p / "config.yaml").stat().st_mtime)
+    known = sorted((Run(p.parent) for p in runs.glob("*/config.yaml")), key=lambda r: r.config.stat().st_mtime)
     if name is None:
-        if not known:
-            raise UserError("There is no run yet.", where=str(runs), remedy="Train one: deltaw train FILE")
-        return Run(known[-1])
+        newest = next((run for run in reversed(known) if suits(run)), None)
+        if newest is None:
+            why = f"There are {len(known)} runs, but none of them can be taken for this." if known else ""
+            raise UserError("There is no such run yet.", where=str(runs), why=why,
+                            remedy="Train one: deltaw train FILE")  # fmt: skip
+        return newest
     for folder in (runs / name, Path(name)):
         if (folder / "config.yaml").exists():
             return Run(folder)
-    remedy = nearest(name, [p.name for p in known]) if known else "Train one: deltaw train FILE"
+    remedy = nearest(name, [run.name for run in known]) if known else "Train one: deltaw train FILE"
     raise UserError(f"There is no run '{name}'.", where=str(runs), remedy=remedy)
 
 

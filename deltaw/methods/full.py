@@ -24,7 +24,8 @@ class Whole(Delta):
 
     def forward(self, slot: Slot, x: Tensor) -> Tensor:
         if isinstance(slot, Linear):
-            return F.linear(x, self.value.to(x.dtype), slot.bias)
+            y = F.linear(x, self.value.to(x.dtype))
+            return y if slot.bias is None else y + slot.bias
         return slot.run(x, self.value.to(getattr(slot, self.part).dtype))
 
     def merged(self, slot: Slot) -> Parts:

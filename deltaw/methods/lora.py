@@ -54,7 +54,7 @@ class LoRA(Method):
     init: Literal["kaiming", "gaussian"] = "kaiming"
     """How A starts: uniform in ±1/sqrt(in) as in the authors' code, or normal with deviation 1/rank."""
     rank_pattern: dict[str, Count] = field(default_factory=dict)
-    """Other ranks for some layers, by pattern of their names: {"layers.0.*": 32}."""
+    """Other ranks for some layers, by pattern of their names: {"layers[.]0[.].*": 32}."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Other alphas for some layers, by pattern of their names."""
 

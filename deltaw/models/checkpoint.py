@@ -116,7 +116,13 @@ def _put(owner: Any, part: str, w: Tensor, where: str) -> None:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+    elif (folder / "model.safetensors").exists():
+        files = [folder / "model.safetensors"]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = next(iter([*folder.glob("*.bin"), *folder.glob("*.pt*")]), None)
         raise UserError("There are no *.safetensors files.", where=str(folder),

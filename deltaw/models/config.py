@@ -54,6 +54,9 @@ class ModelConfig:
                             remedy=f"Supported: {', '.join(FAMILIES)} (Llama 2 and 3, SmolLM2, Mistral).")  # fmt: skip
         if (act := config.get("hidden_act", "silu")) != "silu":
             raise UserError(f"hidden_act '{act}' is not supported, only 'silu'.", where=where)
+        sizes = ("num_attention_heads", "hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size")
+        if missing := [name for name in sizes if not isinstance(config.get(name), int)]:
+            raise UserError(f"config.json does not say {missing[0]}.", where=where)
         heads, width = int(config["num_attention_heads"]), int(config["hidden_size"])
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         context = int(config.get("max_position_embeddings", 2048))

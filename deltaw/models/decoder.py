@@ -85,15 +85,18 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(torch.empty(config.width), config.eps)
         self.lm_head = None if config.tied else _linear(config.vocab, config.width, bias=False)
 
-    def hidden(self, ids_T: Tensor, at_T: Tensor, seen: Seen, recompute: bool = False) -> Tensor:
+    def hidden(
+        self, ids_T: Tensor, at_T: Tensor, seen: Seen, recompute: bool = False, depth: int | None = None
+    ) -> Tensor:
         """Hidden states h_TD before the head, for tokens at positions `at_T`.
 
         `recompute`: keep only each layer's input for the backward pass and run the layer again there
-        (gradient checkpointing, Chen et al. 2016, arXiv:1604.06174).
+        (gradient checkpointing, Chen et al. 2016, arXiv:1604.06174). `depth`: run only so many layers, as a measurement
+        of what all of them would take.
         """
         x_TD: Tensor = self.embed_tokens(ids_T)
         cos_T1E, sin_T1E = turns(at_T, self.config, x_TD.dtype)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers[:depth]):
             around = (x_TD, cos_T1E, sin_T1E, seen.layer(i))
             x_TD = checkpoint(layer, *around, use_reentrant=False) if recompute else layer(*around)
         h_TD: Tensor = self.norm(x_TD)

@@ -61,6 +61,12 @@ class GGUF:
         field = self.reader.get_field(name)
         return default if field is None else field.contents()
 
+    def _size(self, name: str) -> int:
+        value = self.field(f"llama.{name}")
+        if value is None:
+            raise UserError(f"The GGUF file does not say llama.{name}.", where=str(self.path))
+        return int(value)
+
     @property
     def packing(self) -> str:
         """The storage type of most of its weights, such as `Q4_1`."""
@@ -69,8 +75,7 @@ class GGUF:
 
     def config(self) -> ModelConfig:
         """The model's sizes."""
-        heads = int(self.field("llama.attention.head_count"))
-        width = int(self.field("llama.embedding_length"))
+        heads, width = self._size("attention.head_count"), self._size("embedding_length")
         names = {t.name for t in self.reader.tensors}
         if "rope_freqs.weight" in names or self.field("llama.rope.scaling.type", "none") != "none":
             raise UserError("GGUF files with RoPE scaling are not supported yet.", where=str(self.path),
@@ -78,15 +83,17 @@ class GGUF:
         return ModelConfig(
             vocab=len(self.field("tokenizer.ggml.tokens")),
             width=width,
-            layers=int(self.field("llama.block_count")),
+            layers=self._size("block_count"),
             heads=heads,
             kv_heads=int(self.field("llama.attention.head_count_kv", heads)),
             head_width=int(self.field("llama.rope.dimension_count", width // heads)),
-            hidden=int(self.field("llama.feed_forward_length")),
-            context=int(self.field("llama.context_length")),
+            hidden=self._size("feed_forward_length"),
+            context=self._size("context_length"),
             eps=float(np.format_float_positional(np.float32(self.field("llama.attention.layer_norm_rms_epsilon")))),
             theta=float(self.field("llama.rope.freq_base", 1e4)),
             tied="output.weight" not in names,
+            attention_bias="blk.0.attn_q.bias" in names,
+            mlp_bias="blk.0.ffn_up.bias" in names,
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

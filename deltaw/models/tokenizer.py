@@ -52,7 +52,10 @@ class Tokenizer:
         specials = {
             k: _content(config[k]) for k in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(k)
         }
-        fast = Fast.from_file(str(path / "tokenizer.json"))
+        try:
+            fast = Fast.from_file(str(path / "tokenizer.json"))
+        except Exception as e:  # the library raises nothing narrower
+            raise UserError("tokenizer.json is damaged.", where=str(path), why=str(e)) from None
         listed = _json(path / "generation_config.json").get(
             "eos_token_id", _json(path / "config.json").get("eos_token_id")
         )
@@ -88,29 +91,40 @@ class Tokenizer:
         Raises:
             UserError: the model has no template, or the template refuses the conversation.
         """
-        from jinja2 import TemplateError
-
         if self.template is None:
             raise UserError("This model has no chat template.", remedy="Take an instruct model, or --train-on all.")
         try:
             tokens = {"bos_token": "", "eos_token": "", **self.specials}
-            return str(_compiled(self.template).render(messages=messages, add_generation_prompt=prompt, **tokens))
-        except TemplateError as e:
+            asked = {"messages": list(messages), "add_generation_prompt": prompt, "tools": None, "documents": None}
+            return str(_compiled(self.template).render(asked | tokens))
+        except Exception as e:  # a template is foreign code, and may raise anything
             raise UserError("The model's chat template refuses this conversation.", why=str(e)) from None
 
 
 @functools.lru_cache(maxsize=8)
 def _compiled(template: str) -> Any:
     """The template in a sandbox with the helpers that templates on the hub rely on."""
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}`: some templates mark answers so; here it renders what it holds."""
+
+        tags = {"generation"}  # noqa: RUF012 (jinja's contract)
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
     def refuse(message: str) -> NoReturn:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+    )
+    environment.filters["tojson"] = lambda value, **form: json.dumps(value, **{"ensure_ascii": False, **form})
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(template)

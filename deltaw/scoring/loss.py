@@ -59,7 +59,7 @@ def cross_entropy(h_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> Tensor:
     return loss
 
 
-def batch_loss(model: Decoder, batch: Batch, recompute: bool = False) -> Tensor:
+def batch_loss(model: Decoder, batch: Batch, recompute: bool = False, depth: int | None = None) -> Tensor:
     """Summed loss of a batch as the model is now; divide by the targets of the whole step, once."""
-    h_TD = model.hidden(batch.ids_T, batch.at_T, batch.seen, recompute)
+    h_TD = model.hidden(batch.ids_T, batch.at_T, batch.seen, recompute, depth)
     return cross_entropy(h_TD, model.head_VD(), batch.labels_T)

@@ -18,6 +18,7 @@ from deltaw.files.atomic import replacing
 from deltaw.files.runs import Run
 
 KEPT = 2
+Random = dict[str, Tensor]
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Progress:
     seconds: float = 0.0
 
 
-def save(run: Run, adapter: Adapter, optimizer: torch.optim.Optimizer, progress: Progress, random: Tensor) -> Path:
+def save(run: Run, adapter: Adapter, optimizer: torch.optim.Optimizer, progress: Progress, random: Random) -> Path:
     """Write a checkpoint of the moment before step `progress.step`, and forget all but the last two.
 
     Raises:
@@ -44,7 +45,7 @@ def save(run: Run, adapter: Adapter, optimizer: torch.optim.Optimizer, progress:
     tensors = {f"adapter.{name}": t for name, t in adapters.state(adapter).items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{key}": t.detach().cpu().contiguous() for key, t in state.items()}
-    tensors["random.cpu"] = random
+    tensors |= {f"random.{device}": state for device, state in random.items()}
     adapters.refuse_nan(tensors)
     path = run.folder / "checkpoints" / f"step-{progress.step:07d}.safetensors"
     with replacing(path) as scratch:
@@ -73,8 +74,26 @@ def load(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer) -> Prog
         i, _, key = name.partition(".")
         moments.setdefault(int(i), {})[key] = t
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    torch.set_rng_state(tensors["random.cpu"])
+    set_random(_part(tensors, "random."))
     return progress
+
+
+def get_random() -> Random:
+    """The state of torch's random numbers, on the processor and on every GPU."""
+    gpus = (
+        {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        if torch.cuda.is_available()
+        else {}
+    )
+    return {"cpu": torch.get_rng_state(), **gpus}
+
+
+def set_random(random: Random) -> None:
+    """Put random numbers back to where they were."""
+    torch.set_rng_state(random["cpu"])
+    for device, state in random.items():
+        if device != "cpu":
+            torch.cuda.set_rng_state(state, device)
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.data.batch import Batch, micro_batches, steps
@@ -23,6 +23,7 @@ from deltaw.decode.generate import answers
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import Diverged
 from deltaw.files import adapters
+from deltaw.files.atomic import sweep
 from deltaw.files.runs import Run
 from deltaw.models.decoder import Decoder
 from deltaw.models.tokenizer import Tokenizer
@@ -36,6 +37,8 @@ from deltaw.train.optimizer import adamw, rate
 
 SAVE_SECONDS = 120
 SAMPLE_TOKENS = 48
+DISK_FULL = "disk full"
+"""Why a run ended whose adapter could not be written; resuming it tries again."""
 RECENT = 20
 """Steps over which the shown speed is measured."""
 
@@ -80,10 +83,12 @@ class Trainer:
         self.saved_at = self.began
         self.recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
         self.last_loss: float | None = None
+        self.saved_step = -1
 
     def resume(self) -> bool:
         """Go back to the newest checkpoint; false if there is none."""
         found = self.job.run.checkpoints()
+        sweep(self.job.run.folder / "checkpoints")
         if found:
             self.progress = checkpoint.load(found[-1], self.job.adapter, self.optimizer)
         return bool(found)
@@ -95,6 +100,8 @@ class Trainer:
             Diverged: the loss was not finite twice; the last good state is saved.
         """
         before, self.began = self.progress.seconds, time.monotonic()
+        if self.progress.step == 0:
+            torch.manual_seed(self.job.settings.seed)
         with self.job.adapter.on():
             for event in self._events():
                 self.progress.seconds = before + time.monotonic() - self.began
@@ -109,9 +116,9 @@ class Trainer:
         order = steps(job.weights, job.settings.batch_rows, job.settings.seed)
         for _ in range(progress.step):
             next(order)
-        while progress.step < job.steps:
+        while progress.step < job.steps and not self._given_up():
             epoch, rows = next(order)
-            random = torch.get_rng_state()
+            random = checkpoint.get_random()
             stepped = self._step(epoch, rows)
             if isinstance(stepped, Stepped):
                 yield stepped
@@ -126,12 +133,9 @@ class Trainer:
             progress.step += 1
             if every and (progress.step % every == 0 or progress.step == job.steps):
                 yield from self._evaluate()
-                if job.settings.patience and progress.worse >= job.settings.patience:
-                    yield from self._end("no better")
-                    return
             if self._due(every):
                 yield from self._save()
-        yield from self._end("done")
+        yield from self._end("no better" if self._given_up() else "done")
 
     def _step(self, epoch: float, rows: list[int]) -> Stepped | Warned | None:
         """Take one optimizer step. None: asked to stop halfway; a warning: the loss was not finite, nothing moved."""
@@ -140,12 +144,10 @@ class Trainer:
         batches = micro_batches([job.rows[i] for i in rows], job.settings.micro_tokens)
         targets = sum(b.targets for b in batches)
         job.adapter.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=False)
         total = 0.0
         for batch in batches:
-            loss = batch_loss(job.model, batch.to(job.model.device), job.recompute)
-            (loss / targets).backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
+            total += self._micro_step(batch, targets)
             if job.stop():
                 return None
         norm = self._clip()
@@ -165,6 +167,12 @@ class Trainer:
                        gradient_norm=norm, tokens=tokens, trained_tokens=targets, memory_bytes=resident_bytes(),
                        tokens_per_second=sum(n for n, _ in self.recent) / sum(s for _, s in self.recent))  # fmt: skip
 
+    def _micro_step(self, batch: Batch, targets: int) -> float:
+        """Add the gradient of one micro-batch; its summed loss. A function, so that nothing of the graph outlives it."""
+        loss = batch_loss(self.job.model, batch.to(self.job.model.device), self.job.recompute)
+        (loss / targets).backward()  # type: ignore[no-untyped-call]
+        return loss.item()
+
     def _clip(self) -> float:
         grads = [p.grad for p in self.job.adapter.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
@@ -178,8 +186,10 @@ class Trainer:
         best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
         progress.worse = 0 if best else progress.worse + 1
         if best:
-            progress.best_loss, progress.best_step = loss, progress.step
-            yield from self._guarded(lambda: adapters.save(self.job.adapter, self.job.header, self.job.run.best))
+            warned = list(self._guarded(lambda: adapters.save(self.job.adapter, self.job.header, self.job.run.best)))
+            yield from warned
+            if not warned:  # else the file still holds the one before
+                progress.best_loss, progress.best_step = loss, progress.step
         progress.last_evaluation = progress.step
         yield Evaluated(step=progress.step, loss=loss, best=best)
         yield from self._sample()
@@ -192,56 +202,69 @@ class Trainer:
         (answer,) = answers(self.job.model, self.job.tokenizer, [asked.ids], sampling)
         yield Sampled(step=self.progress.step, question=asked.text, answer=answer, expected=asked.expected)
 
+    def _given_up(self) -> bool:
+        patience = self.job.settings.patience
+        return bool(patience) and self.progress.worse >= patience
+
     def _due(self, every: int) -> bool:
         step, asked = self.progress.step, self.job.settings.save_every
         if asked:
             return step % asked == 0
         return (every > 0 and step % every == 0) or time.monotonic() - self.saved_at > SAVE_SECONDS
 
-    def _save(self, random: Tensor | None = None) -> Iterator[Event]:
+    def _save(self, random: checkpoint.Random | None = None) -> Iterator[Event]:
         written = []
-        state = torch.get_rng_state() if random is None else random
+        state = checkpoint.get_random() if random is None else random
         yield from self._guarded(lambda: written.append(
             checkpoint.save(self.job.run, self.job.adapter, self.optimizer, self.progress, state)))  # fmt: skip
         self.saved_at = time.monotonic()
         for path in written:
+            self.saved_step = self.progress.step
             yield Saved(step=self.progress.step, path=str(path))
 
     def _guarded(self, write: Callable[[], object]) -> Iterator[Event]:
         """Run `write`; a full disk becomes a warning, and the next save tries again."""
         try:
             write()
-        except OSError as e:
-            if e.errno not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(e).lower():
+        except (OSError, SafetensorError) as e:
+            if not _disk_is_full(e):
                 raise
             yield Warned(text="The disk is full: nothing was saved. Training goes on, and saving is tried again.")
 
     def _end(self, reason: str) -> Iterator[Event]:
         job, progress = self.job, self.progress
-        yield from self._save()
+        if self.saved_step != progress.step:
+            yield from self._save()
         if job.settings.keep_best and progress.best_step not in (None, progress.step) and job.run.best.exists():
             adapters.put(job.adapter, adapters.read(job.run.best)[1], str(job.run.best))
             yield from self._sample()
         job.adapter.eval()
         yield from self._guarded(lambda: adapters.save(job.adapter, job.header, job.run.adapter))
-        yield self._finished(reason)
+        yield self._finished(reason if job.run.adapter.exists() else DISK_FULL)
 
     def _diverged(self) -> Iterator[Event]:
-        job = self.job
+        job, best = self.job, self.progress.best_step
         self.resume()
-        good = job.run.best if job.settings.keep_best and job.run.best.exists() else None
-        if good is not None:
-            adapters.put(job.adapter, adapters.read(good)[1], str(good))
+        good = self.progress.step
+        if job.settings.keep_best and best is not None and job.run.best.exists():
+            adapters.put(job.adapter, adapters.read(job.run.best)[1], str(job.run.best))
+            good = best
         yield from self._guarded(lambda: adapters.save(job.adapter, job.header, job.run.adapter))
         yield self._finished("diverged")
         raise Diverged("The loss was not finite twice.", where=str(job.run.folder),
-                       why=f"The adapter as it was at step {self.progress.step} is saved.",
+                       why=f"The adapter as it was at step {good} is saved.",
                        remedy=f"Train with a lower rate: --learning-rate {job.learning_rate / 4:.0e}")  # fmt: skip
 
     def _finished(self, reason: str) -> Finished:
         p = self.progress
         return Finished(reason=reason, step=p.step, loss=self.last_loss, best_step=p.best_step, best_loss=p.best_loss,
                         train_seconds=p.seconds, peak_bytes=peak_bytes(self.job.model.device))  # fmt: skip
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Whether this is why a file could not be written; safetensors says it only in words."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
 
 
 @torch.no_grad()

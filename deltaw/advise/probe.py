@@ -1,0 +1,107 @@
+"""Real micro-steps, whose gradients are thrown away: how long they take, and what they keep in memory.
+
+A very long row is run through one layer and through four: layers are alike, so what thirty take lies on the same line.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaw.data.batch import Batch
+from deltaw.scoring.loss import batch_loss
+from deltaw.train.loop import Job
+from deltaw.train.memory import peak_bytes, resident_bytes
+
+LONG_SECONDS = 5.0
+"""A micro-step that would take longer is measured on a few layers."""
+DEPTHS = (1, 4)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one micro-step takes: seconds, and the most bytes that the process then holds."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def cost(job: Job, batch: Batch, expected_seconds: float = 0.0) -> Cost:
+    """Run one micro-step, or a few layers of it if it is expected to take long."""
+    few, more = DEPTHS
+    layers, device = job.model.config.layers, job.model.device
+    if expected_seconds <= LONG_SECONDS or layers <= more or device.type == "cuda":
+        return Cost(micro_step(job, batch), peak_bytes(device))
+    seconds, held = [], []
+    for depth in DEPTHS:
+        with highest() as most:
+            seconds.append(micro_step(job, batch, depth))
+        held.append(most())
+    steps = (layers - few) / (more - few)
+    return Cost(seconds[0] + steps * (seconds[1] - seconds[0]), int(held[0] + steps * (held[1] - held[0])))
+
+
+def kept_bytes(job: Job, batch: Batch) -> int:
+    """Bytes that a micro-step keeps for its backward pass."""
+    with counting(job.model) as count:
+        micro_step(job, batch)
+    return count()
+
+
+def micro_step(job: Job, batch: Batch, depth: int | None = None) -> float:
+    """Seconds of one forward and backward pass, through the first `depth` layers."""
+    with clock() as seconds:
+        loss = batch_loss(job.model, batch.to(job.model.device), job.recompute, depth)
+        (loss / batch.targets).backward()  # type: ignore[no-untyped-call]
+        if job.model.device.type == "cuda":
+            torch.cuda.synchronize()
+    return seconds()
+
+
+@contextmanager
+def counting(model: torch.nn.Module) -> Iterator[Callable[[], int]]:
+    """Count the bytes kept for the backward pass: each storage once, the frozen model's not."""
+    frozen = {t.untyped_storage().data_ptr() for t in model.buffers()}
+    kept: dict[int, int] = {}
+
+    def count(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        yield lambda: sum(kept.values())
+
+
+@contextmanager
+def highest() -> Iterator[Callable[[], int]]:
+    """Watch the memory that the process holds; afterwards the given function says the most it was, in bytes."""
+    most, over = [resident_bytes()], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.005):
+            most.append(max(most.pop(), resident_bytes()))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: most[0]
+    finally:
+        over.set()
+        watcher.join()
+
+
+@contextmanager
+def clock() -> Iterator[Callable[[], float]]:
+    """Measure a `with` block; afterwards the given function says its seconds."""
+    start = time.perf_counter()
+    spent = [0.0]
+    yield lambda: spent[0]
+    spent[0] = time.perf_counter() - start
