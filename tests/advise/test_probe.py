@@ -1,0 +1,67 @@
+"""Measured micro-steps: what they keep in memory, how few layers stand for many, and the most memory that was held."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from small import prepared, told
+from torch.nn import functional as F
+
+from deltaw.advise import probe
+from deltaw.advise.probe import cost, counting, highest, kept_bytes, micro_step
+from deltaw.data.batch import lay
+
+
+@pytest.fixture
+def job(tiny_path, tmp_path, rows_file):
+    return prepared(rows_file, told(tiny_path, tmp_path)).job
+
+
+def test_kept_bytes_are_those_of_tensors_that_are_not_the_models():
+    layer = torch.nn.Module()
+    layer.register_buffer("w", torch.randn(5, 7))
+    x = torch.randn(3, 5, requires_grad=True)
+    with counting(layer) as count:
+        y = F.silu(x @ layer.w)  # keeps y's argument (3 x 7); the product keeps w, which is the model's
+        (y * y).sum()  # keeps y, once
+    assert count() == 4 * (3 * 7 + 3 * 7)
+
+
+def test_recomputed_layers_keep_less_and_a_longer_batch_keeps_more(job):
+    short, long = lay(job.rows[:4]), lay(job.rows[:16])
+    with job.adapter.on():
+        kept = [kept_bytes(job, short), kept_bytes(job, long), kept_bytes(replace(job, recompute=True), long)]
+    assert kept[0] < kept[1] > kept[2] > 0
+
+
+def test_a_micro_step_through_some_layers_gives_gradients_to_no_others(job):
+    with job.adapter.on():
+        micro_step(job, lay(job.rows[:2]), depth=1)
+    trained = {name.split(".")[1] for name, d in job.adapter.named_deltas() if d.B.grad is not None}
+    assert trained == {"0"}
+
+
+def test_a_micro_step_that_takes_long_is_told_from_one_layer_and_four(job, monkeypatch):
+    asked, per_layer = [], 0.7
+
+    def timed(job, batch, depth=None):
+        asked.append(depth)
+        return 2.0 + per_layer * (depth or 30)
+
+    monkeypatch.setattr(probe, "micro_step", timed)
+    job.model.config = replace(job.model.config, layers=30)
+    batch = lay(job.rows[:2])
+    assert cost(job, batch, expected_seconds=60).seconds == pytest.approx(2.0 + per_layer * 30)
+    assert asked == [1, 4]
+    assert cost(job, batch, expected_seconds=1).seconds == 2.0 + per_layer * 30
+    assert asked == [1, 4, None]
+
+
+def test_the_most_memory_that_was_held_is_seen_though_it_was_given_back():
+    with highest() as most:
+        big = torch.ones(50_000_000)  # 200 MB
+        before = probe.resident_bytes()
+        time.sleep(0.05)
+        del big
+    assert most() >= before - 20_000_000

@@ -1,0 +1,173 @@
+"""Fine-tuning in one call: rows in, a persona and a run folder out; everything it was told can be told again."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from small import ROW, told, write_rows
+
+import deltaw
+from deltaw.api import finetune as api
+from deltaw.cli.__main__ import run as command
+from deltaw.data.batch import steps
+from deltaw.errors import Interrupted, UserError, WillNotFit
+from deltaw.files.runs import Run
+from deltaw.train.events import Started, Stepped
+
+QUICK = {"method": "full", "learning_rate": 0.01, "evaluations": 2}
+
+
+def started(tiny_path, folder, *data, **settings):
+    """What a run on these files would begin with."""
+    return api.prepare([str(d) for d in data], told(tiny_path, folder, **settings))
+
+
+def test_a_persona_comes_back_that_answers_as_it_was_taught(tiny_path, tmp_path, rows_file):
+    heard = []
+    persona = deltaw.finetune(rows_file, listen=[heard.append], **told(tiny_path, tmp_path, **QUICK, epochs=12))
+    assert [persona.ask(f"say {i}") for i in range(6)] == [c * 3 for c in "abcdef"]
+    assert isinstance(heard[0], Started)
+    assert sum(isinstance(e, Stepped) for e in heard) == heard[-1].step
+    again = deltaw.load("run", runs=tmp_path / "runs", dtype="float32")
+    assert again.ask_all(["say 2", "say 5"]) == ["ccc", "fff"]
+
+
+def test_an_unknown_keyword_is_refused_with_the_nearest_name(rows_file):
+    with pytest.raises(UserError, match="Unknown setting 'lerning_rate'") as e:
+        deltaw.finetune(rows_file, lerning_rate=0.1)
+    assert e.value.remedy == "Did you mean 'learning_rate'?"
+    with pytest.raises(UserError, match=r"rank = 0"):
+        deltaw.finetune(rows_file, rank=0)
+
+
+def test_a_run_that_is_stopped_says_how_to_go_on(tiny_path, tmp_path, rows_file, monkeypatch):
+    real = api.prepare
+    monkeypatch.setattr(api, "prepare", lambda data, values: real(data, values, lambda: True))
+    with pytest.raises(Interrupted) as e:
+        deltaw.finetune(rows_file, **told(tiny_path, tmp_path))
+    assert (e.value.code, e.value.remedy) == (130, "deltaw train --resume run")
+
+
+def test_a_files_weight_says_how_often_its_rows_are_seen(tiny_path, tmp_path):
+    for name, count in (("a", 6), ("b", 4), ("c", 8)):
+        rows = [{"prompt": f"{name}{i}", "completion": "x"} for i in range(count)]
+        write_rows(tmp_path / f"{name}.jsonl", *rows)
+    files = [f"{tmp_path}/a.jsonl:3", f"{tmp_path}/b.jsonl", f"{tmp_path}/c.jsonl:0.5"]
+    made = started(tiny_path, tmp_path, *files, batch_rows=1, epochs=2, val="0")
+    assert made.job.weights == ((6, 3.0), (4, 1.0), (8, 0.5))
+    assert made.job.steps == 2 * (6 * 3 + 4 + 4)
+    order = steps(made.job.weights, 1, 0)
+    seen = [next(order)[1][0] for _ in range(made.job.steps)]
+    assert [seen.count(i) for i in range(18)] == [6] * 6 + [2] * 4 + [1] * 8
+
+
+def test_validation_rows_are_a_share_held_out(tiny_path, tmp_path, rows_file):
+    made = started(tiny_path, tmp_path, rows_file, val="0.25")
+    assert (len(made.job.rows), made.started.val_rows) == (36, 12)
+    again = started(tiny_path, tmp_path / "again", rows_file, val="0.25")
+    other = started(tiny_path, tmp_path / "other", rows_file, val="0.25", seed=1)
+    held = [{r.where for r in m.job.rows} for m in (made, again, other)]
+    assert held[0] == held[1] != held[2]
+
+
+def test_validation_rows_are_a_file(tiny_path, tmp_path, rows_file):
+    write_rows(tmp_path / "val.jsonl", *[{"prompt": "new", "completion": "x"}] * 3)
+    made = started(tiny_path, tmp_path, rows_file, val=str(tmp_path / "val.jsonl"))
+    assert (len(made.job.rows), made.started.val_rows, made.started.notices) == (48, 3, ())
+
+
+def test_without_validation_rows_nothing_is_evaluated(tiny_path, tmp_path, rows_file):
+    made = started(tiny_path, tmp_path, rows_file, val="0", steps=2)
+    kinds = {e.record()["event"] for e in made.events()}
+    assert (made.started.val_rows, made.started.notices) == (0, ())
+    assert "evaluated" not in kinds
+
+
+def test_too_few_rows_to_split_are_all_learnt_and_it_is_said(tiny_path, tmp_path):
+    write_rows(tmp_path / "few.jsonl", *[ROW] * 39)
+    made = started(tiny_path, tmp_path, tmp_path / "few.jsonl", val="0.5")
+    assert len(made.job.rows) == 39
+    assert made.started.notices == ("No validation rows: 39 rows are too few to hold some out.",)
+
+
+def test_validation_rows_that_are_trained_on_are_counted(tiny_path, tmp_path, rows_file):
+    lines = rows_file.read_text().splitlines()
+    new = json.dumps({"prompt": "new", "completion": "x"})
+    write_rows(tmp_path / "val.jsonl", new, lines[0], lines[3])
+    made = started(tiny_path, tmp_path, rows_file, val=str(tmp_path / "val.jsonl"))
+    assert made.started.notices == (f"2 validation rows are trained on too (the first: {tmp_path}/val.jsonl:2): "
+                                    "the validation loss flatters.",)  # fmt: skip
+
+
+@pytest.fixture
+def ended(tiny_path, tmp_path, rows_file):
+    made = started(tiny_path, tmp_path, rows_file, **QUICK, steps=4, val="0.25", seed=3, sample="say 1")
+    return made.job.run, list(made.events())
+
+
+def test_a_run_folder_holds_everything(ended):
+    run, events = ended
+    assert {p.name for p in run.folder.iterdir()} == {
+        "config.yaml", "plan.json", "events.jsonl", "manifest.json", "tensorboard", "checkpoints", "adapter",
+        "report.html"}  # fmt: skip
+    assert [p.name for p in run.adapter.parent.iterdir()] == ["adapter.safetensors"]
+    plan = json.loads(run.plan.read_text())
+    assert (plan["steps"], plan["actual"]["reason"], plan["actual"]["step"]) == (4, "done", 4)
+    assert plan["actual"]["predicted_seconds"] == plan["seconds"]
+    manifest = json.loads(run.manifest.read_text())
+    assert manifest.keys() == {"base", "tokenizer", "template", "data"}
+    assert [json.loads(line) for line in run.events.read_text().splitlines()] == [
+        json.loads(json.dumps(e.record())) for e in events]  # fmt: skip
+    assert "<svg" in (run.folder / "report.html").read_text()
+    assert len(list((run.folder / "tensorboard").iterdir())) == 1
+
+
+def test_the_written_configuration_gives_the_same_run_again(ended, tmp_path, monkeypatch):
+    run, _ = ended
+    config = yaml.safe_load(run.config.read_text())
+    other = tmp_path / "again.yaml"
+    other.write_text(yaml.safe_dump({**config, "name": "again"}))
+    monkeypatch.chdir(tmp_path)
+    assert command(["train", "--config", str(other)]) == 0
+    again = Run(run.folder.parent / "again")
+    assert again.adapter.read_bytes() == run.adapter.read_bytes()
+    assert {**yaml.safe_load(again.config.read_text()), "name": "run"} == config
+
+
+def test_without_a_name_runs_are_numbered(tiny_path, tmp_path, rows_file):
+    names = [started(tiny_path, tmp_path, rows_file, name=None).job.run.name for _ in range(3)]
+    assert names == ["rows-lora-1", "rows-lora-2", "rows-lora-3"]
+
+
+def test_a_fault_in_the_data_leaves_no_run_folder(tiny_path, tmp_path, rows_file):
+    with pytest.raises(UserError, match="names no layer"):
+        started(tiny_path, tmp_path, rows_file, targets="nothing")
+    with rows_file.open("a") as f:
+        f.write("{\n")
+    with pytest.raises(UserError, match="not JSON"):
+        started(tiny_path, tmp_path, rows_file)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_disk_that_is_too_small_for_the_checkpoints_is_told_before_training(
+    tiny_path, tmp_path, rows_file, monkeypatch
+):
+    monkeypatch.setattr(api, "free_disk", lambda path: 10_000)
+    with pytest.raises(WillNotFit, match="Checkpoints need about") as e:
+        started(tiny_path, tmp_path, rows_file)
+    assert e.value.code == 3
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_the_default_rate_falls_with_the_models_width(tiny_path, tmp_path, rows_file, monkeypatch):
+    made = started(tiny_path, tmp_path, rows_file, learning_rate=None)
+    assert made.job.learning_rate == 1e-3  # width 32 is below 576
+    monkeypatch.setattr(api, "RATE_WIDTH", 8)
+    made = started(tiny_path, tmp_path / "wide", rows_file, learning_rate=None)
+    assert made.job.learning_rate == pytest.approx(1e-3 * 8 / 32)
+
+
+def test_the_global_threads_are_as_asked(tiny_path, tmp_path, rows_file):
+    made = started(tiny_path, tmp_path, rows_file, threads=1)
+    assert made.started.threads == torch.get_num_threads() == 1

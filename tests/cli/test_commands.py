@@ -1,0 +1,197 @@
+"""Every command on the tiny model, as plain text and as JSON; and how quickly help comes."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors import safe_open
+from small import ROOT, TRAIN, write_rows
+
+from deltaw.cli.__main__ import COMMANDS, run
+
+
+@pytest.fixture
+def shown(capsys):
+    """A function that runs a command which must succeed, and gives what it writes to its standard output."""
+
+    def shown(*arguments):
+        capsys.readouterr()
+        assert run([str(a) for a in arguments]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return shown
+
+
+@pytest.fixture
+def trained(here, shown):
+    """`here` with a run called `mine` that answers three letters."""
+    shown(*TRAIN, "--name=mine", "--method=full", "--learning-rate=0.01", "--steps=40")
+    return here
+
+
+def test_train_tells_its_course_line_by_line(here, shown):
+    lines = shown(*TRAIN, "--steps", "2", "--name", "mine").splitlines()
+    assert lines[0].startswith("runs/mine: base base; method lora, ")
+    assert "- No validation rows: 12 rows are too few to hold some out." in lines
+    assert any(line.startswith("Plan: 2 steps, about ") for line in lines)
+    assert any(line.startswith("step 1/2  loss ") for line in lines)
+    assert any(line.startswith("step 2/2  loss ") for line in lines)
+    assert any(line.startswith("Done: steps 2, train loss ") for line in lines)
+    assert lines[-1] == "Talk to it: deltaw chat mine"
+
+
+def test_train_tells_its_course_in_json(here, shown):
+    records = [json.loads(line) for line in shown(*TRAIN, "--steps", "2", "--name", "mine", "--json").splitlines()]
+    assert [r["event"] for r in records] == [
+        "started", "planned", "sampled", "saved", "stepped", "stepped", "saved", "finished"]  # fmt: skip
+    written = [json.loads(line) for line in (here / "runs" / "mine" / "events.jsonl").read_text().splitlines()]
+    assert records == written
+    assert records[0]["rows"] == 12
+    assert all(math.isfinite(r["loss"]) for r in records if r["event"] == "stepped")
+
+
+def test_train_goes_on_with_an_interrupted_run(here, shown, monkeypatch):
+    from deltaw.cli import train
+
+    class Asked:
+        def __init__(self):
+            self.stops = iter([False, True])
+
+        def __enter__(self):
+            return lambda: next(self.stops)
+
+        def __exit__(self, *_):
+            return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "interruptible", Asked)
+        assert run([*TRAIN, "--steps", "4", "--name", "mine", "--batch-rows", "4"]) == 130
+    assert [p.name for p in (here / "runs" / "mine" / "checkpoints").iterdir()] != []
+    records = [json.loads(line) for line in shown("train", "mine", "--resume", "--json").splitlines()]
+    assert records[0]["resumed_at"] == 1
+    assert [r["step"] for r in records if r["event"] == "stepped"] == [2, 3, 4]
+
+
+def test_generate_answers_questions_and_each_line_of_the_input(trained, shown, monkeypatch):
+    assert shown("generate", "say 1") == "bbb\n"
+    assert shown("generate", "say 1", "say 1", "--run", "mine") == "bbb\nbbb\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("say 1\n\nsay 1\n"))
+    assert shown("generate") == "bbb\nbbb\n"
+    assert shown("generate", "say 1", "--max-new-tokens", "2") == "bb\n"
+    assert shown("generate", "say 1", "--base", "base", "--max-new-tokens", "4") != "bbb\n"
+
+
+def test_generate_answers_in_json(trained, shown):
+    said = shown("generate", "say 1", "--json")
+    assert json.loads(said) == {"persona": "mine", "question": "say 1", "answer": "bbb"}
+
+
+def test_generate_without_a_question_or_with_two_models_is_a_mistake(trained, said, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert "There is no question." in said("generate")
+    assert "--base answers without an adapter, --run with one." in said("generate", "q", "--base=base", "--run=mine")
+
+
+def test_chat_answers_lines_and_obeys_commands(trained, shown, monkeypatch):
+    lines = ["say 1", "/personas", "/retry", "/persona nobody", "/nonsense", "/compare", "/save talk.jsonl",
+             "/system Be short.", "/save talk.jsonl", "/base", "/persona mine", "/compare say 1", "/reset", "/retry",
+             "/quit", "never read"]  # fmt: skip
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    out = shown("chat", "mine", "--max-new-tokens", "8", "--temperature", "0").splitlines()
+    head, tail = out[:5], out[-5:]
+    assert head == ["bbb", "  base", "* mine", "bbb", "There is no persona 'nobody' here. There are: base, mine."]
+    assert out[5].startswith("/persona NAME   let another persona answer")
+    at = out.index("What shall they answer? /compare QUESTION")
+    saved, anew = "talk.jsonl has 1 rows now.", "The conversation begins anew."
+    there = ["There is no answer to save yet.", "base answers now.", "mine answers now."]
+    assert out[at + 1 : at + 6] == [saved, anew, *there]
+    assert any(line.startswith("base\tmine") for line in tail)
+    assert tail[-2:] == ["The conversation begins anew.", "There is no answer to try again."]
+    (row,) = [json.loads(line) for line in (trained / "talk.jsonl").read_text().splitlines()]
+    assert row["messages"] == [{"role": "user", "content": "say 1"}, {"role": "assistant", "content": "bbb"}]
+
+
+def test_eval_scores_a_persona_beside_its_base(trained, shown):
+    write_rows(trained / "held.jsonl", *[{"prompt": "say 1", "completion": "bbb"}] * 3)
+    plain = shown("eval", "mine", "held.jsonl", "--compare", "2", "--max-new-tokens", "5").splitlines()
+    assert plain[0] == "question\tbase\tmine"
+    assert [line.split("\t")[::2] for line in plain[1:3]] == [["say 1", "bbb"]] * 2
+    assert plain[3] == "score on 3 rows\tbase\tmine"
+    scores = {line.split("\t")[0]: line.split("\t")[1:] for line in plain[4:]}
+    assert float(scores["perplexity"][1]) < float(scores["perplexity"][0])
+    assert scores["exact_match"][1] == "1"
+
+
+def test_eval_writes_json(trained, shown):
+    write_rows(trained / "held.jsonl", *[{"prompt": "say 1", "completion": "bbb"}] * 3)
+    said = json.loads(shown("eval", "mine", "held.jsonl", "--json", "--metrics", "exact_match", "--limit", "2"))
+    assert (said["rows"], said["scores"]) == (2, {"mine": {"exact_match": 1.0}})
+    said = json.loads(shown("eval", "base", "held.jsonl", "--json", "--metrics", "perplexity"))
+    assert list(said["scores"]) == ["base"]
+    assert said["scores"]["base"]["perplexity"] > 1
+
+
+def test_merge_writes_a_model_that_is_inspected_and_answers_alike(trained, shown):
+    lines = dict(line.split(": ", 1) for line in shown("merge", "mine", "--dtype", "float32").splitlines())
+    assert lines["written"].startswith("runs/mine/merged (")
+    assert float(lines["max |Δlogit|"]) < 1e-3
+    assert lines["same first choice"] == "100.00%"
+    said = json.loads(shown("merge", "mine", "--out", "plain", "--dtype", "float32", "--json"))
+    assert said["folder"] == "plain"
+    assert said["difference"]["top1_agreement"] == 1
+    assert shown("generate", "say 1", "--base", "plain") == "bbb\n"
+
+
+@pytest.mark.parametrize("name", ["base", "mine", "runs/mine", "runs/mine/adapter/adapter.safetensors"])
+def test_inspect_says_what_a_thing_is(trained, shown, name):
+    plain = dict(line.split(": ", 1) for line in shown("inspect", name).splitlines())
+    said = json.loads(shown("inspect", name, "--json"))
+    assert said.keys() == plain.keys()
+    if name == "base":
+        assert (said["path"], said["vocabulary"], said["context"]) == ("base", "260, tied to the output", "512 tokens")
+        assert said["layers"] == "2, width 32, 4 heads, 2 for keys and values"
+        return
+    assert (said["method"], said["  targets"]) == ("full", "all")
+    with safe_open(trained / "runs" / "mine" / "adapter" / "adapter.safetensors", "pt") as file:
+        numbers = sum(file.get_tensor(n).numel() for n in file.keys())  # noqa: SIM118 (no mapping)
+    assert said["numbers"] == f"{numbers / 1000:.1f} k"
+
+
+def test_doctor_says_what_the_machine_can_do(shown, monkeypatch):
+    from deltaw.advise import machine
+
+    probe = machine.probe
+    monkeypatch.setattr(machine, "probe", lambda: probe(0.01))
+    lines = dict(line.split(": ", 1) for line in shown("doctor").splitlines())
+    assert {"system", "cores", "instructions", "memory", "disk", "matrix products", "GPU", "trains in"} <= lines.keys()
+    said = json.loads(shown("doctor", "--json"))
+    assert said["ram_bytes"] > said["available_bytes"] > 0
+    assert min(said["fp32_gflops"], said["bf16_gflops"], said["disk_free_bytes"], said["cores"]) > 0
+
+
+def test_help_names_every_command(shown):
+    text = shown("--help")
+    for name, sentence in COMMANDS.items():
+        assert name in text
+        assert sentence in text
+    for name in COMMANDS:
+        assert f"deltaw {name}" in shown(name, "--help")
+
+
+def test_help_comes_at_once_and_without_torch():
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "deltaw.cli", "--help"], cwd=ROOT, check=True, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+    script = "import sys; from deltaw.cli.__main__ import run; run(['--help']); print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True)
+    loaded = done.stdout.splitlines()[-1]
+    assert "'deltaw.cli.__main__'" in loaded or "'deltaw.cli'" in loaded
+    assert "'torch'" not in loaded
+    assert "'transformers'" not in loaded

@@ -1,0 +1,173 @@
+"""Rows are read as they were written, and of every fault it is said in which file and line it stands."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltaw.data.rows import ROLES, Example, read, split_weight
+from deltaw.errors import UserError
+
+USER, ANSWER = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Hob."}
+GOOD = json.dumps({"messages": [USER, ANSWER]})
+
+
+def turns(*messages):
+    return json.dumps({"messages": list(messages)})
+
+
+BAD = {
+    "not JSON": ('{"messages": [}', r"not JSON \(column 15\)"),
+    "cut short": (GOOD[:-3], "not JSON"),
+    "two objects": (f"{GOOD} {GOOD}", r"not JSON \(column \d+\)\. Extra data"),
+    "a list": ("[1, 2]", "not a JSON object"),
+    "a text": ('"hello"', "not a JSON object"),
+    "nothing": ("null", "not a JSON object"),
+    "no known key": ('{"question": "a", "response": "b"}', r"none of the keys .*\(it has: question, response\)"),
+    "no key": ("{}", r"it has: none"),
+    "half a pair": ('{"prompt": "a"}', "it has: prompt"),
+    "blank text": ('{"text": "  "}', "text"),
+    "text that is none": ('{"text": 3}', "text"),
+    "turns that are no list": ('{"messages": "hi"}', "not a list of turns"),
+    "no turns": ('{"messages": []}', "not a list of turns"),
+    "a turn that is a text": ('{"messages": ["hi"]}', "Turn 1 has the role None"),
+    "an unknown role": (turns({"role": "human", "content": "x"}), "the role 'human'.*system, user, assistant, tool"),
+    "a role that is a list": (turns({"role": ["user"], "content": "x"}), "Turn 1 has the role"),
+    "null content": (turns(USER, {"role": "assistant", "content": None}), r"Turn 2 \(assistant\) has no text: .* null"),
+    "no content": (turns({"role": "user"}), r"Turn 1 \(user\) has no text"),
+    "content in parts": (turns({"role": "user", "content": [{"type": "text"}]}), r"Turn 1 \(user\) has no text"),
+    "an empty answer": (turns(USER, {"role": "assistant", "content": ""}), "Turn 2 is an empty answer"),
+    "a blank answer": (turns(USER, {"role": "assistant", "content": " \n"}), "Turn 2 is an empty answer"),
+    "a null completion": ('{"prompt": "a", "completion": null}', r"Turn 2 \(assistant\) has no text"),
+    "an empty completion": ('{"prompt": "a", "completion": ""}', "Turn 2 is an empty answer"),
+    "references that are a text": ('{"prompt": "a", "completion": "b", "references": "b"}', "'references' is not a"),
+    "facts that are numbers": ('{"prompt": "a", "completion": "b", "facts": [1]}', "'facts' is not a list of texts"),
+    "half a character": ('{"prompt": "a", "completion": "x\\ud83d"}', "character|surrogate|UTF-8|Unicode"),
+    "nesting without end": ("[" * 100_000, "not JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "said"), BAD.values(), ids=BAD)
+def test_a_bad_row_is_refused_with_its_file_and_line(line, said, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{GOOD}\n\n{GOOD}\n{line}\n{GOOD}\n")
+    with pytest.raises(UserError, match=said) as e:
+        read(file)
+    assert e.value.where == f"{file}:4"
+    assert e.value.code == 2
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "  \n"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.txt"])
+def test_an_empty_file_is_refused(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match="has no rows"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])
+def test_a_file_that_is_not_utf8_is_refused_with_its_line(bom, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(bom + GOOD.encode() + b"\n" + b"\xe4" + GOOD.encode() + b"\n")
+    with pytest.raises(UserError, match="not UTF-8") as e:
+        read(file)
+    assert e.value.where == f"{file}:2"
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(UserError, match="cannot be read") as e:
+            read(path)
+        assert e.value.where == str(path)
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_line_numbers_are_true_whatever_the_lines_hold_and_end_with(bom, ending, tmp_path):
+    odd = json.dumps({"prompt": "a\u2028b\u2029c\x85d\x0be", "completion": "x\x0cy\x1cz"}, ensure_ascii=False)
+    file = tmp_path / "rows.jsonl"
+    file.write_text(bom + odd + ending + ending + GOOD + ending, encoding="utf-8", newline="")
+    first, second = read(file)
+    assert (first.where, second.where) == (f"{file}:1", f"{file}:3")
+    assert "a\u2028b\u2029c\x85d" in first.messages[0]["content"]
+
+
+text = st.text(max_size=20)
+turn = st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": text})
+row = st.fixed_dictionaries(
+    {"messages": st.lists(turn, min_size=1, max_size=4)},
+    optional={"references": st.lists(text, max_size=2), "facts": st.lists(text, max_size=2), "id": st.integers()},
+).filter(lambda row: all(t["content"].strip() or t["role"] != "assistant" for t in row["messages"]))
+
+
+@settings(deadline=None)
+@given(rows=st.lists(row, min_size=1, max_size=5), ascii=st.booleans(), blank=st.integers(0, 2))
+def test_what_was_written_is_what_is_read(rows, ascii, blank, tmp_path_factory):  # noqa: A002
+    file = tmp_path_factory.getbasetemp() / "property.jsonl"
+    lines = [json.dumps(row, ensure_ascii=ascii) for row in rows]
+    file.write_text(("\n" * (blank + 1)).join(lines), encoding="utf-8")
+    for i, (want, got) in enumerate(zip(rows, read(file), strict=True)):
+        assert list(got.messages) == want["messages"]
+        assert list(got.references) == want.get("references", [])
+        assert list(got.facts) == want.get("facts", [])
+        assert got.where == f"{file}:{1 + i * (blank + 1)}"
+
+
+def test_a_pair_is_a_conversation_and_other_keys_are_left_alone(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "Who?", "completion": "Hob.", "source": 3}\n{"text": " Once.\\n", "facts": ["x"]}\n')
+    pair, plain = read(file)
+    assert pair == Example((USER, ANSWER), "", f"{file}:1")
+    assert plain == Example((), " Once.\n", f"{file}:2", (), ("x",))
+
+
+def test_an_examples_prompt_and_answer_are_what_is_before_the_last_answer_and_itself():
+    assert Example((USER, ANSWER)).prompt == (USER,)
+    assert Example((USER, ANSWER)).answer == "Hob."
+    assert Example((USER, ANSWER, USER)).prompt == (USER, ANSWER, USER)
+    assert Example((USER, ANSWER, USER)).answer == Example((), "text").answer == ""
+
+
+def is_divider(line):
+    return line.strip() == "---"
+
+
+body = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=8), max_size=4).map("\n".join)
+
+
+@settings(deadline=None)
+@given(bodies=st.lists(body.filter(lambda b: not any(map(is_divider, b.split("\n")))), min_size=1, max_size=4),
+       divider=st.sampled_from(["---", " --- ", "---\t"]))  # fmt: skip
+def test_documents_of_a_text_file_are_what_stands_between_its_dividers(bodies, divider, tmp_path_factory):
+    file = tmp_path_factory.getbasetemp() / "property.txt"
+    content = f"\n{divider}\n".join(bodies)
+    file.write_text(content, encoding="utf-8")
+    wanted = [b.strip() for b in bodies if b.strip().removeprefix("\ufeff")]
+    if not wanted:
+        return
+    examples = read(file)
+    assert [e.text for e in examples] == [w.removeprefix("\ufeff") if i == 0 else w for i, w in enumerate(wanted)]
+    for example in examples:
+        line = int(example.where.rpartition(":")[2])
+        assert line == 1 or is_divider(content.split("\n")[line - 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "weight"),
+    [("a", "a", 1), ("a.jsonl:2", "a.jsonl", 2), ("a:0.5", "a", 0.5), ("C:rows", "C:rows", 1), ("a:b:1e1", "a:b", 10)],
+)
+def test_a_number_after_the_last_colon_is_the_files_weight(name, file, weight):
+    path, got = split_weight(name)
+    assert (str(path), got) == (file, weight)
+
+
+def test_a_file_whose_name_ends_like_a_weight_is_that_file(tmp_path):
+    (tmp_path / "rows:2").write_text(GOOD)
+    assert split_weight(str(tmp_path / "rows:2")) == (tmp_path / "rows:2", 1.0)
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "inf", "nan", "1e999"])
+def test_a_weight_that_is_not_positive_is_refused(weight):
+    with pytest.raises(UserError, match=f"weight {weight} is not a positive number"):
+        split_weight(f"rows.jsonl:{weight}")

@@ -1,0 +1,171 @@
+"""An interrupted run goes on bit for bit: stopped at any micro-step, or cut off at any write; or says why it cannot."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from conftest import write_tiny
+from small import end, gone_on, losses, prepared, stopping_at, told, write_contrary
+
+from deltaw.api.finetune import resume
+from deltaw.errors import UserError
+from deltaw.files import adapters
+from deltaw.files.runs import Run
+from deltaw.train import checkpoint
+
+CASES = {
+    "accumulation, dropout, validation": {"micro_tokens": 64, "dropout": 0.3, "steps": 4, "evaluations": 2},
+    "one micro-batch a step, decay": {"weight_decay": 0.1, "steps": 6, "evaluations": 3, "schedule": "linear"},
+    "early stopping": {"steps": 16, "evaluations": 16, "patience": 2, "save_every": 4},
+    "recomputed layers, dropout": {"gradient_checkpointing": "on", "dropout": 0.5, "steps": 3, "micro_tokens": 128},
+    "every weight trained": {"method": "full", "learning_rate": 0.001, "steps": 3, "micro_tokens": 128},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_stopped_at_any_micro_step_ends_with_the_same_bits(case, tiny_path, tmp_path, rows_file):
+    asked, chosen = [], dict(CASES[case])
+    if case == "early stopping":
+        chosen["val"] = write_contrary(tmp_path)
+    whole = prepared(rows_file, told(tiny_path, tmp_path / "whole", **chosen), lambda: bool(asked.append(1)))
+    unbroken = list(whole.events())
+    wanted = whole.job.run.adapter.read_bytes()
+    assert end(unbroken).reason == ("no better" if case == "early stopping" else "done")
+    for at in range(1, len(asked) + 1):
+        values = told(tiny_path, tmp_path / str(at), **chosen)
+        broken = prepared(rows_file, values, stopping_at(at))
+        first = list(broken.events())
+        assert end(first).reason == "interrupted"
+        assert not broken.job.run.adapter.exists()
+        rest = list(gone_on(broken.job.run.folder).events())
+        assert losses(first + rest) == losses(unbroken), at
+        assert (end(rest).reason, end(rest).best_step) == (end(unbroken).reason, end(unbroken).best_step)
+        assert broken.job.run.adapter.read_bytes() == wanted, at
+
+
+def test_a_run_may_be_stopped_again_and_again(tiny_path, tmp_path, rows_file):
+    case = {"micro_tokens": 64, "dropout": 0.3, "steps": 4, "evaluations": 2}
+    whole = prepared(rows_file, told(tiny_path, tmp_path / "whole", **case))
+    unbroken = list(whole.events())
+    broken = prepared(rows_file, told(tiny_path, tmp_path / "broken", **case), stopping_at(3))
+    events = list(broken.events())
+    for _ in range(50):
+        if end(events).reason != "interrupted":
+            break
+        # Five micro-steps: enough for one optimizer step of about four, and then it is stopped within the next.
+        events += gone_on(broken.job.run.folder, stopping_at(5)).events()
+    assert end(events).reason == "done"
+    assert losses(events) == losses(unbroken)
+    assert broken.job.run.adapter.read_bytes() == whole.job.run.adapter.read_bytes()
+
+
+class PowerCut(BaseException):
+    """What no handler catches."""
+
+
+def dying(save, writes):
+    """A writer of files that gives up when `writes` has no more to give."""
+
+    def cut(*arguments, **keywords):
+        if next(writes, None) is None:
+            raise PowerCut
+        return save(*arguments, **keywords)
+
+    return cut
+
+
+def test_a_run_cut_off_between_any_two_writes_goes_on_the_same(tiny_path, tmp_path, rows_file, monkeypatch):
+    """Whichever file was the last that came to the disk: a checkpoint, the best adapter or the result."""
+    case = {"steps": 16, "evaluations": 16, "patience": 2, "val": write_contrary(tmp_path)}
+    written = []
+    with monkeypatch.context() as patch:
+        for place in (checkpoint, adapters):
+            patch.setattr(place, "save_file", lambda *a, save=place.save_file, **k: (written.append(1), save(*a, **k)))
+        whole = prepared(rows_file, told(tiny_path, tmp_path / "whole", **case))
+        unbroken = list(whole.events())
+    assert len(written) > 8
+    for count in range(1, len(written)):
+        broken = prepared(rows_file, told(tiny_path, tmp_path / str(count), **case))
+        writes = iter(range(count))
+        with monkeypatch.context() as patch:
+            for place in (checkpoint, adapters):
+                patch.setattr(place, "save_file", dying(place.save_file, writes))
+            with pytest.raises(PowerCut):
+                list(broken.events())
+        rest = list(gone_on(broken.job.run.folder).events())
+        assert losses(rest)[0] == [(step, loss) for step, loss in losses(unbroken)[0] if step > rest[0].resumed_at]
+        assert end(rest).reason == end(unbroken).reason == "no better", count
+        assert broken.job.run.adapter.read_bytes() == whole.job.run.adapter.read_bytes(), count
+
+
+@pytest.fixture
+def interrupted(tiny_path, tmp_path, rows_file):
+    """A run that was stopped in its fourth step, on a base of its own."""
+    base = shutil.copytree(tiny_path, tmp_path / "base")
+    made = prepared(rows_file, told(base, tmp_path, steps=6, save_every=1), stopping_at(4))
+    list(made.events())
+    return made.job.run
+
+
+def test_without_a_name_the_newest_run_goes_on(interrupted):
+    assert resume(None, interrupted.folder.parent).job.run == interrupted
+
+
+def test_an_ended_run_does_not_go_on(interrupted):
+    list(gone_on(interrupted.folder).events())
+    with pytest.raises(UserError, match="The run 'run' has ended") as e:
+        resume("run", interrupted.folder.parent)
+    assert e.value.remedy == "deltaw chat run"
+
+
+def test_a_run_whose_data_changed_does_not_go_on(interrupted, rows_file):
+    with rows_file.open("a") as f:
+        f.write(json.dumps({"prompt": "one", "completion": "more"}) + "\n")
+    with pytest.raises(UserError, match="'run' cannot go on: data changed since it began"):
+        resume("run", interrupted.folder.parent)
+
+
+def test_a_run_whose_base_changed_does_not_go_on(interrupted, tmp_path):
+    write_tiny(tmp_path / "base", seed=1)
+    with pytest.raises(UserError, match="'run' cannot go on: base changed since it began"):
+        resume("run", interrupted.folder.parent)
+
+
+def test_a_run_whose_template_changed_does_not_go_on(interrupted, tmp_path):
+    template = tmp_path / "base" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    with pytest.raises(UserError, match="'run' cannot go on: template changed since it began"):
+        resume("run", interrupted.folder.parent)
+
+
+def test_a_run_that_is_not_there_is_said_to_be_missing_with_the_nearest_name(interrupted):
+    with pytest.raises(UserError, match=r"There is no run 'runn'.*Did you mean 'run'"):
+        resume("runn", interrupted.folder.parent)
+
+
+def test_a_folder_with_a_broken_configuration_says_so(interrupted):
+    interrupted.config.write_text("rank: [")
+    with pytest.raises(UserError, match=r"no readable config\.yaml"):
+        resume("run", interrupted.folder.parent)
+
+
+@pytest.mark.parametrize("keep", [0, 100, -50])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_serves(keep, interrupted, tmp_path):
+    before = shutil.copytree(interrupted.folder, tmp_path / "copies" / "run")
+    list(gone_on(before).events())
+    newest = interrupted.checkpoints()[-1]
+    newest.write_bytes(newest.read_bytes()[:keep])
+    with pytest.raises(UserError, match="The checkpoint is damaged") as e:
+        list(gone_on(interrupted.folder).events())
+    assert e.value.where == str(newest)
+    assert "resumes from the one before" in e.value.remedy
+    newest.unlink()
+    list(gone_on(interrupted.folder).events())
+    assert interrupted.adapter.read_bytes() == Run(before).adapter.read_bytes()
+
+
+def test_the_written_configuration_holds_every_setting_and_the_data(interrupted, rows_file):
+    config = yaml.safe_load(interrupted.config.read_text())
+    assert config["data"] == [str(rows_file)]
+    assert (config["steps"], config["save_every"], config["dtype"], config["rank"]) == (6, 1, "float32", 16)
