@@ -104,7 +104,7 @@ class Warned(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Finished(Event):
-    """The end: `done`, `no better`, `interrupted`, `diverged` or `disk full`; what was reached, how far the plan was off."""
+    """The end: `done`, `no better`, `interrupted`, `diverged` or `disk full`; what was reached, and the plan beside."""
 
     reason: str
     step: int

@@ -168,7 +168,7 @@ class Trainer:
                        tokens_per_second=sum(n for n, _ in self.recent) / sum(s for _, s in self.recent))  # fmt: skip
 
     def _micro_step(self, batch: Batch, targets: int) -> float:
-        """Add the gradient of one micro-batch; its summed loss. A function, so that nothing of the graph outlives it."""
+        """Add the gradient of one micro-batch; its summed loss. As a function, so that nothing of its graph stays."""
         loss = batch_loss(self.job.model, batch.to(self.job.model.device), self.job.recompute)
         (loss / targets).backward()  # type: ignore[no-untyped-call]
         return loss.item()
