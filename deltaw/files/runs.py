@@ -124,9 +124,8 @@ def find(name: str | None, runs: Path, suits: Callable[[Run], bool] = lambda _: 
     if name is None:
         newest = next((run for run in reversed(known) if suits(run)), None)
         if newest is None:
-            why = f"There are {len(known)} runs, but none of them can be taken for this." if known else ""
-            raise UserError("There is no such run yet.", where=str(runs), why=why,
-                            remedy="Train one: deltaw train FILE")  # fmt: skip
+            what = "None of the runs can be taken for this." if known else "There is no run yet."
+            raise UserError(what, where=str(runs), remedy="Train one: deltaw train FILE")
         return newest
     for folder in (runs / name, Path(name)):
         if (folder / "config.yaml").exists():

@@ -56,7 +56,7 @@ def test_an_unknown_key_of_a_configuration_file(here, said):
 
 def test_a_bad_value_in_a_configuration_file(here, said):
     (here / "c.yaml").write_text("epochs: -2\n")
-    assert "epochs = '-2': input should be greater than 0." in said(*TRAIN, "--config", "c.yaml")
+    assert "epochs = -2: input should be greater than 0. where c.yaml:1" in said(*TRAIN, "--config", "c.yaml")
 
 
 def test_a_configuration_file_that_is_no_yaml_or_no_mapping_or_not_there(here, said):
@@ -142,8 +142,10 @@ def test_files_that_are_no_adapters(here, said):
 def test_memory_that_does_not_suffice_has_the_exit_code_3(here, said, monkeypatch):
     from deltaw.advise import plan
 
+    monkeypatch.setattr(plan, "available_bytes", lambda device: 400_000)
+    assert "remedy Cut rows with --max-tokens" in said(*TRAIN, "--gradient-checkpointing", "off", code=3)
     monkeypatch.setattr(plan, "available_bytes", lambda device: 1000)
-    assert "remedy Cut rows with --max-tokens" in said(*TRAIN, code=3)
+    assert "take a lower --rank, or fewer --targets" in said(*TRAIN, code=3)
 
 
 def test_a_run_that_diverges_has_the_exit_code_4(here, capsys, monkeypatch):
