@@ -1,7 +1,6 @@
 # `make demo` and `make test` need Python 3.11 or newer and nothing else: each makes .venv and installs what it needs.
 BIN := .venv/bin
 RUN := demo-village
-export HF_HUB_OFFLINE ?= 1
 
 .PHONY: help demo test lint types imports size tests clean
 

@@ -38,7 +38,7 @@ TASKS = {
     "restaurant": ["bleu"],
     "sql": ["exact_match"],
 }
-SETTINGS = {"epochs": 1.4, "batch_rows": 8, "learning_rate": 2e-3, "val": "0", "rank": 16, "alpha": 32.0}
+SETTINGS = {"epochs": 1.2, "batch_rows": 8, "learning_rate": 2e-3, "val": "0", "rank": 16, "alpha": 32.0}
 ANSWER_TOKENS = 90
 MASKED = -100
 

@@ -13,7 +13,7 @@ find_python() {
     exit 2
 }
 
-pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
+pip() { .venv/bin/python -m pip --disable-pip-version-check -qq "$@"; }
 
 # Without an NVIDIA GPU the processor build of torch is enough, and brings no gigabytes of CUDA libraries. It is on
 # torch's own index; an index of yours that has it, or has only one build, is asked first.

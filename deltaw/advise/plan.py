@@ -147,10 +147,9 @@ def _fitting(job: Job, batches: list[Batch]) -> tuple[bool, tuple[str, ...]]:
 
 def _measured(job: Job, batches: list[Batch]) -> tuple[Work, int]:
     """What the shortest, the median and the longest micro-batch take, and the most memory that any of them does."""
-    shortest, median, longest = batches[0], batches[len(batches) // 2], batches[-1]
-    costs = {operations(b, job): cost(job, b) for b in (shortest, median)}
-    most = operations(longest, job)
-    costs[most] = cost(job, longest, expected_seconds=Work.through(costs).of(most))
+    chosen = {operations(b, job): b for b in (batches[0], batches[len(batches) // 2], batches[-1])}
+    cost(job, batches[0])  # the first is slower: weights are read from the disk, kernels are prepared
+    costs = {work: cost(job, batch) for work, batch in chosen.items()}
     return Work.through(costs), max(c.peak_bytes for c in costs.values())
 
 

@@ -32,26 +32,34 @@ class Cost:
     peak_bytes: int
 
 
-def cost(job: Job, batch: Batch, expected_seconds: float = 0.0) -> Cost:
-    """Run one micro-step, or a few layers of it if it is expected to take long."""
+def cost(job: Job, batch: Batch) -> Cost:
+    """Run one micro-step; of one that would take long, only a few layers."""
     few, more = DEPTHS
     layers, device = job.model.config.layers, job.model.device
-    if expected_seconds <= LONG_SECONDS or layers <= more or device.type == "cuda":
+    if layers <= more or device.type == "cuda":
         return Cost(micro_step(job, batch), peak_bytes(device))
-    seconds, held = [], []
-    for depth in DEPTHS:
-        with highest() as most:
-            seconds.append(micro_step(job, batch, depth))
-        held.append(most())
-    steps = (layers - few) / (more - few)
-    return Cost(seconds[0] + steps * (seconds[1] - seconds[0]), int(held[0] + steps * (held[1] - held[0])))
+    first = _held(job, batch, few)
+    if first.seconds * layers <= LONG_SECONDS:  # too much by the head's share, which is no harm
+        return Cost(micro_step(job, batch), peak_bytes(device))
+    second, steps = _held(job, batch, more), (layers - few) / (more - few)
+    return Cost(first.seconds + steps * (second.seconds - first.seconds),
+                int(first.peak_bytes + steps * (second.peak_bytes - first.peak_bytes)))  # fmt: skip
 
 
 def kept_bytes(job: Job, batch: Batch) -> int:
-    """Bytes that a micro-step keeps for its backward pass."""
-    with counting(job.model) as count:
-        micro_step(job, batch)
-    return count()
+    """Bytes that a micro-step keeps for its backward pass: those of one layer, and so often what a second one adds."""
+    kept = []
+    for depth in (1, 2):
+        with counting(job.model) as count:
+            micro_step(job, batch, depth)
+        kept.append(count())
+    return kept[0] + (job.model.config.layers - 1) * (kept[1] - kept[0])
+
+
+def _held(job: Job, batch: Batch, depth: int) -> Cost:
+    with highest() as most:
+        seconds = micro_step(job, batch, depth)
+    return Cost(seconds, most())
 
 
 def micro_step(job: Job, batch: Batch, depth: int | None = None) -> float:

@@ -118,7 +118,7 @@ def prepare(data: Sequence[str], values: Mapping[str, Any], stop: Callable[[], b
     base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say)
     encoded = encode(loaded, base, settings)
     adapter = Adapter.build(method, base.model, settings.seed).to(base.model.device)
-    run = runs.create(settings.runs, settings.name, loaded.files[0][0].stem, settings.method)
+    run = runs.create(settings.runs, settings.name, called(loaded.files[0][0]), settings.method)
     _check_disk(run, adapter)
     run.write_config({"data": list(data), **plain(settings), **plain(method), "name": run.name})
     run.write_json(run.manifest, manifest(base, loaded))
@@ -150,6 +150,12 @@ def resume(name: str | None, folder: Path, stop: Callable[[], bool] = lambda: Fa
         prepared.plan = Plan.read(run.plan)
         prepared.job.steps, prepared.job.recompute = prepared.plan.steps, prepared.plan.recompute
     return prepared
+
+
+def called(file: Path) -> str:
+    """What a data file is called in a run's name: `village` for both village.jsonl and village/train.jsonl."""
+    folder = file.resolve().parent.name
+    return folder if file.stem in ("train", "data") and folder else file.stem
 
 
 def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loaded, encoded: EncodedData,

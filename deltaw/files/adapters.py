@@ -67,7 +67,7 @@ def load(path: Path, model: Decoder) -> Adapter:
         raise UserError("This adapter was made for another base model.", where=str(path),
                         why=f"It was trained on '{header.base}' ({header.fingerprint[:8]}); this base is {have[:8]}.",
                         remedy=f"Take --base {header.base}.")  # fmt: skip
-    adapter = Adapter.build(method(header.method, str(path), **header.settings), model)
+    adapter = Adapter.build(method(header.method, str(path), **header.settings), model).to(model.device)
     put(adapter, tensors, str(path))
     return adapter.eval()
 

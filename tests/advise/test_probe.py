@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import write_tiny
 from small import prepared, told
 from torch.nn import functional as F
 
@@ -52,10 +53,22 @@ def test_a_micro_step_that_takes_long_is_told_from_one_layer_and_four(job, monke
     monkeypatch.setattr(probe, "micro_step", timed)
     job.model.config = replace(job.model.config, layers=30)
     batch = lay(job.rows[:2])
-    assert cost(job, batch, expected_seconds=60).seconds == pytest.approx(2.0 + per_layer * 30)
+    assert cost(job, batch).seconds == pytest.approx(2.0 + per_layer * 30)
     assert asked == [1, 4]
-    assert cost(job, batch, expected_seconds=1).seconds == 2.0 + per_layer * 30
-    assert asked == [1, 4, None]
+    monkeypatch.setattr(probe, "LONG_SECONDS", 100.0)
+    assert cost(job, batch).seconds == 2.0 + per_layer * 30
+    assert asked == [1, 4, 1, None]
+
+
+def test_kept_bytes_of_all_layers_are_those_of_a_pass_through_all(tmp_path, rows_file):
+    (tmp_path / "deep").mkdir()
+    write_tiny(tmp_path / "deep", {"num_hidden_layers": 5})
+    job = prepared(rows_file, told(tmp_path / "deep", tmp_path)).job
+    batch = lay(job.rows[:8])
+    with job.adapter.on(), counting(job.model) as count:
+        micro_step(job, batch)
+    with job.adapter.on():
+        assert kept_bytes(job, batch) == count()
 
 
 def test_the_most_memory_that_was_held_is_seen_though_it_was_given_back():
