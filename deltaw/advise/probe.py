@@ -17,7 +17,7 @@ from torch import Tensor
 from deltaw.data.batch import Batch
 from deltaw.scoring.loss import batch_loss
 from deltaw.train.loop import Job
-from deltaw.train.memory import peak_bytes, resident_bytes
+from deltaw.train.memory import peak_bytes, release, resident_bytes
 
 LONG_SECONDS = 5.0
 """A micro-step that would take longer is measured on a few layers."""
@@ -57,6 +57,7 @@ def kept_bytes(job: Job, batch: Batch) -> int:
 
 
 def _held(job: Job, batch: Batch, depth: int) -> Cost:
+    release()  # else what an earlier step left free would hide what this one takes
     with highest() as most:
         seconds = micro_step(job, batch, depth)
     return Cost(seconds, most())
