@@ -19,6 +19,7 @@ from deltaw.errors import UserError, nearest
 T = TypeVar("T")
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, BeforeValidator(lambda said: str(said) if isinstance(said, int | float | Path) else said)]
 """A text; numbers and paths are taken as they are written."""
 
@@ -84,7 +85,7 @@ class Training:
     sample: str | None = None
     """A question to answer before and after training. By default: the first of the validation rows."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of the adapter's start, the order of rows and dropout."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the base's weights and activations. Auto: bfloat16 where the processor multiplies it, else float32."""

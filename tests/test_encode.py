@@ -245,3 +245,13 @@ def test_every_row_of_the_shared_data_teaches_its_answers(smollm2_path):
             assert learnt(encode(row, tokenizer), tokenizer) == "".join(a + END for a in answers_of(row))
             seen += 1
     assert seen
+
+
+def test_a_row_that_the_template_refuses_is_named(tokenizer):
+    from deltaw.models.tokenizer import Tokenizer
+
+    strict = Tokenizer(tokenizer.fast, template="{{ raise_exception('no') }}", specials={}, end_ids={257})
+    example = Example(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}), "", "rows.jsonl:7")
+    with pytest.raises(UserError) as e:
+        encode_all([example], strict, "answers", 99)
+    assert e.value.where == "rows.jsonl:7"

@@ -18,7 +18,10 @@ class Chat:
     """Turns so far, the personas there are, and the one that answers next."""
 
     def __init__(self, personas: Sequence[Persona], sampling: Sampling) -> None:
-        self.personas = {BASE: Persona(BASE, personas[0].base), **{p.name: p for p in personas}}
+        names = [p.name for p in personas]
+        if twice := next((n for n in [BASE, *names] if [BASE, *names].count(n) > 1), None):
+            raise UserError(f"Two personas are called '{twice}'.", remedy="Give the path of a file with another name.")
+        self.personas = {BASE: Persona(BASE, personas[0].base), **dict(zip(names, personas, strict=True))}
         self.current, self.sampling = personas[0].name, sampling
         self.turns: list[dict[str, str]] = []
 
@@ -45,7 +48,8 @@ class Chat:
                 said += piece
                 yield piece
         finally:
-            self.turns = [*asked, {"role": "assistant", "content": said}]
+            if said.strip():  # an empty answer teaches nothing, and no row may hold one
+                self.turns = [*asked, {"role": "assistant", "content": said}]
 
     def retry(self) -> str | None:
         """Take the last answer and its question back; gives the question."""
@@ -68,9 +72,15 @@ class Chat:
         """
         if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in self.turns):
             raise UserError("There is no answer to save yet.")
-        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        try:
+            before = path.read_text(encoding="utf-8") if path.exists() else ""
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError("This file cannot be added to.", where=str(path), why=str(e)) from None
         if before and not before.endswith("\n"):
             before += "\n"
         text = before + json.dumps({"messages": self.turns}, ensure_ascii=False) + "\n"
-        write_text(path, text)
+        try:
+            write_text(path, text)
+        except OSError as e:
+            raise UserError("The conversation cannot be saved here.", where=str(path), why=f"{e.strerror}.") from None
         return sum(bool(line.strip()) for line in text.split("\n"))

@@ -99,10 +99,11 @@ def locate(name: str | None, folder: Path) -> tuple[str, Path]:
     """
     if name is not None:
         path = Path(name)
-        if path.is_file():
-            return path.stem, path
         if (path / "adapter.safetensors").exists():
-            return path.name, path / "adapter.safetensors"
+            path = path / "adapter.safetensors"
+        if path.is_file():
+            inside = path.resolve().parent
+            return inside.parent.name if inside.name == "adapter" else path.stem, path
     run = runs.find(name, folder, lambda run: run.adapter.exists())
     return run.name, run.adapter
 

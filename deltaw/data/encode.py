@@ -62,7 +62,11 @@ def encode_all(examples: Sequence[Example], tokenizer: Tokenizer, train_on: Trai
     cut: list[str] = []
     dropped: list[str] = []
     for example in examples:
-        row = encode(example, tokenizer, train_on)
+        try:
+            row = encode(example, tokenizer, train_on)
+        except UserError as e:
+            e.where = e.where or example.where  # a template that refuses a row does not know where it stood
+            raise
         if len(row.ids) > max_tokens:
             row = Encoded(row.ids[:max_tokens], row.trained[:max_tokens], row.where)
             (cut if row.targets else dropped).append(row.where)

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from deltaw.settings import Count, Share, settings
+from deltaw.settings import Count, Seed, Share, settings
 
 
 @settings
@@ -27,7 +27,7 @@ class Sampling:
     """Draw only tokens at least this likely, as a share of the likeliest one's probability."""
     repetition_penalty: Annotated[float, Field(ge=1)] = 1.0
     """Make tokens that occurred less likely by this factor (Keskar et al. 2019, arXiv:1909.05858)."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of the draw; every answer in a batch has a stream of its own."""
 
 

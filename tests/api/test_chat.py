@@ -47,7 +47,7 @@ def test_the_base_is_read_once_however_many_personas_and_switches(trained, monke
     loads, tensors = [], []
     real = checkpoint.load
     monkeypatch.setattr(api.checkpoint, "load", lambda *a: (loads.append(a), real(*a))[1])
-    session = Chat(load_all(["x", "y", "x"], trained, dtype="float32"), SAMPLING)
+    session = Chat(load_all(["x", "y"], trained, dtype="float32"), SAMPLING)
     model = session.personas["x"].base.model
     before = {name: b.clone() for name, b in model.named_buffers()}
     for name in ("x", "y", "base", "y", "x"):
@@ -57,6 +57,18 @@ def test_the_base_is_read_once_however_many_personas_and_switches(trained, monke
     assert len(loads) == 1
     assert all(pointers == tensors[0] for pointers in tensors)
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+
+def test_two_personas_of_one_name_are_refused_rather_than_one_of_them_dropped(trained):
+    with pytest.raises(UserError, match="Two personas are called 'x'"):
+        Chat(load_all(["x", "x"], trained, dtype="float32"), SAMPLING)
+
+
+def test_a_conversation_that_cannot_be_saved_says_so_and_goes_on(session, tmp_path):
+    said(session, "say")
+    with pytest.raises(UserError, match="cannot be added to"):
+        session.save(tmp_path)
+    assert session.turns
 
 
 def test_each_persona_answers_in_its_own_way_and_none_leaves_a_trace(session, ids):
@@ -143,8 +155,14 @@ def test_streamed_pieces_are_the_whole_answer(session):
 def test_a_persona_is_found_by_name_folder_file_or_as_the_newest(trained):
     file = trained / "x" / "adapter" / "adapter.safetensors"
     assert locate("x", trained) == locate(str(trained / "x"), trained) == ("x", file)
-    assert locate(str(file), trained) == ("adapter", file)
-    assert locate(str(file.parent), trained) == ("adapter", file)
+    assert locate(str(file), trained) == (
+        "x",
+        file,
+    )
+    assert locate(str(file.parent), trained) == (
+        "x",
+        file,
+    )
     assert locate(None, trained)[0] == "y"
     assert load("x", trained, dtype="float32").ask("say") == "xxx"
 
