@@ -14,8 +14,7 @@ def adamw(module: nn.Module, settings: Training) -> torch.optim.AdamW:
     """AdamW over what the adapter trains; one group, so that the order of parameters is that of the adapter."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     for p in parameters:
-        # Once, and before the activations: gradients that come and go among them leave holes that no large tensor fits
-        # (measured: 7.3 GB held instead of 5.6 for what takes 3.6).
+        # Once, and before the activations: gradients that come and go among them leave holes that no large tensor fits.
         p.grad = torch.zeros_like(p)
     return torch.optim.AdamW(parameters, lr=1.0, weight_decay=settings.weight_decay, fused=True)
 
