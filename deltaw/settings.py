@@ -55,7 +55,7 @@ class Training:
     steps: Count | None = None
     """Stop after this many optimizer steps, whatever `epochs` says."""
     minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Fit the whole schedule into this many minutes, as measured on this machine."""
+    """Fit the whole schedule into this many minutes, as measured on this machine, whatever `epochs` says."""
     batch_rows: Count = 8
     """Rows per optimizer step."""
     micro_tokens: Count = 2048
@@ -89,6 +89,18 @@ class Training:
     """Seed of the adapter's start, the order of rows and dropout."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the base's weights and activations. Auto: bfloat16 where the processor multiplies it, else float32."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, ..."""
+    threads: Count | None = None
+    """Processor threads. By default: one per core."""
+
+
+@settings
+class Machine:
+    """Where and how the other commands compute."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the weights. Auto: bfloat16 where the processor multiplies it, else float32."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, ..."""
     threads: Count | None = None
@@ -137,7 +149,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: the file is missing, or is no YAML mapping; says the line.
     """
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as e:
         raise UserError("The configuration file cannot be read.", where=str(path), why=f"{e.strerror}.") from None
     except UnicodeDecodeError:
@@ -158,12 +170,18 @@ def check_file(path: Path, values: Mapping[str, Any], *classes: Any) -> None:
     Raises:
         UserError: says the line, and the nearest known key or what is wrong with the value.
     """
-    node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+    node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
         where = f"{path}:{key.start_mark.line + 1}"
         owner = next((cls for cls in classes if key.value in names(cls)), None)
         if owner is not None:
             build(owner, {key.value: values[key.value]}, where)
-        elif key.value != "data":
+        elif key.value == "data":
+            said = values["data"]
+            files = said if isinstance(said, list) else [said]
+            if not said or not all(isinstance(file, str) for file in files):
+                raise UserError("'data' is not a file or a list of files.", where=where,
+                                remedy="For example: data: [rows.jsonl, more.jsonl:2]")  # fmt: skip
+        else:
             known = ["data", *(name for cls in classes for name in names(cls))]
             raise UserError(f"Unknown setting '{key.value}'.", where=where, remedy=nearest(key.value, known))

@@ -122,6 +122,17 @@ def rows_file(tmp_path):
 
 
 @pytest.fixture
+def ready(tiny_path, tmp_path, rows_file):
+    """A function that makes a run on `rows_file` ready; each in a folder of its own."""
+    from small import prepared, told
+
+    count = iter(range(1000))
+    return lambda stop=lambda: False, **settings: prepared(
+        rows_file, told(tiny_path, tmp_path / str(next(count)), **settings), stop
+    )
+
+
+@pytest.fixture
 def here(tiny_path, tmp_path, monkeypatch):
     """A working directory with a base, `rows.jsonl` and nothing else, on a terminal of 80 columns."""
     from small import ROW, write_rows

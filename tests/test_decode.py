@@ -18,8 +18,9 @@ from deltaw.data.batch import lay
 from deltaw.data.encode import Encoded
 from deltaw.decode import generate as loop
 from deltaw.decode.cache import Cache
-from deltaw.decode.generate import answers, generate, stream
+from deltaw.decode.generate import Answer, answers, complete, generate, stream
 from deltaw.decode.sampling import Sampling, likely, pick
+from deltaw.errors import UserError
 from deltaw.methods import method
 from deltaw.models import checkpoint
 
@@ -122,6 +123,7 @@ def streamed(tokenizer, ids):
     """The pieces in which an answer of these ids is shown."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "generate", lambda *_: ([(0, i)] for i in ids))
+        patch.setattr(loop, "room", lambda *_: 10**9)
         return list(stream(None, tokenizer, [1], Sampling()))
 
 
@@ -140,6 +142,37 @@ def test_a_stream_is_the_answer(model, tokenizer):
         sampling = Sampling(max_new_tokens=20, temperature=1.5, seed=seed)
         (ids,) = said(model, [[1, 2]], sampling, tokenizer.end_ids)
         assert "".join(stream(model, tokenizer, [1, 2], sampling)) == tokenizer.decode(ids, skip_special=True)
+
+
+def test_an_answer_says_whether_it_is_whole(model, tokenizer, monkeypatch):
+    (ids,) = said(model, [[1, 2]], Sampling(max_new_tokens=6))
+    monkeypatch.setattr(tokenizer, "end_ids", {ids[3]})
+    at = ids.index(ids[3])
+    for limit in range(1, 7):
+        sampling = Sampling(max_new_tokens=limit)
+        (answer,) = complete(model, tokenizer, [[1, 2]], sampling)
+        assert answer == Answer(tokenizer.decode(ids[: min(at, limit)]), limit > at)
+        assert returned(stream(model, tokenizer, [1, 2], sampling)) == (limit > at)
+
+
+def returned(generator):
+    """What a generator returns at its end."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            return end.value
+
+
+def test_nothing_is_said_beyond_the_models_context(model, tokenizer):
+    context = model.config.context
+    long, short = [i % 200 for i in range(context - 3)], [1, 2]
+    got = said(model, [long, short], Sampling(max_new_tokens=8))
+    assert [len(answer) for answer in got] == [3, 8]
+    assert got == [said(model, [p], Sampling(max_new_tokens=8))[0] for p in (long, short)]
+    for length in (context, context + 1):
+        with pytest.raises(UserError, match=f"{length} tokens long, and this model sees {context}"):
+            said(model, [short, [1] * length], Sampling(max_new_tokens=8))
 
 
 logits = st.integers(0, 10_000).map(lambda s: 3 * torch.randn(40, generator=torch.Generator().manual_seed(s)))

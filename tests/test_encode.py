@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from deltaw.data.encode import answer_spans, encode, encode_all
@@ -255,3 +256,16 @@ def test_a_row_that_the_template_refuses_is_named(tokenizer):
     with pytest.raises(UserError) as e:
         encode_all([example], strict, "answers", 99)
     assert e.value.where == "rows.jsonl:7"
+
+
+def test_a_plain_text_begins_as_the_tokenizer_begins_one(tokenizer):
+    """Llama's and Mistral's put a begin-of-text token there, which the model saw before every text it learnt."""
+    text, end = Example((), "one", "x:1"), tokenizer.fast.token_to_id(END)
+    assert encode(text, tokenizer, "all").ids[0] == tokenizer.encode("one")[0]
+    fast = Fast.from_str(tokenizer.fast.to_str())
+    fast.post_processor = TemplateProcessing(single="<|im_start|> $A <|im_end|>", special_tokens=[
+        ("<|im_start|>", fast.token_to_id("<|im_start|>")), ("<|im_end|>", end)])  # fmt: skip
+    begins = Tokenizer(fast, template=None, specials=tokenizer.specials, end_ids=tokenizer.end_ids)
+    row = encode(text, begins, "all")
+    assert list(row.ids) == [fast.token_to_id("<|im_start|>"), *begins.encode("one"), end]
+    assert list(row.ids) == fast.encode("one").ids

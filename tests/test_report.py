@@ -239,6 +239,15 @@ def test_a_long_curve_is_thinned_but_keeps_its_spike() -> None:
     assert len(chart) < 120_000
 
 
+@pytest.mark.parametrize("value", [0.0, 5.55274592488, -3.0, 1e-9, 1e9])
+@pytest.mark.parametrize("apart", [0.0, 1e-15, 1e-12, 1e-9, 1e-7, 1e-5])
+def test_values_that_hardly_differ_are_drawn_within_the_chart(value: float, apart: float) -> None:
+    points = [(1.0, value), (2.0, value * (1 + apart))]
+    chart = svg.line_chart("x", [svg.Series(name="loss", points=points)])
+    (path,) = re.findall(r'<path class="s1 line" d="([^"]*)"', chart)
+    assert all(0 <= float(y) <= svg.HEIGHT for y in re.findall(r"[ML][\d.]+ (-?[\d.]+)", path))
+
+
 def test_a_gap_is_not_bridged() -> None:
     chart = svg.line_chart("x", [svg.Series(name="loss", points=[(1, 1.0), (2, 2.0), (3, None), (4, 1.0), (5, 2.0)])])
     path = re.search(r'<path class="s1 line" d="([^"]*)"', chart)

@@ -43,6 +43,9 @@ BAD = {
     "an empty completion": ('{"prompt": "a", "completion": ""}', "Turn 2 is an empty answer"),
     "references that are a text": ('{"prompt": "a", "completion": "b", "references": "b"}', "'references' is not a"),
     "facts that are numbers": ('{"prompt": "a", "completion": "b", "facts": [1]}', "'facts' is not a list of texts"),
+    "half a character in a text": ('{"text": "x\\ud83d"}', "'text' holds half a character"),
+    "half a character in a reference": ('{"text": "a", "references": ["\\udc00"]}', "'references' holds half"),
+    "an empty text": ('{"text": " "}', "text is empty"),
     "half a character": ('{"prompt": "a", "completion": "x\\ud83d"}', "character|surrogate|UTF-8|Unicode"),
     "nesting without end": ("[" * 100_000, "not JSON"),
 }  # fmt: skip

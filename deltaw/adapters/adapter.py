@@ -20,7 +20,8 @@ class Adapter(nn.Module):
         self.method = method
         self.deltas = nn.ModuleDict()
         self._slots: dict[str, Slot] = {}
-        self._aside: list[tuple[Slot, Parts]] = []
+        self._aside: list[tuple[Slot, Parts, Parts]] = []
+        """Slots that were merged into: what stood there before, and what was put in its place."""
 
     @classmethod
     def build(cls, method: Method, model: nn.Module, seed: int = 0) -> Adapter:
@@ -82,15 +83,23 @@ class Adapter(nn.Module):
             CannotMerge: a delta has no merged form; then nothing was changed.
         """
         for slot, parts in [(slot, delta.merged(slot)) for slot, delta in self.items()]:
-            self._aside.append((slot, {name: getattr(slot, name) for name in parts}))
+            before = {name: getattr(slot, name) for name in parts}
             slot.swap(parts)
+            self._aside.append((slot, before, {name: getattr(slot, name) for name in parts}))
         self.detach()
 
     def unmerge(self) -> None:
-        """Put the frozen weights back, bit for bit."""
+        """Put the frozen weights back, bit for bit.
+
+        Raises:
+            RuntimeError: another adapter was merged into the same layers since; it has to be taken out first.
+        """
+        newest = {(slot, name): part for slot, _, after in self._aside for name, part in after.items()}
+        if any(getattr(slot, name) is not part for (slot, name), part in newest.items()):
+            raise RuntimeError("Another adapter was merged on top of this one: unmerge that one first.")
         while self._aside:
-            slot, parts = self._aside.pop()
-            slot.swap(parts)
+            slot, before, _ = self._aside.pop()
+            slot.swap(before)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ is what the process held at most in the longest micro-step, plus what is not the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,15 +15,16 @@ import numpy as np
 import torch
 
 from deltaw.advise.machine import available_bytes
-from deltaw.advise.probe import Cost, clock, cost, kept_bytes
+from deltaw.advise.probe import Cost, clock, cost, kept_bytes, warm_up
 from deltaw.data.batch import Batch, micro_batches, per_epoch, steps
 from deltaw.decode.generate import answers
 from deltaw.decode.sampling import Sampling
-from deltaw.errors import WillNotFit
+from deltaw.errors import UserError, WillNotFit
 from deltaw.models.checkpoint import read_json
 from deltaw.scoring.loss import batch_loss
 from deltaw.train.checkpoint import get_random, set_random
-from deltaw.train.loop import SAMPLE_TOKENS, SAVE_SECONDS, Job
+from deltaw.train.job import SAMPLE_TOKENS, Job
+from deltaw.train.saving import SAVE_SECONDS
 
 SPREAD = 0.15
 """Half the width of the shown range: how much the same step varies on a quiet machine."""
@@ -30,6 +32,8 @@ MOMENTS_BYTES = 8
 """Adam's two moments, in fp32, per trained number."""
 HEADROOM = 1.1
 PROBED_TOKENS = 6
+ALIKE = 0.95
+"""A micro-batch with more than this share of another's work tells nothing new."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,11 @@ def measure(job: Job, minutes: float | None = None) -> Plan:
 
     Raises:
         WillNotFit: it needs more memory than there is, whatever can be saved.
+        UserError: the minutes do not allow one step.
     """
     epoch = _first_epoch(job)
     batches = sorted((b for step in epoch for b in step), key=lambda b: operations(b, job))
-    random = get_random()
+    random = get_random(job.model.device)
     with job.adapter.on():
         job.adapter.train()
         recompute, notices = _fitting(job, batches)
@@ -95,11 +100,21 @@ def measure(job: Job, minutes: float | None = None) -> Plan:
         step_seconds = sum(work.of(operations(b, job)) for step in epoch for b in step) / len(epoch)
         fixed = _evaluation_seconds(job)
     job.adapter.zero_grad(set_to_none=False)
-    set_random(random)
-    total = job.steps if minutes is None else max(1, int((minutes * 60 - fixed) / step_seconds))
+    set_random(random, job.model.device)
+    total = job.steps if minutes is None else _within(minutes, step_seconds, fixed, job)
     seconds = total * step_seconds + fixed
     seconds += _save_seconds(job) * (1 + seconds / SAVE_SECONDS)
     return Plan(total, seconds, step_seconds, fixed, peak, available_bytes(job.model.device), recompute, notices)
+
+
+def _within(minutes: float, step_seconds: float, fixed_seconds: float, job: Job) -> int:
+    """How many steps so many minutes allow; with `steps` given, no more than those."""
+    allowed = int((minutes * 60 - fixed_seconds) / step_seconds)
+    if allowed < 1:
+        need = (fixed_seconds + step_seconds) / 60
+        raise UserError(f"{minutes:g} minutes are too few: one step, evaluations and samples take {need:.1f}.",
+                        remedy=f"Take --minutes {math.ceil(need)} or more, or --evaluations 0.")  # fmt: skip
+    return min(allowed, job.settings.steps or allowed)
 
 
 def operations(batch: Batch, job: Job) -> float:
@@ -147,20 +162,23 @@ def _fitting(job: Job, batches: list[Batch]) -> tuple[bool, tuple[str, ...]]:
 
 def _measured(job: Job, batches: list[Batch]) -> tuple[Work, int]:
     """What the shortest, the median and the longest micro-batch take, and the most memory that any of them does."""
-    chosen = {operations(b, job): b for b in (batches[0], batches[len(batches) // 2], batches[-1])}
-    cost(job, batches[0])  # the first is slower: weights are read from the disk, kernels are prepared
-    costs = {work: cost(job, batch) for work, batch in chosen.items()}
+    chosen: dict[float, Batch] = {}
+    for batch in (batches[-1], batches[len(batches) // 2], batches[0]):
+        if operations(batch, job) < ALIKE * min(chosen, default=math.inf):
+            chosen[operations(batch, job)] = batch
+    warm_up(job, batches[0])
+    costs = {work: cost(job, chosen[work]) for work in sorted(chosen)}
     return Work.through(costs), max(c.peak_bytes for c in costs.values())
 
 
 def _evaluation_seconds(job: Job) -> float:
     """Seconds of all evaluations and samples of the run."""
-    rounds = job.settings.evaluations if job.val else 0
+    rounds = job.evaluations
     seconds = 0.0
     if rounds:
         longest = max(job.val, key=lambda b: b.tokens)
         with torch.no_grad(), clock() as spent:
-            batch_loss(job.model, longest.to(job.model.device))
+            batch_loss(job.model, longest.to(job.model.device)).item()  # a GPU is waited for
         seconds += rounds * spent() * sum(operations(b, job) for b in job.val) / operations(longest, job)
     if job.question is not None:
         with clock() as spent:

@@ -1,6 +1,8 @@
 """Real micro-steps, whose gradients are thrown away: how long they take, and what they keep in memory.
 
-A very long row is run through one layer and through four: layers are alike, so what thirty take lies on the same line.
+One that would take long is run through one layer and through four: layers are alike, so what thirty take lies on the
+same line. That holds well for time, less so for memory, as the C library keeps more than it is asked for; so whatever
+takes only seconds is run whole.
 """
 
 from __future__ import annotations
@@ -9,19 +11,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from deltaw.data.batch import Batch
+from deltaw.models.seen import Documents, Span
 from deltaw.scoring.loss import batch_loss
-from deltaw.train.loop import Job
+from deltaw.train.job import Job
 from deltaw.train.memory import peak_bytes, release, resident_bytes
 
-LONG_SECONDS = 5.0
+LONG_SECONDS = 10.0
 """A micro-step that would take longer is measured on a few layers."""
 DEPTHS = (1, 4)
+WARM_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,20 @@ def cost(job: Job, batch: Batch) -> Cost:
     layers, device = job.model.config.layers, job.model.device
     if layers <= more or device.type == "cuda":
         return Cost(micro_step(job, batch), peak_bytes(device))
-    first = _held(job, batch, few)
-    if first.seconds * layers <= LONG_SECONDS:  # too much by the head's share, which is no harm
+    first, second, steps = _held(job, batch, few), _held(job, batch, more), (layers - few) / (more - few)
+    seconds = first.seconds + steps * (second.seconds - first.seconds)
+    if seconds <= LONG_SECONDS:
         return Cost(micro_step(job, batch), peak_bytes(device))
-    second, steps = _held(job, batch, more), (layers - few) / (more - few)
-    return Cost(first.seconds + steps * (second.seconds - first.seconds),
-                int(first.peak_bytes + steps * (second.peak_bytes - first.peak_bytes)))  # fmt: skip
+    return Cost(seconds, int(first.peak_bytes + steps * (second.peak_bytes - first.peak_bytes)))
+
+
+def warm_up(job: Job, batch: Batch) -> None:
+    """Run the beginning of a micro-batch: the first step is slower, as weights are read and kernels are prepared."""
+    seen = Documents((Span(0, n := min(batch.tokens, WARM_TOKENS)),))
+    labels_T = batch.ids_T[:n].clone()
+    micro_step(
+        job, replace(batch, ids_T=batch.ids_T[:n], at_T=torch.arange(n), labels_T=labels_T, seen=seen, targets=n)
+    )
 
 
 def kept_bytes(job: Job, batch: Batch) -> int:

@@ -6,12 +6,10 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from deltaw.api.persona import Persona
+from deltaw.api.persona import BASE, Persona
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError, nearest
 from deltaw.files.atomic import write_text
-
-BASE = "base"
 
 
 class Chat:
@@ -24,6 +22,8 @@ class Chat:
         self.personas = {BASE: Persona(BASE, personas[0].base), **dict(zip(names, personas, strict=True))}
         self.current, self.sampling = personas[0].name, sampling
         self.turns: list[dict[str, str]] = []
+        self.cut = False
+        """Whether the last answer was cut at the longest length there was room for."""
 
     def switch(self, name: str) -> None:
         """Let another persona answer from now on.
@@ -42,12 +42,15 @@ class Chat:
     def ask(self, question: str, heard: Callable[[], bool] | None = None) -> Iterator[str]:
         """Answer piece by piece; whatever was said when `heard` turned false is kept as the answer."""
         asked = [*self.turns, {"role": "user", "content": question}]
-        said = ""
+        pieces, said, self.cut = self.personas[self.current].stream(asked, self.sampling, heard), "", False
         try:
-            for piece in self.personas[self.current].stream(asked, self.sampling, heard):
-                said += piece
+            while True:
+                said += (piece := next(pieces))
                 yield piece
+        except StopIteration as end:
+            self.cut = not end.value
         finally:
+            pieces.close()
             if said.strip():  # an empty answer teaches nothing, and no row may hold one
                 self.turns = [*asked, {"role": "assistant", "content": said}]
 
@@ -59,10 +62,14 @@ class Chat:
         self.turns = self.turns[:-2]
         return question
 
-    def compare(self, question: str) -> dict[str, str]:
-        """The answers of the base and of every persona, after the same turns and with the same seed."""
+    def compare(self, question: str, heard: Callable[[], bool] = lambda: True) -> dict[str, str]:
+        """The answers of the base and of every persona, after the same turns and with the same seed.
+
+        When `heard` turns false, what was said so far is all.
+        """
         asked = [*self.turns, {"role": "user", "content": question}]
-        return {name: persona.ask(asked, **vars(self.sampling)) for name, persona in self.personas.items()}
+        return {name: "".join(persona.stream(asked, self.sampling, heard))
+                for name, persona in self.personas.items() if heard()}  # fmt: skip
 
     def save(self, path: Path) -> int:
         """Add the conversation to a file of training rows; gives how many rows it has now.

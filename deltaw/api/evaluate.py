@@ -9,10 +9,10 @@ from pathlib import Path
 from deltaw.api.persona import Persona
 from deltaw.data import rows as reading
 from deltaw.data.batch import micro_batches
-from deltaw.data.encode import encode_all
+from deltaw.data.encode import Encoded, TrainOn, encode_all
 from deltaw.data.rows import Example
 from deltaw.decode.sampling import Sampling
-from deltaw.evaluate.measure import grade, perplexity
+from deltaw.evaluate.measure import grade, perplexity, prompt_ids
 from deltaw.scoring.text import Graded, score
 
 MICRO_TOKENS = 2048
@@ -22,33 +22,67 @@ ONLY_TEXT = "perplexity"
 
 @dataclass(frozen=True)
 class Report:
-    """Scores by name, and the answers they were given for."""
+    """Scores by name, and the rows that were asked with the answers they got; `notices`: what was left out or cut."""
 
     persona: str
     rows: int
     scores: dict[str, float]
     examples: tuple[Example, ...]
     graded: tuple[Graded, ...]
+    notices: tuple[str, ...] = ()
 
 
 def evaluate(persona: Persona, file: str | Path, metrics: Sequence[str] = (), limit: int | None = None,
              sampling: Sampling | None = None) -> Report:  # fmt: skip
     """Score a persona on a file's rows (the first `limit`); without `metrics`, those that suit the rows.
 
+    Of a conversation its answers count, of a plain text every token; only conversations are asked.
+
     Raises:
         UserError: a fault in the data, or a metric these rows cannot give.
     """
     examples = tuple(reading.read(Path(file))[:limit])
+    sampling = sampling or Sampling()
     scores: dict[str, float] = {}
     graded: tuple[Graded, ...] = ()
-    asks = all(e.prompt for e in examples)
+    named = [m for m in metrics if m != ONLY_TEXT]
+    asked, notices = _askable(examples, persona) if named or not metrics else ((), [])
     with persona.on():
         model, tokenizer = persona.base.model, persona.base.tokenizer
         if not metrics or ONLY_TEXT in metrics:
-            encoded = encode_all(examples, tokenizer, "answers" if asks else "all", model.config.context)
-            scores[ONLY_TEXT] = perplexity(model, micro_batches(encoded.rows, MICRO_TOKENS))
-        named = [m for m in metrics if m != ONLY_TEXT]
-        if named or (not metrics and asks):
-            graded = tuple(grade(model, tokenizer, examples, sampling or Sampling()))
+            rows, lost = _encoded(examples, persona)
+            scores[ONLY_TEXT] = perplexity(model, micro_batches(rows, MICRO_TOKENS))
+            notices += [f"{ONLY_TEXT}: {line}" for line in lost]
+        if named or asked:
+            graded = tuple(grade(model, tokenizer, asked or examples, sampling))
             scores |= score(graded, named or None)
-    return Report(persona.name, len(examples), scores, examples, graded)
+    if cut := sum(not g.whole for g in graded):
+        notices.append(f"{cut} of {len(graded)} answers were cut after {sampling.max_new_tokens} tokens "
+                       "(--max-new-tokens).")  # fmt: skip
+    return Report(persona.name, len(examples), scores, asked, graded, tuple(notices))
+
+
+def _askable(examples: Sequence[Example], persona: Persona) -> tuple[tuple[Example, ...], list[str]]:
+    """The rows whose question the model can be asked, and what is said of the others."""
+    asked = [e for e in examples if e.prompt]
+    context = persona.base.model.config.context
+    fitting = tuple(e for e in asked if len(prompt_ids(e, persona.base.tokenizer)) < context)
+    notices = []
+    if asked and len(asked) < len(examples):
+        notices.append(f"{len(examples) - len(asked)} rows without a question were not asked.")
+    if len(fitting) < len(asked):
+        notices.append(f"{len(asked) - len(fitting)} rows were not asked: longer than {context:,} tokens.")
+    return fitting, notices
+
+
+def _encoded(examples: Sequence[Example], persona: Persona) -> tuple[list[Encoded], list[str]]:
+    tokenizer, context = persona.base.tokenizer, persona.base.model.config.context
+    rows: list[Encoded] = []
+    notices: list[str] = []
+    kinds: tuple[TrainOn, TrainOn] = ("answers", "all")
+    for train_on in kinds:
+        if some := [e for e in examples if bool(e.prompt) == (train_on == "answers")]:
+            encoded = encode_all(some, tokenizer, train_on, context)
+            rows += encoded.rows
+            notices += encoded.notices(context)
+    return rows, notices

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from deltaw.adapters.protocol import Method
 from deltaw.advise import plan as planning
 from deltaw.advise.machine import free_disk
 from deltaw.advise.plan import SPREAD, Plan
+from deltaw.api.interrupt import interruptible
 from deltaw.api.persona import Base, Persona, load_base
 from deltaw.api.prepare import EncodedData, Loaded, encode, load, manifest, question
 from deltaw.data.batch import per_epoch
@@ -25,10 +28,13 @@ from deltaw.methods import find as find_method
 from deltaw.methods import method as make_method
 from deltaw.models import checkpoint
 from deltaw.settings import Training, build, names, plain
+from deltaw.train import memory
 from deltaw.train.events import Event, Finished, Planned, Started, Warned
-from deltaw.train.loop import Job, Trainer
+from deltaw.train.job import Job
+from deltaw.train.loop import DISK_FULL, Trainer
 from deltaw.train.record import EventFile, TensorBoard
 from deltaw.train.report import write_report
+from deltaw.train.saving import guarded
 
 Listener = Callable[[Event], None]
 RATE_WIDTH = 576
@@ -37,21 +43,35 @@ CHECKPOINTS = 4
 """Two kept, one being written, and the results."""
 
 
-def finetune(*data: str | Path, listen: Sequence[Listener] = (), **settings: Any) -> Persona:
+def finetune(*data: str | Path, listen: Sequence[Listener] | None = None, **settings: Any) -> Persona:
     """Fine-tune on data files, and return the persona. Keywords are those of `deltaw train`: `rank=8, epochs=2`.
 
+    Each event of the run goes to every function in `listen`; without it, what you should know comes as warnings.
+
     Raises:
-        UserError: wrong settings or data. WillNotFit: too little memory. Diverged: the loss was not finite twice.
+        UserError: wrong settings or data. WillNotFit: too little memory or disk. Diverged: the loss was not finite
+        twice. Interrupted: Ctrl-C; what was trained is saved.
     """
-    made = prepare([str(d) for d in data], settings)
-    for event in made.events():
-        for each in listen:
-            each(event)
-        if isinstance(event, Finished) and event.reason == "interrupted":
-            raise Interrupted(
-                "Training was interrupted; it is saved.", remedy=f"deltaw train --resume {made.job.run.name}"
-            )
-    return Persona(made.job.run.name, made.base, made.job.adapter)
+    with interruptible() as stop:
+        made = prepare([str(d) for d in data], settings, stop)
+        reason = ""
+        for event in made.events():
+            for each in (_warn,) if listen is None else listen:
+                each(event)
+            reason = event.reason if isinstance(event, Finished) else reason
+    run = made.job.run
+    if reason == "interrupted":
+        raise Interrupted("Training was interrupted; it is saved.", remedy=run.command("train --resume"))
+    if reason == DISK_FULL:
+        raise WillNotFit("The disk is full: the adapter could not be written.", where=str(run.folder),
+                         remedy=f"Free some, and go on: {run.command('train --resume')}")  # fmt: skip
+    return Persona(run.name, made.base, made.job.adapter)
+
+
+def _warn(event: Event) -> None:
+    texts = (event.text,) if isinstance(event, Warned) else getattr(event, "notices", ())
+    for text in texts:
+        warnings.warn(text, stacklevel=3)
 
 
 @dataclass
@@ -67,10 +87,32 @@ class Prepared:
         """Plan, train, and keep the run folder: every event is written down before it is passed on.
 
         Raises:
-            WillNotFit: the plan needs more memory than there is. Diverged: the loss was not finite twice.
+            WillNotFit: it needs more memory than there is. Diverged: the loss was not finite twice.
+            UserError: another process is training this run.
         """
         run = self.job.run
+        with run.held():
+            try:
+                yield from self._within_memory()
+            except WillNotFit:
+                if not run.checkpoints():
+                    run.remove()  # nothing was trained, and the name is free again
+                raise
+
+    def _within_memory(self) -> Iterator[Event]:
+        try:
+            yield from self._recorded()
+        except RuntimeError as e:
+            if not memory.is_full(e):
+                raise
+            also = "" if self.job.recompute else ", or take --gradient-checkpointing on"
+            raise WillNotFit(f"The memory of {self.job.model.device} was full.", where=str(self.job.run.folder),
+                             remedy=f"Cut rows with --max-tokens, lower --micro-tokens{also}.") from None  # fmt: skip
+
+    def _recorded(self) -> Iterator[Event]:
+        run = self.job.run
         log, board = EventFile(run.events), TensorBoard(run.folder / "tensorboard")
+        report = guarded(lambda: write_report(run.folder), "The disk is full: report.html was not written.")
         try:
             for event in self._all():
                 log(event)
@@ -79,12 +121,12 @@ class Prepared:
             if lost := log.lost + board.lost:
                 yield Warned(text=f"The disk was full: {lost} events are missing in {run.name}'s records.")
         except Diverged:
-            write_report(run.folder)
+            list(report)
             raise
         finally:
             log.close()
             board.close()
-        write_report(run.folder)
+        yield from report
 
     def _all(self) -> Iterator[Event]:
         trainer = Trainer(self.job)
@@ -93,17 +135,19 @@ class Prepared:
         if self.plan is None:
             self.plan = planning.measure(self.job, self.job.settings.minutes)
             self.job.steps, self.job.recompute = self.plan.steps, self.plan.recompute
-            self.job.run.write_json(self.job.run.plan, dataclasses.asdict(self.plan))
+            yield from self._write_plan({})
         yield _planned(self.plan)
         for event in trainer.run():
-            yield self._with_prediction(event) if isinstance(event, Finished) else event
+            if isinstance(event, Finished):
+                event = dataclasses.replace(event, predicted_seconds=self.plan.after(event.step),
+                                            predicted_bytes=self.plan.peak_bytes)  # fmt: skip
+                yield from self._write_plan({"actual": event.record()})
+            yield event
 
-    def _with_prediction(self, event: Finished) -> Finished:
-        plan = self.plan
-        assert plan is not None
-        event = dataclasses.replace(event, predicted_seconds=plan.after(event.step), predicted_bytes=plan.peak_bytes)
-        self.job.run.write_json(self.job.run.plan, {**dataclasses.asdict(plan), "actual": event.record()})
-        return event
+    def _write_plan(self, more: dict[str, Any]) -> Iterator[Event]:
+        assert self.plan is not None
+        run, values = self.job.run, {**dataclasses.asdict(self.plan), **more}
+        yield from guarded(lambda: run.write_json(run.plan, values), "The disk is full: plan.json was not written.")
 
 
 def prepare(data: Sequence[str], values: Mapping[str, Any], stop: Callable[[], bool] = lambda: False,
@@ -117,35 +161,45 @@ def prepare(data: Sequence[str], values: Mapping[str, Any], stop: Callable[[], b
     loaded = load(data, settings)  # before the model: a fault in the data is found at once
     base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say)
     encoded = encode(loaded, base, settings)
+    settings = _resolved(settings, method, base)
     adapter = Adapter.build(method, base.model, settings.seed).to(base.model.device)
     run = runs.create(settings.runs, settings.name, called(loaded.files[0][0]), settings.method)
     _check_disk(run, adapter)
-    run.write_config({"data": list(data), **plain(settings), **plain(method), "name": run.name})
-    run.write_json(run.manifest, manifest(base, loaded))
+    # Without the name, so that the file can be given back with --config.
+    run.write_config({"data": list(data), **plain(dataclasses.replace(settings, name=None)), **plain(method)})
+    run.write_json(run.manifest, manifest(base, loaded, encoded))
     return Prepared(base, *_job(base, run, adapter, settings, loaded, encoded, stop))
 
 
 def resume(name: str | None, folder: Path, stop: Callable[[], bool] = lambda: False,
-           say: Callable[[str], None] = lambda _: None) -> Prepared:  # fmt: skip
-    """Make an interrupted run ready to go on where its newest checkpoint is.
+           say: Callable[[str], None] = lambda _: None, on: Mapping[str, Any] | None = None) -> Prepared:  # fmt: skip
+    """Make an interrupted run ready to go on where its newest checkpoint is; `on`: another `device`, or `threads`.
 
     Raises:
-        UserError: there is no such run, it has ended, or its base or data are not what they were.
+        UserError: there is no such run, it has ended or is still being trained, or its base or data are not what they
+        were.
     """
-    run = runs.find(name, folder, lambda run: bool(run.checkpoints()) and not run.adapter.exists())
+    run = runs.find(name, folder, lambda run: bool(run.checkpoints()) and not run.adapter.exists() and not run.busy())
     config = run.read_config()
     data = config.pop("data")
     if run.adapter.exists():
-        raise UserError(f"The run '{run.name}' has ended.", where=str(run.folder), remedy=f"deltaw chat {run.name}")
-    settings, method = resolve(config, str(run.config))
+        raise UserError(f"The run '{run.name}' has ended.", where=str(run.folder), remedy=run.command("chat"))
+    with run.held():  # said now, rather than after the model is loaded
+        settings, method = resolve({**config, **(on or {})}, str(run.config))
     loaded = load(data, settings)
     base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say)
-    then, now = checkpoint.read_json(run.manifest), manifest(base, loaded)
+    then = checkpoint.read_json(run.manifest)
+    base.tokenizer.now = datetime.datetime.fromisoformat(then["rendered"])
+    encoded = encode(loaded, base, settings)
+    now = manifest(base, loaded, encoded)
     if changed := [key for key in now if then.get(key) != now[key]]:
         raise UserError(f"The run '{run.name}' cannot go on: {', '.join(changed)} changed since it began.",
                         where=str(run.manifest), remedy="Put it back as it was, or train anew.")  # fmt: skip
     adapter = Adapter.build(method, base.model, settings.seed).to(base.model.device)
-    prepared = Prepared(base, *_job(base, run, adapter, settings, loaded, encode(loaded, base, settings), stop))
+    job, started = _job(base, run, adapter, settings, loaded, encoded, stop)
+    moved = [f"It goes on with {key} {value}, and was begun with {config[key]}: losses may differ in the last digits."
+             for key, value in (on or {}).items() if value != config[key]]  # fmt: skip
+    prepared = Prepared(base, job, dataclasses.replace(started, notices=(*started.notices, *moved)))
     if run.plan.exists():
         prepared.plan = Plan.read(run.plan)
         prepared.job.steps, prepared.job.recompute = prepared.plan.steps, prepared.plan.recompute
@@ -158,21 +212,29 @@ def called(file: Path) -> str:
     return folder if file.stem in ("train", "data") and folder else file.stem
 
 
+def _resolved(settings: Training, method: Method, base: Base) -> Training:
+    """The settings with what was chosen here in the place of `auto` and nothing: what a resumed run goes by."""
+    width = base.model.config.width
+    chosen: dict[str, Any] = {
+        "dtype": str(base.model.dtype).removeprefix("torch."), "device": str(base.model.device),
+        "threads": torch.get_num_threads(),
+        "learning_rate": settings.learning_rate or type(method).peak_rate * min(1.0, RATE_WIDTH / width),
+    }  # fmt: skip
+    return dataclasses.replace(settings, **chosen)
+
+
 def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loaded, encoded: EncodedData,
          stop: Callable[[], bool]) -> tuple[Job, Started]:  # fmt: skip
-    method = adapter.method
-    width = base.model.config.width
-    learning_rate = settings.learning_rate or type(method).peak_rate * min(1.0, RATE_WIDTH / width)
     steps = settings.steps or max(1, round(settings.epochs * per_epoch(encoded.weights, settings.batch_rows)))
-    job = Job(run, base.model, base.tokenizer, adapter, adapters.Header.of(adapter, base.name, base.fingerprint),
-              settings, encoded.rows, encoded.weights, encoded.val, steps, learning_rate,
+    job = Job(run, base.model, base.tokenizer, adapter, adapters.Header.of(adapter, base.origin, base.fingerprint),
+              settings, encoded.rows, encoded.weights, encoded.val, steps, settings.learning_rate or 0.0,
               question=question(loaded, base, settings), stop=stop)  # fmt: skip
     started = Started(
         run=str(run.folder), base=base.name, method=settings.method, trained_parameters=adapter.parameter_count,
         base_parameters=sum(b.numel() for b in base.model.buffers()), rows=len(encoded.rows),
         val_rows=encoded.val_rows, tokens=sum(len(r.ids) for r in encoded.rows),
         trained_tokens=sum(r.targets for r in encoded.rows), dtype=str(base.model.dtype).removeprefix("torch."),
-        device=str(base.model.device), threads=torch.get_num_threads(), learning_rate=learning_rate,
+        device=str(base.model.device), threads=torch.get_num_threads(), learning_rate=job.learning_rate,
         resumed_at=int(run.checkpoints()[-1].stem.removeprefix("step-")) if run.checkpoints() else 0,
         notices=(*loaded.notices, *encoded.notices))  # fmt: skip
     return job, started

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from deltaw.adapters.adapter import Adapter, bare
-from deltaw.decode.generate import answers, stream
+from deltaw.decode.generate import Answer, complete, stream
 from deltaw.decode.sampling import Sampling
+from deltaw.errors import UserError
 from deltaw.files import adapters, runs
 from deltaw.models import checkpoint, source
 from deltaw.models.decoder import Decoder
@@ -20,6 +21,8 @@ from deltaw.models.device import choose_device, choose_dtype
 from deltaw.models.tokenizer import Message, Tokenizer
 from deltaw.settings import build
 
+BASE = "base"
+"""What the persona without an adapter is called."""
 Conversation = str | Sequence[Message]
 """A question, or the turns so far."""
 
@@ -33,6 +36,11 @@ class Base:
     model: Decoder
     tokenizer: Tokenizer
     fingerprint: str
+
+    @property
+    def origin(self) -> str:
+        """The name by which it is found again from any folder: paths are absolute."""
+        return str(self.path.absolute()) if Path(self.name).exists() else self.name
 
 
 def load_base(name: str, dtype: str = "auto", device: str = "auto", threads: int | None = None,
@@ -67,15 +75,19 @@ class Persona:
 
     def ask_all(self, conversations: Sequence[Conversation], **sampling: Any) -> list[str]:
         """Answer many conversations, several at a time."""
+        return [answer.text for answer in self.answer_all(conversations, build(Sampling, sampling))]
+
+    def answer_all(self, conversations: Sequence[Conversation], sampling: Sampling) -> list[Answer]:
+        """Answer many conversations, and say of each answer whether it is whole."""
         prompts = [self.prompt(c) for c in conversations]
         with self.on():
-            return answers(self.base.model, self.base.tokenizer, prompts, build(Sampling, sampling))
+            return complete(self.base.model, self.base.tokenizer, prompts, sampling)
 
     def stream(self, conversation: Conversation, sampling: Sampling,
-               heard: Callable[[], bool] | None = None) -> Iterator[str]:  # fmt: skip
-        """Answer piece by piece; `heard` is asked before each token, false stops."""
+               heard: Callable[[], bool] | None = None) -> Generator[str, None, bool]:  # fmt: skip
+        """Answer piece by piece; `heard` is asked before each token, false stops. Returns whether it is whole."""
         with self.on():
-            yield from stream(self.base.model, self.base.tokenizer, self.prompt(conversation), sampling, heard)
+            return (yield from stream(self.base.model, self.base.tokenizer, self.prompt(conversation), sampling, heard))
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """The ids after which the model answers."""
@@ -108,21 +120,33 @@ def locate(name: str | None, folder: Path) -> tuple[str, Path]:
     return run.name, run.adapter
 
 
-def load_all(
-    names: Sequence[str], runs_folder: Path = Path("runs"), base: str | None = None, **how: Any
-) -> list[Persona]:
+def load_all(names: Sequence[str], runs_folder: Path = runs.RUNS, base: str | None = None, **how: Any) -> list[Persona]:
     """Load one base and several personas for it; without names, the newest run. `how` as for `load_base`.
 
     Raises:
         UserError: a persona is missing, or was made for another base.
     """
     found = [locate(name, runs_folder) for name in names] or [locate(None, runs_folder)]
-    headers = [adapters.read_header(path) for _, path in found]
-    bare_base = Persona("base", load_base(base or headers[0].base, **how))
+    trained_on = adapters.read_header(found[0][1]).base
+    if base is None and Path(trained_on).is_absolute() and not Path(trained_on).exists():
+        raise UserError("The base model is not where this adapter was trained on it.", where=trained_on,
+                        remedy="Say where it is now: --base PATH.")  # fmt: skip
+    bare_base = Persona(BASE, load_base(base or trained_on, **how))
     return [bare_base.wearing(name, path) for name, path in found]
 
 
-def load(name: str | None = None, runs: str | Path = "runs", base: str | None = None, **how: Any) -> Persona:
+def load_any(name: str, runs_folder: Path = runs.RUNS, base: str | None = None, **how: Any) -> Persona:
+    """Load a persona by its run's name, folder or file, or a base model by its name or path.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if source.is_model(name) or (source.is_hub_id(name) and not Path(name).exists()):
+        return Persona(BASE, load_base(name, **how))
+    return load_all([name], runs_folder, base, **how)[0]
+
+
+def load(name: str | None = None, runs: str | Path = runs.RUNS, base: str | None = None, **how: Any) -> Persona:
     """Load a persona by its run's name, folder or file; without a name, the newest. `how` as for `load_base`.
 
     Raises:

@@ -17,7 +17,7 @@ from deltaw.data.rows import Example
 from deltaw.errors import UserError
 from deltaw.files.runs import digest
 from deltaw.settings import Training
-from deltaw.train.loop import Question
+from deltaw.train.job import SAMPLE_TOKENS, Question
 
 FEWEST_TO_SPLIT = 40
 """Data sets with fewer rows are not split: too few would be left to learn from, or to measure with."""
@@ -106,17 +106,21 @@ def question(loaded: Loaded, base: Base, settings: Training) -> Question | None:
             return None
         turns, expected = asked.prompt, asked.answer
     ids = base.tokenizer.encode(base.tokenizer.chat(turns, prompt=True))
+    if len(ids) + SAMPLE_TOKENS > base.model.config.context:
+        return None  # as long as this, it shows nothing at a glance
     return Question(turns[-1]["content"], tuple(ids), expected)
 
 
-def manifest(base: Base, loaded: Loaded) -> dict[str, Any]:
-    """Fingerprints of everything that decides what a run makes."""
+def manifest(base: Base, loaded: Loaded, encoded: EncodedData) -> dict[str, Any]:
+    """Fingerprints of everything that decides what a run makes; `rendered`: the time that templates were told."""
     files = [path for path, _ in loaded.files] + ([loaded.val_file] if loaded.val_file else [])
     return {
         "base": base.fingerprint,
         "tokenizer": _sha256(base.tokenizer.fast.to_str()),
         "template": _sha256(base.tokenizer.template or ""),
+        "rendered": base.tokenizer.now.isoformat(),
         "data": {str(path): digest(path) for path in files},
+        "tokens": _sha256(repr([(row.ids, row.trained) for row in encoded.rows])),
     }
 
 

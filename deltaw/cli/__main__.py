@@ -5,6 +5,7 @@ Commands are imported when they are called, so that help comes at once.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -18,8 +19,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from deltaw import __version__
-from deltaw.cli.interrupt import INTERRUPTED
-from deltaw.errors import UserError
+from deltaw.errors import Interrupted, UserError, WillNotFit
 from deltaw.settings import complaint
 
 TRACEBACK = "--debug"
@@ -38,7 +38,7 @@ COMMANDS = {
 
 def application(arguments: Sequence[str]) -> App:
     """The command line; `train` shows the flags of the method that the arguments name."""
-    app = App(name="deltaw", version=__version__, result_action="return_value",
+    app = App(name="deltaw", version=__version__, result_action="return_value", suppress_keyboard_interrupt=False,
               help="Fine-tune a language model on your own data with the LoRA family, and talk to the result.",
               help_epilogue="Two commands to begin with: deltaw train my.jsonl, then deltaw chat. "
                             f"Add {TRACEBACK} to see a traceback.")  # fmt: skip
@@ -74,10 +74,12 @@ def run(arguments: Sequence[str]) -> int:
     except CycloptsError as e:
         return _failed(_usage(e), errors, debug)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return Interrupted.code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as e:
+        return _failed(_unwritable(e), errors, debug)
     return done if isinstance(done, int) else 0
 
 
@@ -105,6 +107,12 @@ def _usage(error: CycloptsError) -> UserError:
     if isinstance(error, ValidationError) and isinstance(cause, Invalid):
         return UserError(complaint(cause), remedy="See --help.")
     return UserError(str(error).strip().splitlines()[0], remedy="See --help.")
+
+
+def _unwritable(error: OSError) -> UserError:
+    """What the system refused, in our words."""
+    kind = WillNotFit if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
+    return kind(f"{error.strerror or error}.", where=str(error.filename or ""))
 
 
 def _short(text: str, limit: int = 400) -> str:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
 
-from deltaw.cli.interrupt import interruptible
+from deltaw.api.interrupt import interruptible
 from deltaw.cli.show import busy, grid
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
+from deltaw.settings import Machine, plain
 
 if TYPE_CHECKING:
     from deltaw.api.chat import Chat
@@ -27,7 +30,8 @@ HELP = """/persona NAME   let another persona answer     /personas     who there
 
 
 def chat(*runs: str, base: str | None = None, folder: Annotated[Path, Parameter(name="--runs")] = Path("runs"),
-         sampling: Annotated[Sampling | None, Parameter(name="*")] = None) -> None:  # fmt: skip
+         sampling: Annotated[Sampling | None, Parameter(name="*")] = None,
+         machine: Annotated[Machine | None, Parameter(name="*")] = None) -> None:  # fmt: skip
     """Talk with one or more personas; the base is loaded once.
 
     Parameters
@@ -43,7 +47,7 @@ def chat(*runs: str, base: str | None = None, folder: Annotated[Path, Parameter(
     from deltaw.api.persona import load_all
 
     with busy() as say:
-        personas = load_all(runs, folder, base, say=say)
+        personas = load_all(runs, folder, base, say=say, **plain(machine or Machine()))
     session = Chat(personas, sampling or Sampling(temperature=0.3, top_p=0.95))
     console = Console(highlight=False)
     if console.is_terminal:
@@ -57,6 +61,10 @@ def chat(*runs: str, base: str | None = None, folder: Annotated[Path, Parameter(
                 _answer(session, console, line)
         except UserError as e:
             console.print(str(e), style="red", markup=False)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            console.print("\nStopped.", style="dim")
 
 
 def _lines(session: Chat, console: Console) -> Iterator[str]:
@@ -95,7 +103,8 @@ def _personas(session: Chat, console: Console, _: str) -> None:
 def _compare(session: Chat, _: Console, question: str) -> None:
     if not question:
         raise UserError("What shall they answer?", remedy="/compare QUESTION")
-    said = session.compare(question)
+    with _heard() as heard:
+        said = session.compare(question, heard)
     grid(list(said), [list(said.values())])
 
 
@@ -132,7 +141,22 @@ DO: dict[str, Callable[[Chat, Console, str], None]] = {
 
 
 def _answer(session: Chat, console: Console, question: str) -> None:
-    with interruptible(hint="") as stop:
-        for piece in session.ask(question, lambda: not stop()):
+    with _heard() as heard:
+        for piece in session.ask(question, heard):
             console.out(piece, end="")
     console.out("")
+    if session.cut:
+        console.print(f"(cut after {session.sampling.max_new_tokens} tokens: --max-new-tokens)", style="dim")
+
+
+@contextmanager
+def _heard() -> Iterator[Callable[[], bool]]:
+    """Give a function that says whether the answer is still wanted. Ctrl-C ends it; once more, and it is dropped."""
+
+    def drop() -> None:
+        raise KeyboardInterrupt
+
+    with interruptible(hint="", again=drop, signals=(signal.SIGINT,)) as stop:
+        yield lambda: not stop()
+    if stop() and not sys.stdin.isatty():
+        raise KeyboardInterrupt  # nobody is there to ask something else

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from pydantic import Field
 
-from deltaw.cli.show import busy, grid, json_line
+from deltaw.cli.show import busy, grid, json_line, notice
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
+from deltaw.settings import Count, Machine, plain, settings
+
+if TYPE_CHECKING:
+    from deltaw.api.evaluate import Report
 
 
-def eval(run: str, file: Path, *, metrics: str = "", compare: int = 0,  # noqa: A001 (the command's name)
-         limit: int | None = None, runs: Path = Path("runs"),
-         sampling: Annotated[Sampling | None, Parameter(name="*")] = None, json: bool = False) -> None:  # fmt: skip
+@settings
+class Asked:
+    """What is measured, and what is shown of it."""
+
+    metrics: str = ""
+    """Names, separated by commas: perplexity, facts, exact_match, bleu, chrf, rouge1, rouge2, rougeL, json_valid,
+    intent, slot_f1, label_accuracy. By default: those that suit the rows."""
+    compare: Annotated[int, Field(ge=0)] = 0
+    """Show this many answers beside those of the base, and score the base too."""
+    limit: Count | None = None
+    """Only the first so many rows."""
+    base: str | None = None
+    """The base model, if it is not where the adapter was trained on it."""
+
+
+def eval(run: str, file: Path, *, asked: Annotated[Asked | None, Parameter(name="*")] = None,  # noqa: A001 (its name)
+         runs: Path = Path("runs"), sampling: Annotated[Sampling | None, Parameter(name="*")] = None,
+         machine: Annotated[Machine | None, Parameter(name="*")] = None, json: bool = False) -> None:  # fmt: skip
     """Measure a persona on rows with right answers.
 
     Parameters
@@ -23,47 +44,46 @@ def eval(run: str, file: Path, *, metrics: str = "", compare: int = 0,  # noqa: 
         A run's name or folder, an adapter file, or a base model.
     file
         Rows to be measured on: never those it was trained on.
-    metrics
-        Names, separated by commas: perplexity, facts, exact_match, bleu, chrf, rouge1, rouge2, rougeL, json_valid,
-        intent, slot_f1, label_accuracy. By default: those that suit the rows.
-    compare
-        Show this many answers beside those of the base, and score the base too.
-    limit
-        Only the first so many rows.
     runs
         Folder of the run folders.
     json
         Print one JSON object.
     """
     from deltaw.api.evaluate import evaluate
-    from deltaw.api.persona import Persona, load, load_base
-    from deltaw.models.source import KNOWN
+    from deltaw.api.persona import BASE, Persona, load_any
 
+    asked = asked or Asked()
     with busy(json) as say:
-        if run in KNOWN or (Path(run) / "config.json").exists() or run.endswith(".gguf"):
-            personas = [Persona("base", load_base(run, say=say))]
-        else:
-            persona = load(run, runs, say=say)
-            personas = [Persona("base", persona.base), persona] if compare else [persona]
-        names = [m.strip() for m in metrics.split(",") if m.strip()]
+        persona = load_any(run, runs, asked.base, say=say, **plain(machine or Machine()))
+        personas = [Persona(BASE, persona.base), persona] if asked.compare and persona.adapter else [persona]
+        names = [m.strip() for m in asked.metrics.split(",") if m.strip()]
         reports = []
         for each in personas:
             say(f"Measuring {each.name} on {file}")
-            reports.append(evaluate(each, file, names, limit, sampling or Sampling()))
+            reports.append(evaluate(each, file, names, asked.limit, sampling or Sampling()))
     if json:
-        json_line({"file": str(file), "rows": reports[0].rows, "scores": {r.persona: r.scores for r in reports},
-                   "answers": [{"question": e.prompt[-1]["content"], "expected": e.answer,
-                                **{r.persona: r.graded[i].answer for r in reports}}
-                               for i, e in enumerate(reports[0].examples[:compare]) if reports[0].graded]})  # fmt: skip
+        json_line(_record(file, reports, asked.compare))
         return
-    if compare and not reports[0].graded:
+    if asked.compare and not reports[0].graded:
         raise UserError("These metrics need no answers, so there are none to compare.", remedy="Leave --metrics out.")
-    if compare:
-        picked = _spread(reports[0].rows, compare)
+    if asked.compare:
+        picked = _spread(len(reports[0].graded), asked.compare)
         rows = [(reports[0].examples[i].prompt[-1]["content"], *(r.graded[i].answer for r in reports)) for i in picked]
         grid(["question", *(r.persona for r in reports)], rows)
     grid([f"score on {reports[0].rows} rows", *(r.persona for r in reports)],
          [[name, *(f"{r.scores[name]:.4g}" for r in reports)] for name in reports[0].scores])  # fmt: skip
+    for report in reports:
+        for line in report.notices:
+            notice(f"{report.persona}: {line}")
+
+
+def _record(file: Path, reports: Sequence[Report], compare: int) -> dict[str, object]:
+    first = reports[0]
+    answers = [{"question": e.prompt[-1]["content"], "expected": e.answer,
+                **{r.persona: r.graded[i].answer for r in reports}}
+               for i, e in enumerate(first.examples[:compare]) if first.graded]  # fmt: skip
+    return {"file": str(file), "rows": first.rows, "scores": {r.persona: r.scores for r in reports},
+            "notices": {r.persona: r.notices for r in reports if r.notices}, "answers": answers}  # fmt: skip
 
 
 def _spread(rows: int, count: int) -> list[int]:

@@ -8,13 +8,15 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from deltaw.cli.show import busy, json_line
+from deltaw.cli.show import busy, json_line, notice
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
+from deltaw.settings import Machine, plain
 
 
 def generate(*questions: str, run: str | None = None, base: str | None = None, runs: Path = Path("runs"),
-             sampling: Annotated[Sampling | None, Parameter(name="*")] = None, json: bool = False) -> None:  # fmt: skip
+             sampling: Annotated[Sampling | None, Parameter(name="*")] = None,
+             machine: Annotated[Machine | None, Parameter(name="*")] = None, json: bool = False) -> None:  # fmt: skip
     """Answer questions given on the command line, or one a line on the standard input.
 
     Parameters
@@ -24,23 +26,26 @@ def generate(*questions: str, run: str | None = None, base: str | None = None, r
     run
         The persona that answers: a run's name or folder, or an adapter file. By default: the newest run.
     base
-        Answer with this base model alone, without an adapter.
+        Answer with this base model alone; beside --run: the run's base, if it is not where it was trained on it.
     runs
         Folder of the run folders.
     json
         Print one JSON object a line.
     """
-    from deltaw.api.persona import Persona, load, load_base
+    from deltaw.api.persona import load, load_any
 
     asked = list(questions) or [line.strip() for line in sys.stdin if line.strip()]
     if not asked:
         raise UserError("There is no question.", remedy='deltaw generate "What grows in the north field?"')
-    if base is not None and run is not None:
-        raise UserError("--base answers without an adapter, --run with one.", remedy="Give one of them.")
+    sampling, how = sampling or Sampling(), plain(machine or Machine())
     with busy() as say:
-        persona = load(run, runs, say=say) if base is None else Persona("base", load_base(base, say=say))
-    for question, answer in zip(asked, persona.ask_all(asked, **vars(sampling or Sampling())), strict=True):
+        alone = base is not None and run is None
+        persona = load_any(str(base), **how, say=say) if alone else load(run, runs, base, **how, say=say)
+    answers = persona.answer_all(asked, sampling)
+    for question, answer in zip(asked, answers, strict=True):
         if json:
-            json_line({"persona": persona.name, "question": question, "answer": answer})
+            json_line({"persona": persona.name, "question": question, "answer": answer.text, "whole": answer.whole})
         else:
-            sys.stdout.write(answer + "\n")
+            sys.stdout.write(answer.text + "\n")
+    if cut := sum(not answer.whole for answer in answers):
+        notice(f"{cut} of {len(answers)} answers were cut after {sampling.max_new_tokens} tokens (--max-new-tokens).")

@@ -21,14 +21,9 @@ def inspect(name: str, *, runs: Path = Path("runs"), json: bool = False) -> None
     json
         Print one JSON object.
     """
-    from deltaw.models.source import KNOWN
+    from deltaw.models.source import is_model
 
-    path = Path(name)
-    if name in KNOWN or path.suffix == ".gguf" or (path / "config.json").exists():
-        rows = _model(name)
-    else:
-        rows = _adapter(name, runs)
-    facts(name, rows, json)
+    facts(name, _model(name) if is_model(name) else _adapter(name, runs), json)
 
 
 def _model(name: str) -> dict[str, Any]:

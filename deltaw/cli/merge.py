@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from deltaw.cli.show import busy, facts
 from deltaw.cli.words import size
+from deltaw.settings import Machine, plain
 
 
-def merge(run: str | None = None, *, out: Path | None = None, check: Path | None = None, runs: Path = Path("runs"),
-          dtype: str = "auto", json: bool = False) -> None:  # fmt: skip
+def merge(run: str | None = None, *, out: Path | None = None, check: Path | None = None, base: str | None = None,
+          runs: Path = Path("runs"), machine: Annotated[Machine | None, Parameter(name="*")] = None,
+          json: bool = False) -> None:  # fmt: skip
     """Write base and adapter as one plain model that transformers loads, and check it against the adapter.
 
     Parameters
@@ -21,10 +26,10 @@ def merge(run: str | None = None, *, out: Path | None = None, check: Path | None
         Folder to write. By default: `merged` in the run's folder.
     check
         Rows on which both are compared. By default: the run's own data.
+    base
+        The base model, if it is not where the adapter was trained on it.
     runs
         Folder of the run folders.
-    dtype
-        Type of the written weights: float32, bfloat16, or auto (what this machine computes in).
     json
         Print one JSON object.
     """
@@ -39,7 +44,7 @@ def merge(run: str | None = None, *, out: Path | None = None, check: Path | None
         known = [split_weight(f)[0] for f in Run(config.parent).read_config()["data"]]
         check = next((f for f in known if f.exists()), None)
     with busy(json) as say:
-        persona = load(str(path), runs, dtype=dtype, say=say)
+        persona = load(str(path), runs, base, **plain(machine or Machine()), say=say)
         say(f"Merging {name}")
         done = merged_into(persona, out or folder / "merged", read(check) if check else ())
     d = done.difference

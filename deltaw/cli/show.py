@@ -54,6 +54,11 @@ def grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console.print(table)
 
 
+def notice(text: str) -> None:
+    """Say something that a user should know; on stderr, so that results stay clean."""
+    Console(stderr=True).print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
 @contextmanager
 def busy(quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """Give a function that says what takes long; on stderr, so that results stay clean."""

@@ -11,17 +11,19 @@ from cyclopts import App, Parameter
 from cyclopts.config import Dict
 from rich.console import Console
 
-from deltaw.cli.interrupt import INTERRUPTED, interruptible
+from deltaw.api.interrupt import interruptible
 from deltaw.cli.show import busy, json_line
 from deltaw.cli.view import view
-from deltaw.errors import UserError, WillNotFit
+from deltaw.errors import Interrupted, UserError, WillNotFit
 from deltaw.methods import find
 from deltaw.settings import Training, check_file, names, plain, read_yaml
 from deltaw.train.events import Event, Finished
 from deltaw.train.loop import DISK_FULL
 
-EXIT = {"interrupted": INTERRUPTED, DISK_FULL: WillNotFit.code}
+EXIT = {"interrupted": Interrupted.code, DISK_FULL: WillNotFit.code}
 """What a run that ended for this reason leaves with; any other: 0."""
+ELSEWHERE = ("device", "threads")
+"""What may differ where a run goes on: where it computes, and not what."""
 
 
 def register(app: App, arguments: Sequence[str]) -> None:
@@ -56,7 +58,8 @@ def register(app: App, arguments: Sequence[str]) -> None:
         with interruptible() as stop:
             if resume:
                 _refuse_changes((settings, Training()), (own, method()))
-                return _resume(files, settings.runs, stop, json)
+                on = {key: said for key in ELSEWHERE if (said := getattr(settings, key)) != getattr(Training(), key)}
+                return _resume(files, settings.runs, on, stop, json)
             return _begin(files or tuple([data] if isinstance(data, str) else data), {**plain(settings), **plain(own)},
                           stop, json)  # fmt: skip
 
@@ -77,20 +80,20 @@ def _begin(files: Sequence[str], values: dict[str, Any], stop: Callable[[], bool
     return _show(prepared, as_json)
 
 
-def _resume(files: Sequence[str], runs: Path, stop: Callable[[], bool], as_json: bool) -> int:
+def _resume(files: Sequence[str], runs: Path, on: dict[str, Any], stop: Callable[[], bool], as_json: bool) -> int:
     from deltaw.api.finetune import resume
 
     if len(files) > 1:
         raise UserError("Only one run is resumed at a time.", remedy=f"deltaw train --resume {files[0]}")
     with busy(as_json) as say:
-        prepared = resume(files[0] if files else None, runs, stop, say)
+        prepared = resume(files[0] if files else None, runs, stop, say, on)
     return _show(prepared, as_json)
 
 
 def _refuse_changes(*said: tuple[Any, Any]) -> None:
     """A run that goes on does so as it was begun: flags that would be ignored are refused."""
     for given, default in said:
-        for name in set(names(given)) - {"runs"}:
+        for name in set(names(given)) - {"runs", *ELSEWHERE}:
             if getattr(given, name) != getattr(default, name):
                 raise UserError("A run goes on with the settings it was begun with.",
                                 remedy=f"Leave --{name.replace('_', '-')} out, or train anew.")  # fmt: skip
@@ -107,10 +110,8 @@ def _show(prepared: Any, as_json: bool) -> int:
     finally:
         listener.close()
     if not as_json:
-        name = prepared.job.run.name
-        console.print(
-            f"Go on with: deltaw train --resume {name}" if reason in EXIT else f"Talk to it: deltaw chat {name}"
-        )
+        said, verb = ("Go on with", "train --resume") if reason in EXIT else ("Talk to it", "chat")
+        console.print(f"{said}: {prepared.job.run.command(verb)}", highlight=False, soft_wrap=True)
     return EXIT.get(reason, 0)
 
 

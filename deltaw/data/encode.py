@@ -87,7 +87,7 @@ def encode(example: Example, tokenizer: Tokenizer, train_on: TrainOn = "answers"
         UserError: an answer cannot be found in what the template rendered.
     """
     if not example.messages:
-        ids = [*tokenizer.encode(example.text), *_end_of(tokenizer, example.where)]
+        ids = [*tokenizer.begin_ids, *tokenizer.encode(example.text), *_end_of(tokenizer, example.where)]
         return Encoded(tuple(ids), (train_on == "all",) * len(ids), example.where)
     if train_on == "all":
         ids = tokenizer.encode(tokenizer.chat(example.messages))

@@ -108,13 +108,18 @@ def _rows(text: str, path: Path) -> Iterator[Example]:
 def _example(row: Any, where: str) -> Example:
     if not isinstance(row, dict):
         raise UserError("This row is not a JSON object.", where=where, remedy=f"A row looks like {SHAPES}")
+    if (key := next((key for key, value in row.items() if _has_half_characters(value)), None)) is not None:
+        raise UserError(f"'{key}' holds half a character (a lone surrogate).", where=where,
+                        remedy="Write the character whole, or leave it out.")  # fmt: skip
     extras = _strings(row, "references", where), _strings(row, "facts", where)
     if "messages" in row:
         return Example(_messages(row["messages"], where), "", where, *extras)
     if "prompt" in row and "completion" in row:
         pair = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
         return Example(_messages(pair, where), "", where, *extras)
-    if isinstance(row.get("text"), str) and row["text"].strip():
+    if isinstance(row.get("text"), str):
+        if not row["text"].strip():
+            raise UserError("The text is empty.", where=where, remedy="Write some, or drop the row.")
         return Example((), row["text"], where, *extras)
     keys = ", ".join(map(str, row)) or "none"
     raise UserError(f"This row has none of the keys messages, prompt and completion, text (it has: {keys}).",
@@ -132,12 +137,18 @@ def _messages(messages: Any, where: str) -> tuple[dict[str, str], ...]:
             raise UserError(f"Turn {i} has the role {role!r}.", where=where, remedy=f"Roles are: {', '.join(ROLES)}.")
         if not isinstance(content, str):
             raise UserError(f"Turn {i} ({role}) has no text: its content is {json.dumps(content)}.", where=where)
-        if not content.isprintable() and any("\ud800" <= c <= "\udfff" for c in content):
-            raise UserError(f"Turn {i} holds half a character (a lone surrogate).", where=where)
         if role == "assistant" and not content.strip():
             raise UserError(f"Turn {i} is an empty answer.", where=where, remedy="Write the answer, or drop the row.")
         turns.append({"role": str(role), "content": content})
     return tuple(turns)
+
+
+def _has_half_characters(value: Any) -> bool:
+    """Whether a text anywhere in a JSON value has a surrogate without its other half, which UTF-8 cannot write."""
+    if isinstance(value, str):
+        return not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(_has_half_characters(part) for part in parts)
 
 
 def _strings(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -10,11 +11,33 @@ from deltaw.data.batch import lay
 from deltaw.data.encode import Encoded
 from deltaw.decode.cache import Cache
 from deltaw.decode.sampling import Sampling, pick
+from deltaw.errors import UserError
 from deltaw.models.decoder import Decoder
 from deltaw.models.tokenizer import Tokenizer
 
 BATCH = 32
 """Prompts that are answered together."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said; `whole`: the model ended it itself, it was not cut at the longest length there was room for."""
+
+    text: str
+    whole: bool
+
+
+def room(model: Decoder, prompt: Sequence[int], sampling: Sampling) -> int:
+    """How many tokens the answer to this prompt may have.
+
+    Raises:
+        UserError: the prompt fills the model's context.
+    """
+    context = model.config.context
+    if len(prompt) >= context:
+        raise UserError(f"The conversation is {len(prompt):,} tokens long, and this model sees {context:,}.",
+                        remedy="Say less at a time; in a chat, /reset begins anew.")  # fmt: skip
+    return min(sampling.max_new_tokens, context - len(prompt))
 
 
 def generate(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, end_ids: set[int],
@@ -24,23 +47,28 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Samplin
 
     `heard`: asked before each step; false stops everybody. `streams`: which stream of random numbers each prompt draws
     from; by default that of its place.
+
+    Raises:
+        UserError: a prompt fills the model's context.
     """
     order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
     batch = lay([Encoded(tuple(prompts[i]), (False,) * len(prompts[i])) for i in order]).to(model.device)
     said = [list(prompts[i]) for i in order]
+    rooms = [room(model, prompts[i], sampling) for i in order]
     streams = range(len(prompts)) if streams is None else streams
     draws = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + streams[i]) for i in order]
     with torch.inference_mode():
-        cache = Cache(model.config, batch.seen, sampling.max_new_tokens, model.dtype, model.device)
+        cache = Cache(model.config, batch.seen, max(rooms), model.dtype, model.device)
         h_TD = model.hidden(batch.ids_T, batch.at_T, cache.prefill())[cache.last_tokens()]
         alive = list(range(len(order)))
-        for step in range(sampling.max_new_tokens):
+        for step in range(max(rooms)):
             logits_BV = model.logits(h_TD)
             picked = [pick(logits_V, sampling, draws[b], said[b]) for b, logits_V in zip(alive, logits_BV, strict=True)]
             going = [b for b, token in enumerate(picked) if token not in end_ids]
             if going:
                 yield [(order[alive[b]], picked[b]) for b in going]
-            if not going or step + 1 == sampling.max_new_tokens or (heard is not None and not heard()):
+                going = [b for b in going if step + 1 < rooms[alive[b]]]
+            if not going or (heard is not None and not heard()):
                 return
             if len(going) < len(alive):
                 cache.keep(torch.tensor(going, device=model.device))
@@ -52,8 +80,14 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Samplin
             h_TD = model.hidden(ids_B, cache.lengths_B - 1, seen)
 
 
-def answers(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
-    """Answer many prompts, some at a time, and return their texts."""
+def complete(
+    model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> list[Answer]:
+    """Answer many prompts, some at a time.
+
+    Raises:
+        UserError: a prompt fills the model's context.
+    """
     said: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), BATCH):
@@ -61,12 +95,22 @@ def answers(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Sequence[int
         for step in generate(model, [prompts[i] for i in some], sampling, tokenizer.end_ids, streams=some):
             for row, token in step:
                 said[some[row]].append(token)
-    return [tokenizer.decode(ids, skip_special=True) for ids in said]
+    return [Answer(tokenizer.decode(ids, skip_special=True), len(ids) < room(model, prompt, sampling))
+            for ids, prompt in zip(said, prompts, strict=True)]  # fmt: skip
+
+
+def answers(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
+    """The texts of what `complete` says."""
+    return [answer.text for answer in complete(model, tokenizer, prompts, sampling)]
 
 
 def stream(model: Decoder, tokenizer: Tokenizer, prompt: Sequence[int], sampling: Sampling,
-           heard: Callable[[], bool] | None = None) -> Iterator[str]:  # fmt: skip
-    """Answer one prompt, yielding text as soon as it is whole characters."""
+           heard: Callable[[], bool] | None = None) -> Generator[str, None, bool]:  # fmt: skip
+    """Answer one prompt, yielding text as soon as it is whole characters; returns whether the answer is whole.
+
+    Raises:
+        UserError: the prompt fills the model's context.
+    """
     ids: list[int] = []
     shown = ""
     for step in generate(model, [prompt], sampling, tokenizer.end_ids, heard):
@@ -77,3 +121,4 @@ def stream(model: Decoder, tokenizer: Tokenizer, prompt: Sequence[int], sampling
             shown = text
     if rest := tokenizer.decode(ids, skip_special=True)[len(shown) :]:
         yield rest
+    return len(ids) < room(model, prompt, sampling)

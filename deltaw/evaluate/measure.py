@@ -10,7 +10,7 @@ import torch
 
 from deltaw.data.batch import IGNORED, Batch
 from deltaw.data.rows import Example
-from deltaw.decode.generate import answers
+from deltaw.decode.generate import complete
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
 from deltaw.models.decoder import Decoder
@@ -46,15 +46,19 @@ def grade(model: Decoder, tokenizer: Tokenizer, examples: Sequence[Example], sam
     """Answer every row's question, and put its right answers beside.
 
     Raises:
-        UserError: a row has no question.
+        UserError: a row has no question, or one that fills the model's context.
     """
     for e in examples:
         if not e.prompt:
             raise UserError("This row asks nothing.", where=e.where, remedy="Rows to grade need messages.")
-    prompts = [tokenizer.encode(tokenizer.chat(e.prompt, prompt=True)) for e in examples]
-    said = answers(model, tokenizer, prompts, sampling)
-    return [Graded(a, e.references or ((e.answer,) if e.answer else ()), e.facts)
+    said = complete(model, tokenizer, [prompt_ids(e, tokenizer) for e in examples], sampling)
+    return [Graded(a.text, e.references or ((e.answer,) if e.answer else ()), e.facts, a.whole)
             for a, e in zip(said, examples, strict=True)]  # fmt: skip
+
+
+def prompt_ids(example: Example, tokenizer: Tokenizer) -> list[int]:
+    """A row's question as the model reads it."""
+    return tokenizer.encode(tokenizer.chat(example.prompt, prompt=True))
 
 
 @torch.inference_mode()

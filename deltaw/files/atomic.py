@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all: written beside, flushed to the disk, renamed."""
+"""Files that are there whole or not at all: written beside, flushed to the disk, renamed. And when the disk is full."""
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -38,7 +39,15 @@ def write_text(path: Path, text: str) -> None:
         scratch.write_text(text, encoding="utf-8")
 
 
+def disk_is_full(error: Exception) -> bool:
+    """Whether this is why a file could not be written; safetensors says it only in words."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
+
+
 def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folder as a file, and keeps renames in its journal
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -11,15 +11,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from deltaw.errors import UserError, nearest
 from deltaw.files.atomic import write_text
+
+RUNS = Path("runs")
+"""Where run folders are made and looked for, if nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,41 @@ class Run:
         """Checkpoints, oldest first."""
         return sorted((self.folder / "checkpoints").glob("step-*.safetensors"))
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other process from training this run, for the length of a `with` block.
+
+        Raises:
+            UserError: another one is at it. The system lets go of the lock when its process ends, however that ends.
+        """
+        lock = FileLock(self.folder / ".lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(f"The run '{self.name}' is being trained by another process.", where=str(self.folder),
+                            remedy="Wait for it, or stop it with Ctrl-C.") from None  # fmt: skip
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def busy(self) -> bool:
+        """Whether a process is training this run now."""
+        try:
+            with self.held():
+                return False
+        except UserError:
+            return True
+
+    def remove(self) -> None:
+        """Delete the folder with all that is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def command(self, verb: str) -> str:
+        """The command that does this with the run: `deltaw chat village --runs elsewhere`."""
+        elsewhere = "" if self.folder.parent == RUNS else f" --runs {shlex.quote(str(self.folder.parent))}"
+        return f"deltaw {verb} {shlex.quote(self.name)}{elsewhere}"
+
     def read_config(self) -> dict[str, Any]:
         """The settings that the run was made with.
 
@@ -74,7 +116,7 @@ class Run:
             UserError: the folder has none.
         """
         try:
-            return dict(yaml.safe_load(self.config.read_text()))
+            return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
         except (OSError, yaml.YAMLError, TypeError, ValueError) as e:
             raise UserError(
                 "This run folder has no readable config.yaml.", where=str(self.folder), why=str(e)
@@ -99,8 +141,9 @@ def create(runs: Path, name: str | None, stem: str, method: str) -> Run:
         if not name or re.search(r"[^\w.-]", name) or name.startswith("."):
             raise UserError(f"'{name}' is no name for a folder.", remedy="Use letters, digits, '-', '_' and '.'.")
         if (runs / name).exists():
+            go_on = Run(runs / name).command("train --resume")
             raise UserError(f"There is a run '{name}' already.", where=str(runs / name),
-                            remedy=f"Take another --name, or go on with it: deltaw train --resume {name}")  # fmt: skip
+                            remedy=f"Take another --name, or go on with it: {go_on}")  # fmt: skip
         (runs / name).mkdir(parents=True)
         return Run(runs / name)
     number = 1

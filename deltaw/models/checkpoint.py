@@ -83,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file is missing or is not an object.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.name} is missing.", where=str(path.parent),
                         remedy=FORMS) from None  # fmt: skip

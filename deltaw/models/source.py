@@ -59,6 +59,16 @@ def cached() -> list[str]:
     return sorted(p.parent.name for p in (cache() / "models").glob(f"*/{NOTE}"))
 
 
+def is_model(name: str) -> bool:
+    """Whether this names a model on this machine, or one that is known by a short name."""
+    return name in KNOWN or Path(name).suffix == ".gguf" or (Path(name) / "config.json").exists()
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this looks like a model on the Hugging Face hub: org/name."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
 def find(name: str, say: Say = lambda _: None) -> Path:
     """Return the folder or file of the model `name`, fetched and converted first if need be.
 
@@ -70,7 +80,7 @@ def find(name: str, say: Say = lambda _: None) -> Path:
     if name in KNOWN:
         folder = cache() / "models" / name
         return folder if (folder / NOTE).exists() else _fetched(name, KNOWN[name], folder, say)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if is_hub_id(name):
         return _from_hub(name, say)
     raise UserError(f"There is no model '{name}'.", why=nearest(name, KNOWN),
                     remedy="A model is a folder, a GGUF file, a short name or a hub id such as org/name.")  # fmt: skip
@@ -79,7 +89,7 @@ def find(name: str, say: Say = lambda _: None) -> Path:
 def note(path: Path) -> dict[str, str]:
     """What is known of a converted model's origin; empty for others."""
     file = path / NOTE
-    return dict(json.loads(file.read_text())) if file.exists() else {}
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 
 def _fetched(name: str, known: Known, folder: Path, say: Say) -> Path:

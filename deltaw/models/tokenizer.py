@@ -29,6 +29,8 @@ class Tokenizer:
 
     def __init__(self, fast: Fast, *, template: str | None, specials: Mapping[str, str], end_ids: set[int]) -> None:
         self.fast, self.template, self.specials, self.end_ids = fast, template, dict(specials), end_ids
+        self.now = datetime.datetime.now()
+        """What templates that write the date are told; one moment, so that all rows of a run say the same."""
         self.fast.no_truncation()
         self.fast.no_padding()
 
@@ -46,7 +48,7 @@ class Tokenizer:
         config = _json(path / "tokenizer_config.json")
         template = config.get("chat_template")
         if (file := path / "chat_template.jinja").exists():
-            template = file.read_text()
+            template = file.read_text(encoding="utf-8")
         elif isinstance(template, list):  # several templates by name; the plain one is called "default"
             template = next((t["template"] for t in template if t["name"] == "default"), None)
         specials = {
@@ -63,14 +65,20 @@ class Tokenizer:
         ends |= set(listed if isinstance(listed, list) else [] if listed is None else [listed])
         return cls(fast, template=template, specials=specials, end_ids={e for e in ends if e is not None})
 
+    @property
+    def begin_ids(self) -> list[int]:
+        """What this tokenizer puts before a plain text by itself: Llama's begin-of-text token, SmolLM2's nothing."""
+        plain, whole = self.encode("a"), list(self.fast.encode("a", add_special_tokens=True).ids)
+        return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
+
     def save(self, folder: Path) -> None:
         """Write files from which this class and `transformers` read the same tokenizer."""
         self.fast.save(str(folder / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.specials, "clean_up_tokenization_spaces": False}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(self.end_ids)}) + "\n")
         if self.template is not None:
-            (folder / "chat_template.jinja").write_text(self.template)
+            (folder / "chat_template.jinja").write_text(self.template, encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text as it stands; special tokens are recognised, none is added."""
@@ -95,7 +103,8 @@ class Tokenizer:
             raise UserError("This model has no chat template.", remedy="Take an instruct model, or --train-on all.")
         try:
             tokens = {"bos_token": "", "eos_token": "", **self.specials}
-            asked = {"messages": list(messages), "add_generation_prompt": prompt, "tools": None, "documents": None}
+            asked = {"messages": list(messages), "add_generation_prompt": prompt, "tools": None, "documents": None,
+                     "strftime_now": self.now.strftime}  # fmt: skip
             return str(_compiled(self.template).render(asked | tokens))
         except Exception as e:  # a template is foreign code, and may raise anything
             raise UserError("The model's chat template refuses this conversation.", why=str(e)) from None
@@ -126,7 +135,6 @@ def _compiled(template: str) -> Any:
     )
     environment.filters["tojson"] = lambda value, **form: json.dumps(value, **{"ensure_ascii": False, **form})
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(template)
 
 
@@ -167,7 +175,7 @@ def _read_by_transformers(folder: Path, **options: str) -> tuple[Fast, dict[str,
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except ValueError as e:
         raise UserError("This is not a JSON object.", where=str(path), why=str(e)) from None
 

@@ -29,6 +29,8 @@ class Graded:
     references: tuple[str, ...]
     facts: tuple[str, ...] = ()
     """What a right answer names; alternatives within a fact are separated by `|`."""
+    whole: bool = True
+    """Whether the model ended the answer itself; false: it was cut at the longest length allowed."""
 
 
 Metric = Callable[[Sequence[Graded]], float]

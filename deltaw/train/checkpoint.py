@@ -31,7 +31,6 @@ class Progress:
     best_step: int | None = None
     best_loss: float | None = None
     worse: int = 0
-    last_evaluation: int = 0
     seconds: float = 0.0
 
 
@@ -55,7 +54,7 @@ def save(run: Run, adapter: Adapter, optimizer: torch.optim.Optimizer, progress:
     return path
 
 
-def load(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer) -> Progress:
+def load(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, device: torch.device) -> Progress:
     """Put a checkpoint back into the adapter, the optimizer and torch's random state.
 
     Raises:
@@ -74,26 +73,21 @@ def load(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer) -> Prog
         i, _, key = name.partition(".")
         moments.setdefault(int(i), {})[key] = t
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    set_random(_part(tensors, "random."))
+    set_random(_part(tensors, "random."), device)
     return progress
 
 
-def get_random() -> Random:
-    """The state of torch's random numbers, on the processor and on every GPU."""
-    gpus = (
-        {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-        if torch.cuda.is_available()
-        else {}
-    )
-    return {"cpu": torch.get_rng_state(), **gpus}
+def get_random(device: torch.device) -> Random:
+    """The state of torch's random numbers: those of the processor, and of the device where it is another."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"device": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
 
 
-def set_random(random: Random) -> None:
-    """Put random numbers back to where they were."""
+def set_random(random: Random, device: torch.device) -> None:
+    """Put random numbers back to where they were; those of a device that this run is not on are left alone."""
     torch.set_rng_state(random["cpu"])
-    for device, state in random.items():
-        if device != "cpu":
-            torch.cuda.set_rng_state(state, device)
+    if device.type == "cuda" and "device" in random:
+        torch.cuda.set_rng_state(random["device"], device)
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

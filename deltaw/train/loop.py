@@ -6,71 +6,32 @@ decides a step (weights, moments, random state, counters) is in its checkpoint, 
 
 from __future__ import annotations
 
-import errno
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
-from safetensors import SafetensorError
 
-from deltaw.adapters.adapter import Adapter
 from deltaw.data.batch import Batch, micro_batches, steps
-from deltaw.data.encode import Encoded
 from deltaw.decode.generate import answers
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import Diverged
-from deltaw.files import adapters
 from deltaw.files.atomic import sweep
-from deltaw.files.runs import Run
-from deltaw.models.decoder import Decoder
-from deltaw.models.tokenizer import Tokenizer
 from deltaw.scoring.loss import batch_loss
-from deltaw.settings import Training
 from deltaw.train import checkpoint
 from deltaw.train.checkpoint import Progress
-from deltaw.train.events import Evaluated, Event, Finished, Sampled, Saved, Stepped, Warned
-from deltaw.train.memory import peak_bytes, resident_bytes
+from deltaw.train.events import Evaluated, Event, Finished, Sampled, Stepped, Warned
+from deltaw.train.job import SAMPLE_TOKENS, Job
+from deltaw.train.memory import held_bytes, peak_bytes
 from deltaw.train.optimizer import adamw, rate
+from deltaw.train.saving import Saver
 
-SAVE_SECONDS = 120
-SAMPLE_TOKENS = 48
 DISK_FULL = "disk full"
 """Why a run ended whose adapter could not be written; resuming it tries again."""
 RECENT = 20
 """Steps over which the shown speed is measured."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked before, during and after training, to be looked at."""
-
-    text: str
-    ids: tuple[int, ...]
-    expected: str = ""
-
-
-@dataclass
-class Job:
-    """Everything a run needs. `weights`: each file's number of rows, and how often each row is seen per epoch."""
-
-    run: Run
-    model: Decoder
-    tokenizer: Tokenizer
-    adapter: Adapter
-    header: adapters.Header
-    settings: Training
-    rows: tuple[Encoded, ...]
-    weights: tuple[tuple[int, float], ...]
-    val: tuple[Batch, ...]
-    steps: int
-    learning_rate: float
-    recompute: bool = False
-    question: Question | None = None
-    stop: Callable[[], bool] = field(default=lambda: False)
-    """Asked after each micro-step; true: save and end."""
 
 
 class Trainer:
@@ -79,18 +40,16 @@ class Trainer:
     def __init__(self, job: Job) -> None:
         self.job, self.progress = job, Progress()
         self.optimizer = adamw(job.adapter, job.settings)
-        self.began = time.monotonic()
-        self.saved_at = self.began
+        self.saver = Saver(job, self.optimizer)
         self.recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
         self.last_loss: float | None = None
-        self.saved_step = -1
 
     def resume(self) -> bool:
         """Go back to the newest checkpoint; false if there is none."""
         found = self.job.run.checkpoints()
         sweep(self.job.run.folder / "checkpoints")
         if found:
-            self.progress = checkpoint.load(found[-1], self.job.adapter, self.optimizer)
+            self.progress = checkpoint.load(found[-1], self.job.adapter, self.optimizer, self.job.model.device)
         return bool(found)
 
     def run(self) -> Iterator[Event]:
@@ -99,31 +58,30 @@ class Trainer:
         Raises:
             Diverged: the loss was not finite twice; the last good state is saved.
         """
-        before, self.began = self.progress.seconds, time.monotonic()
+        before, began = self.progress.seconds, time.monotonic()
         if self.progress.step == 0:
             torch.manual_seed(self.job.settings.seed)
         with self.job.adapter.on():
             for event in self._events():
-                self.progress.seconds = before + time.monotonic() - self.began
+                self.progress.seconds = before + time.monotonic() - began
                 yield replace(event, seconds=self.progress.seconds)
 
     def _events(self) -> Iterator[Event]:
         job, progress = self.job, self.progress
-        every = max(1, job.steps // job.settings.evaluations) if job.settings.evaluations and job.val else 0
         if progress.step == 0:
             yield from self._sample()
-            yield from self._save()
+            yield from self.saver.checkpoint(progress)
         order = steps(job.weights, job.settings.batch_rows, job.settings.seed)
         for _ in range(progress.step):
             next(order)
         while progress.step < job.steps and not self._given_up():
             epoch, rows = next(order)
-            random = checkpoint.get_random()
+            random = checkpoint.get_random(job.model.device)
             stepped = self._step(epoch, rows)
             if isinstance(stepped, Stepped):
                 yield stepped
             elif stepped is None:
-                yield from self._save(random)
+                yield from self.saver.checkpoint(progress, random)
                 yield self._finished("interrupted")
                 return
             elif progress.skipped < 2:
@@ -131,10 +89,10 @@ class Trainer:
             else:
                 yield from self._diverged()
             progress.step += 1
-            if every and (progress.step % every == 0 or progress.step == job.steps):
+            if job.evaluates(progress.step):
                 yield from self._evaluate()
-            if self._due(every):
-                yield from self._save()
+            if self.saver.due(progress.step):
+                yield from self.saver.checkpoint(progress)
         yield from self._end("no better" if self._given_up() else "done")
 
     def _step(self, epoch: float, rows: list[int]) -> Stepped | Warned | None:
@@ -164,7 +122,8 @@ class Trainer:
         tokens, self.last_loss = sum(b.row_tokens for b in batches), total / targets
         self.recent.append((tokens, time.monotonic() - start))
         return Stepped(step=progress.step + 1, steps=job.steps, epoch=epoch, loss=self.last_loss, learning_rate=now,
-                       gradient_norm=norm, tokens=tokens, trained_tokens=targets, memory_bytes=resident_bytes(),
+                       gradient_norm=norm, tokens=tokens, trained_tokens=targets,
+                       memory_bytes=held_bytes(job.model.device),
                        tokens_per_second=sum(n for n, _ in self.recent) / sum(s for _, s in self.recent))  # fmt: skip
 
     def _micro_step(self, batch: Batch, targets: int) -> float:
@@ -186,11 +145,7 @@ class Trainer:
         best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
         progress.worse = 0 if best else progress.worse + 1
         if best:
-            warned = list(self._guarded(lambda: adapters.save(self.job.adapter, self.job.header, self.job.run.best)))
-            yield from warned
-            if not warned:  # else the file still holds the one before
-                progress.best_loss, progress.best_step = loss, progress.step
-        progress.last_evaluation = progress.step
+            yield from self.saver.best(progress, loss)
         yield Evaluated(step=progress.step, loss=loss, best=best)
         yield from self._sample()
 
@@ -206,40 +161,15 @@ class Trainer:
         patience = self.job.settings.patience
         return bool(patience) and self.progress.worse >= patience
 
-    def _due(self, every: int) -> bool:
-        step, asked = self.progress.step, self.job.settings.save_every
-        if asked:
-            return step % asked == 0
-        return (every > 0 and step % every == 0) or time.monotonic() - self.saved_at > SAVE_SECONDS
-
-    def _save(self, random: checkpoint.Random | None = None) -> Iterator[Event]:
-        written = []
-        state = checkpoint.get_random() if random is None else random
-        yield from self._guarded(lambda: written.append(
-            checkpoint.save(self.job.run, self.job.adapter, self.optimizer, self.progress, state)))  # fmt: skip
-        self.saved_at = time.monotonic()
-        for path in written:
-            self.saved_step = self.progress.step
-            yield Saved(step=self.progress.step, path=str(path))
-
-    def _guarded(self, write: Callable[[], object]) -> Iterator[Event]:
-        """Run `write`; a full disk becomes a warning, and the next save tries again."""
-        try:
-            write()
-        except (OSError, SafetensorError) as e:
-            if not _disk_is_full(e):
-                raise
-            yield Warned(text="The disk is full: nothing was saved. Training goes on, and saving is tried again.")
-
     def _end(self, reason: str) -> Iterator[Event]:
         job, progress = self.job, self.progress
-        if self.saved_step != progress.step:
-            yield from self._save()
+        if self.saver.step != progress.step:
+            yield from self.saver.checkpoint(progress)
         if job.settings.keep_best and progress.best_step not in (None, progress.step) and job.run.best.exists():
-            adapters.put(job.adapter, adapters.read(job.run.best)[1], str(job.run.best))
+            self.saver.take_best()
             yield from self._sample()
         job.adapter.eval()
-        yield from self._guarded(lambda: adapters.save(job.adapter, job.header, job.run.adapter))
+        yield from self.saver.result()
         yield self._finished(reason if job.run.adapter.exists() else DISK_FULL)
 
     def _diverged(self) -> Iterator[Event]:
@@ -247,24 +177,18 @@ class Trainer:
         self.resume()
         good = self.progress.step
         if job.settings.keep_best and best is not None and job.run.best.exists():
-            adapters.put(job.adapter, adapters.read(job.run.best)[1], str(job.run.best))
+            self.saver.take_best()
             good = best
-        yield from self._guarded(lambda: adapters.save(job.adapter, job.header, job.run.adapter))
+        yield from self.saver.result()
         yield self._finished("diverged")
-        raise Diverged("The loss was not finite twice.", where=str(job.run.folder),
-                       why=f"The adapter as it was at step {good} is saved.",
+        saved = f"The adapter as it was at step {good} is saved." if job.run.adapter.exists() else "The disk is full."
+        raise Diverged("The loss was not finite twice.", where=str(job.run.folder), why=saved,
                        remedy=f"Train with a lower rate: --learning-rate {job.learning_rate / 4:.0e}")  # fmt: skip
 
     def _finished(self, reason: str) -> Finished:
         p = self.progress
         return Finished(reason=reason, step=p.step, loss=self.last_loss, best_step=p.best_step, best_loss=p.best_loss,
                         train_seconds=p.seconds, peak_bytes=peak_bytes(self.job.model.device))  # fmt: skip
-
-
-def _disk_is_full(error: Exception) -> bool:
-    """Whether this is why a file could not be written; safetensors says it only in words."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import resource
 import sys
 
 import psutil
@@ -15,10 +14,19 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def held_bytes(device: torch.device) -> int:
+    """Memory that training holds now; on CUDA the most so far, since between two steps little is held there."""
+    return peak_bytes(device) if device.type == "cuda" else resident_bytes()
+
+
 def peak_bytes(device: torch.device) -> int:
     """The most memory that the process held so far; on CUDA, the most that torch had allocated there."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # not on Windows
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
@@ -28,3 +36,8 @@ def release() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def is_full(error: Exception) -> bool:
+    """Whether torch failed for want of memory; of the processor's it says so only in words."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from deltaw.files.atomic import disk_is_full
 from deltaw.train.events import Evaluated, Event, Sampled, Started, Stepped
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class EventFile:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as e:
-            if not _disk_is_full(e):
+            if not disk_is_full(e):
                 raise
             if len(rest) < len(line):
                 self._file.truncate(self._whole_bytes)  # Half a line would spoil the next one.
@@ -106,7 +106,7 @@ class TensorBoard:
                 self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
             write(self._writer)
         except OSError as e:
-            if not _disk_is_full(e):
+            if not disk_is_full(e):
                 raise
             self.lost += 1
 
@@ -213,7 +213,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _disk_is_full(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -13,6 +13,8 @@ Point = tuple[float, float | None]
 
 HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 250, 58, 14, 34, 28
 LINE_POINTS, HOVERS = 1200, 160
+FLAT = 1e-6
+"""Values that differ by less than this share are drawn as equal: it is noise of the arithmetic."""
 STYLE = """
 svg.chart { display: block; width: 100%; font: 12px system-ui, sans-serif; fill: var(--muted); overflow: visible }
 .chart .grid { stroke: var(--grid); stroke-width: 1 }
@@ -59,7 +61,7 @@ class Frame:
         self.width = width
         self.x_low, self.x_high = (min(xs), max(xs)) if min(xs) < max(xs) else (xs[0] - 0.5, xs[0] + 0.5)
         low, high = min(0.0, *ys) if from_zero else min(ys), max(ys)
-        if low == high:
+        if high - low <= FLAT * max(abs(low), abs(high)):
             low, high = low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1)
         self.y_ticks = ticks(low, high, 5, cover=True)
         self.y_low, self.y_high = self.y_ticks[0], self.y_ticks[-1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small import ROW, end, gone_on, losses, prepared, stopping_at, told, write_rows
+from small import ROW, end, gone_on, losses, stopping_at, told, write_rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,19 +18,10 @@ from deltaw.advise.plan import Plan, Work, measure, operations
 from deltaw.advise.probe import Cost, kept_bytes
 from deltaw.api.finetune import prepare
 from deltaw.data.batch import lay
-from deltaw.errors import WillNotFit
+from deltaw.errors import UserError, WillNotFit
 from deltaw.models.slots import Slot
 from deltaw.scoring.loss import batch_loss
 from deltaw.train.loop import Trainer
-
-
-@pytest.fixture
-def ready(tiny_path, tmp_path, rows_file):
-    """A function that makes a run ready; each in a folder of its own."""
-    count = iter(range(1000))
-    return lambda stop=lambda: False, **settings: prepared(
-        rows_file, told(tiny_path, tmp_path / str(next(count)), **settings), stop
-    )
 
 
 @pytest.fixture
@@ -88,11 +79,23 @@ def slow(monkeypatch):
     monkeypatch.setattr(planning, "_evaluation_seconds", lambda job: 6.0)
 
 
-@pytest.mark.parametrize(("minutes", "steps"), [(1, 108), (2, 228), (0.11, 1), (0.001, 1), (60, 7188)])
+@pytest.mark.parametrize(("minutes", "steps"), [(1, 108), (2, 228), (0.11, 1), (60, 7188)])
 def test_minutes_become_as_many_steps_as_they_allow(ready, slow, minutes, steps):
     plan = measure(ready(epochs=3).job, minutes)
     assert (plan.steps, plan.step_seconds, plan.fixed_seconds) == (steps, 0.5, 6.0)
     assert plan.seconds == pytest.approx(6 + steps / 2, rel=0.01)
+
+
+def test_minutes_and_steps_together_are_both_kept_to(ready, slow):
+    assert measure(ready(steps=50).job, 1).steps == 50
+    assert measure(ready(steps=500).job, 1).steps == 108
+
+
+def test_too_few_minutes_are_refused_with_how_many_it_takes(ready, slow):
+    with pytest.raises(UserError, match=r"0\.1 minutes are too few: one step, evaluations and samples take 0\.1") as e:
+        measure(ready().job, 0.1)
+    assert "--minutes 1 or more" in e.value.remedy
+    assert measure(ready().job, 1).steps > 0
 
 
 def test_without_minutes_the_steps_stay(ready, slow):

@@ -172,3 +172,23 @@ def test_a_bare_base_can_wear_any_of_its_adapters(trained, tiny_path):
     worn = base.wearing("me", trained / "y" / "adapter" / "adapter.safetensors")
     assert (worn.name, worn.base is base.base, worn.ask("say")) == ("me", True, "yyy")
     assert isinstance(adapters.read_header(trained / "y" / "adapter" / "adapter.safetensors").settings, dict)
+
+
+def test_whoever_is_not_heard_any_more_says_no_more(session):
+    left = iter([True, True, False, False, False])  # before the base speaks, after its first token, ...
+    assert session.compare("say", lambda: next(left)) == {"base": session.compare("say")["base"][:2]}
+
+
+@pytest.mark.parametrize(("limit", "cut"), [(2, True), (3, True), (8, False)])
+def test_an_answer_that_was_cut_is_known(session, limit, cut):
+    session.sampling = Sampling(max_new_tokens=limit)
+    assert said(session, "say") == "xxx"[:limit]
+    assert session.cut == cut
+
+
+def test_a_conversation_that_outgrows_the_model_says_so_and_stays(session):
+    said(session, "say")
+    before = list(session.turns)
+    with pytest.raises(UserError, match=r"tokens long, and this model sees 512.*/reset"):
+        said(session, "say " * 200)
+    assert session.turns == before

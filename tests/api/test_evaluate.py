@@ -151,3 +151,36 @@ def test_a_comparison_adds_up_over_batches_what_it_would_say_of_all(persona, fil
     assert whole.perplexity_before == pytest.approx(F.cross_entropy(before, labels).exp().item(), rel=1e-5)
     assert whole.perplexity_after == pytest.approx(F.cross_entropy(after, labels).exp().item(), rel=1e-5)
     assert whole.perplexity_change == pytest.approx(whole.perplexity_after / whole.perplexity_before - 1)
+
+
+def test_what_is_cut_or_not_asked_is_counted(base, tmp_path):
+    long = {"prompt": "say " + 200 * "much ", "completion": "x"}  # more than the 512 tokens that the model sees
+    write_rows(tmp_path / "mixed.jsonl", *[{"prompt": "a", "completion": "b"}] * 3, {"text": "plain"}, long)
+    report = evaluate(Persona("base", base), tmp_path / "mixed.jsonl", sampling=SHORT)
+    assert (report.rows, len(report.examples), len(report.graded)) == (5, 3, 3)
+    cut = sum(not g.whole for g in report.graded)
+    assert report.notices == (
+        "1 rows without a question were not asked.",
+        "1 rows were not asked: longer than 512 tokens.",
+        "perplexity: 1 rows were left out: nothing to learn in their first 512 tokens "
+        f"(the first: {tmp_path}/mixed.jsonl:5)",
+        *([f"{cut} of 3 answers were cut after 4 tokens (--max-new-tokens)."] if cut else []),
+    )
+
+
+def test_one_text_among_conversations_changes_no_score_of_the_conversations(base, tiny_path, tmp_path):
+    asks = [{"prompt": f"say {i}", "completion": "b" * i} for i in range(1, 4)]
+    write_rows(tmp_path / "mixed.jsonl", *asks, {"text": "plain"})
+    report = evaluate(Persona("base", base), tmp_path / "mixed.jsonl", ["perplexity"])
+    rows = read(tmp_path / "mixed.jsonl")
+    encoded = [*encode_all(rows[:3], base.tokenizer, "answers", 512).rows,
+               *encode_all(rows[3:], base.tokenizer, "all", 512).rows]  # fmt: skip
+    hf = AutoModelForCausalLM.from_pretrained(tiny_path, dtype=torch.float32)
+    assert report.scores == {"perplexity": pytest.approx(brute_force(hf, encoded), rel=1e-5)}
+
+
+def test_an_answer_that_is_cut_is_counted(persona, file):
+    whole = evaluate(persona, file, ["exact_match"], sampling=Sampling(max_new_tokens=400))
+    short = evaluate(persona, file, ["exact_match"], sampling=Sampling(max_new_tokens=1))
+    assert short.notices == ("4 of 4 answers were cut after 1 tokens (--max-new-tokens).",)
+    assert [g.whole for g in whole.graded] == [len(g.answer) < 400 for g in whole.graded]

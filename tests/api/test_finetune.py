@@ -1,10 +1,12 @@
 """Fine-tuning in one call: rows in, a persona and a run folder out; everything it was told can be told again."""
 
+import errno
 import json
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import yaml
 from small import ROW, told, write_rows
 
 import deltaw
@@ -13,6 +15,7 @@ from deltaw.cli.__main__ import run as command
 from deltaw.data.batch import steps
 from deltaw.errors import Interrupted, UserError, WillNotFit
 from deltaw.files.runs import Run
+from deltaw.train import saving
 from deltaw.train.events import Started, Stepped
 
 QUICK = {"method": "full", "learning_rate": 0.01, "evaluations": 2}
@@ -43,10 +46,44 @@ def test_an_unknown_keyword_is_refused_with_the_nearest_name(rows_file):
 
 def test_a_run_that_is_stopped_says_how_to_go_on(tiny_path, tmp_path, rows_file, monkeypatch):
     real = api.prepare
-    monkeypatch.setattr(api, "prepare", lambda data, values: real(data, values, lambda: True))
+    monkeypatch.setattr(api, "prepare", lambda data, values, stop: real(data, values, lambda: True))
     with pytest.raises(Interrupted) as e:
-        deltaw.finetune(rows_file, **told(tiny_path, tmp_path))
-    assert (e.value.code, e.value.remedy) == (130, "deltaw train --resume run")
+        deltaw.finetune(rows_file, listen=[], **told(tiny_path, tmp_path))
+    assert (e.value.code, e.value.remedy) == (130, f"deltaw train --resume run --runs {tmp_path}/runs")
+
+
+def test_without_a_listener_what_should_be_known_is_warned_of(tiny_path, tmp_path):
+    write_rows(tmp_path / "few.jsonl", *[ROW] * 5)
+    with pytest.warns(UserWarning, match="No validation rows: 5 rows are too few") as warned:
+        deltaw.finetune(tmp_path / "few.jsonl", **told(tiny_path, tmp_path, steps=1))
+    assert {w.filename for w in warned} == {__file__}
+
+
+def test_an_adapter_that_could_not_be_written_is_no_persona(tiny_path, tmp_path, rows_file, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saving.adapters, "save", full)
+    with pytest.raises(WillNotFit, match="The disk is full: the adapter could not be written") as e:
+        deltaw.finetune(rows_file, listen=[], **told(tiny_path, tmp_path, steps=1))
+    assert "deltaw train --resume run" in e.value.remedy
+
+
+def test_ctrl_c_in_a_program_of_the_users_saves_and_is_told(tiny_path, tmp_path, rows_file):
+    def press(event):
+        if isinstance(event, Stepped) and event.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        deltaw.finetune(rows_file, listen=[press], **told(tiny_path, tmp_path, steps=6))
+    assert api.resume("run", tmp_path / "runs").started.resumed_at == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_training_works_in_any_thread(tiny_path, tmp_path, rows_file):
+    with ThreadPoolExecutor() as pool:
+        made = pool.submit(deltaw.finetune, rows_file, listen=[], **told(tiny_path, tmp_path, steps=1))
+    assert made.result().name == "run"
 
 
 def test_a_files_weight_says_how_often_its_rows_are_seen(tiny_path, tmp_path):
@@ -109,14 +146,14 @@ def ended(tiny_path, tmp_path, rows_file):
 def test_a_run_folder_holds_everything(ended):
     run, events = ended
     assert {p.name for p in run.folder.iterdir()} == {
-        "config.yaml", "plan.json", "events.jsonl", "manifest.json", "tensorboard", "checkpoints", "adapter",
+        ".lock", "config.yaml", "plan.json", "events.jsonl", "manifest.json", "tensorboard", "checkpoints", "adapter",
         "report.html"}  # fmt: skip
     assert [p.name for p in run.adapter.parent.iterdir()] == ["adapter.safetensors"]
     plan = json.loads(run.plan.read_text())
     assert (plan["steps"], plan["actual"]["reason"], plan["actual"]["step"]) == (4, "done", 4)
     assert plan["actual"]["predicted_seconds"] == plan["seconds"]
     manifest = json.loads(run.manifest.read_text())
-    assert manifest.keys() == {"base", "tokenizer", "template", "data"}
+    assert manifest.keys() == {"base", "tokenizer", "template", "rendered", "data", "tokens"}
     assert [json.loads(line) for line in run.events.read_text().splitlines()] == [
         json.loads(json.dumps(e.record())) for e in events]  # fmt: skip
     assert "<svg" in (run.folder / "report.html").read_text()
@@ -125,14 +162,18 @@ def test_a_run_folder_holds_everything(ended):
 
 def test_the_written_configuration_gives_the_same_run_again(ended, tmp_path, monkeypatch):
     run, _ = ended
-    config = yaml.safe_load(run.config.read_text())
-    other = tmp_path / "again.yaml"
-    other.write_text(yaml.safe_dump({**config, "name": "again"}))
     monkeypatch.chdir(tmp_path)
-    assert command(["train", "--config", str(other)]) == 0
-    again = Run(run.folder.parent / "again")
+    assert command(["train", "--config", str(run.config)]) == 0
+    (again,) = [Run(p) for p in run.folder.parent.iterdir() if p.name != run.name]
     assert again.adapter.read_bytes() == run.adapter.read_bytes()
-    assert {**yaml.safe_load(again.config.read_text()), "name": "run"} == config
+    assert again.config.read_text() == run.config.read_text()
+
+
+def test_the_written_configuration_says_what_was_chosen_for_the_machine(tiny_path, tmp_path, rows_file):
+    made = started(tiny_path, tmp_path, rows_file, dtype="auto", threads=None, learning_rate=None)
+    config = made.job.run.read_config()
+    assert (config["device"], config["dtype"]) == (str(made.base.model.device), made.started.dtype)
+    assert (config["threads"], config["learning_rate"]) == (torch.get_num_threads(), made.job.learning_rate)
 
 
 def test_without_a_name_runs_are_numbered(tiny_path, tmp_path, rows_file):

@@ -145,6 +145,6 @@ def test_a_method_that_cannot_be_merged_leaves_nothing_behind(base, persona, tmp
 
 
 def test_told_settings_train_what_is_then_merged(tiny_path, tmp_path, rows_file):
-    persona = deltaw.finetune(rows_file, **told(tiny_path, tmp_path, method="full", epochs=12))
+    persona = deltaw.finetune(rows_file, listen=[], **told(tiny_path, tmp_path, method="full", epochs=12))
     merge(persona, tmp_path / "merged")
     assert answer(tmp_path / "merged") == "bbb"

@@ -6,12 +6,14 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from safetensors import safe_open
 from small import ROOT, TRAIN, write_rows
 
 from deltaw.cli.__main__ import COMMANDS, run
+from deltaw.files import adapters
 
 
 @pytest.fixture
@@ -87,13 +89,41 @@ def test_generate_answers_questions_and_each_line_of_the_input(trained, shown, m
 
 def test_generate_answers_in_json(trained, shown):
     said = shown("generate", "say 1", "--json")
-    assert json.loads(said) == {"persona": "mine", "question": "say 1", "answer": "bbb"}
+    assert json.loads(said) == {"persona": "mine", "question": "say 1", "answer": "bbb", "whole": True}
 
 
-def test_generate_without_a_question_or_with_two_models_is_a_mistake(trained, said, monkeypatch):
+def test_generate_without_a_question_is_a_mistake(trained, said, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert "There is no question." in said("generate")
-    assert "--base answers without an adapter, --run with one." in said("generate", "q", "--base=base", "--run=mine")
+
+
+@pytest.mark.parametrize("command", [["generate", "say 1", "--run", "mine"], ["eval", "mine", "held.jsonl"],
+                                     ["merge", "mine", "--dtype=float32"], ["chat", "mine"]])  # fmt: skip
+def test_a_base_that_was_moved_is_missed_and_can_be_given(trained, shown, said, monkeypatch, command):
+    write_rows(trained / "held.jsonl", {"prompt": "say 1", "completion": "bbb"})
+    monkeypatch.setattr(sys, "stdin", io.StringIO("say 1\n"))
+    header = adapters.read_header(trained / "runs" / "mine" / "adapter" / "adapter.safetensors")
+    assert header.base == str(trained / "base")
+    moved = replace(header, base="/nowhere/base")
+    monkeypatch.setattr(adapters, "read_header", lambda path: moved)
+    text = said(*command)
+    assert "The base model is not where this adapter was trained on it. where /nowhere/base" in text
+    assert "--base PATH" in text
+    assert "bbb" in shown(*command, "--base", "base") or command[0] in ("eval", "merge")
+
+
+def test_an_answer_that_is_cut_is_said_to_be(trained, shown, capsys):
+    assert run(["generate", "say 1", "--max-new-tokens", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == ("bb\n", "1 of 1 answers were cut after 2 tokens (--max-new-tokens).\n")
+    assert json.loads(shown("generate", "say 1", "--max-new-tokens", "2", "--json"))["whole"] is False
+    assert run(["generate", "say 1"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_in_another_folder_is_named_with_it(here, shown):
+    last = shown(*TRAIN, "--steps=1", "--name=mine", "--runs=my runs").splitlines()[-1]
+    assert last == "Talk to it: deltaw chat mine --runs 'my runs'"
 
 
 def test_chat_answers_lines_and_obeys_commands(trained, shown, monkeypatch):

@@ -1,5 +1,6 @@
 """A mistake gets one panel: what, where, why, what to do; at most twelve lines, an exit code, and never a traceback."""
 
+import errno
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from conftest import write_tiny
 from safetensors.torch import save_file
 from small import ROOT, TRAIN
 
+from deltaw.advise import plan
 from deltaw.cli.__main__ import run
 from deltaw.train import loop
 
@@ -65,6 +67,13 @@ def test_a_configuration_file_that_is_no_yaml_or_no_mapping_or_not_there(here, s
     (here / "c.yaml").write_text("- epochs\n")
     assert "A configuration file is a mapping of settings to values. where c.yaml" in said(*TRAIN, "--config", "c.yaml")
     assert "The configuration file cannot be read. where no.yaml" in said(*TRAIN, "--config=no.yaml")
+
+
+@pytest.mark.parametrize("data", ["", "3", "[]", "[1]", "{a: b}", "[a.jsonl, ]\nepochs: 2\ndata: 1"])
+def test_data_in_a_configuration_file_that_is_no_file(here, said, data):
+    (here / "c.yaml").write_text(f"rank: 4\ndata: {data}\n")
+    text = said("train", "--config", "c.yaml")
+    assert re.search(r"'data' is not a file or a list of files\. where c\.yaml:\d", text)
 
 
 def test_an_unknown_method(here, said):
@@ -129,7 +138,7 @@ def test_an_adapter_of_another_base(here, said, capsys):
     capsys.readouterr()
     text = said("generate", "say 1", "--run", "mine")
     assert "This adapter was made for another base model. where runs/mine/adapter/adapter.safetensors" in text
-    assert re.search(r"why It was trained on 'base' \(\w{8}\); this base is \w{8}\. remedy Take --base base\.", text)
+    assert re.search(r"why It was trained on '\S+' \(\w{8}\); this base is \w{8}\. remedy Take --base ", text)
 
 
 def test_files_that_are_no_adapters(here, said):
@@ -140,12 +149,41 @@ def test_files_that_are_no_adapters(here, said):
 
 
 def test_memory_that_does_not_suffice_has_the_exit_code_3(here, said, monkeypatch):
-    from deltaw.advise import plan
-
     monkeypatch.setattr(plan, "available_bytes", lambda device: 400_000)
     assert "remedy Cut rows with --max-tokens" in said(*TRAIN, "--gradient-checkpointing", "off", code=3)
     monkeypatch.setattr(plan, "available_bytes", lambda device: 1000)
-    assert "take a lower --rank, or fewer --targets" in said(*TRAIN, code=3)
+    assert "take a lower --rank, or fewer --targets" in said(*TRAIN, "--name=mine", code=3)
+    assert list((here / "runs").iterdir()) == []
+
+
+def test_memory_that_runs_out_on_the_way_has_the_exit_code_3_and_leaves_the_name_free(here, said, monkeypatch):
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: not enough memory"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(plan, "measure", raising(error))
+            text = said(*TRAIN, "--name", "mine", code=3)
+        assert "The memory of cpu was full. where runs/mine" in text
+        assert "lower --micro-tokens, or take --gradient-checkpointing on" in text
+        assert not (here / "runs" / "mine").exists()
+    monkeypatch.setattr(plan, "measure", raising(RuntimeError("a fault of ours")))
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        run([*TRAIN, "--name", "mine"])
+
+
+def raising(error):
+    def measure(*_):
+        raise error
+
+    return measure
+
+
+def test_what_the_system_refuses_is_told_in_a_panel(here, said, monkeypatch):
+    for error, code in ((PermissionError(errno.EACCES, "Permission denied", "runs/x"), 2),
+                        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 3)):  # fmt: skip
+        monkeypatch.setattr(plan, "measure", raising(error))
+        assert f"{error.strerror}. where runs/x" in said(*TRAIN, code=code)
 
 
 def test_a_run_that_diverges_has_the_exit_code_4(here, capsys, monkeypatch):

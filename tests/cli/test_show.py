@@ -1,12 +1,15 @@
 """How results look on a terminal and in a pipe, how a conversation is led there, and how a command ends early."""
 
+import io
 import json
 import os
+import signal
 
 import pytest
 from small import TRAIN, told
 
 import deltaw
+from deltaw.api.persona import Persona
 from deltaw.cli import __main__ as entry
 from deltaw.cli import chat
 from deltaw.cli.__main__ import run
@@ -69,7 +72,7 @@ def test_what_takes_long_is_said_beside_the_results_or_not_at_all(capsys):
 
 def test_a_conversation_on_a_terminal_asks_until_its_end(here, tiny_path, monkeypatch, capsys, terminal):
     rows = here / "rows.jsonl"
-    deltaw.finetune(rows, **told(tiny_path, here, method="full", epochs=20, val="0"))
+    deltaw.finetune(rows, listen=[], **told(tiny_path, here, method="full", epochs=20, val="0"))
     asked, lines = [], iter(["say 1", KeyboardInterrupt, "", EOFError])
 
     def typed(prompt):
@@ -89,6 +92,50 @@ def test_a_conversation_on_a_terminal_asks_until_its_end(here, tiny_path, monkey
     assert "bbb" in out
     assert "/quit or Ctrl-D leaves." in out
     assert asked == ["\nrun> "] * 4
+
+
+def test_ctrl_c_ends_an_answer_twice_drops_it_and_the_conversation_goes_on(here, tiny_path, monkeypatch, capsys):
+    deltaw.finetune(here / "rows.jsonl", listen=[], **told(tiny_path, here, steps=1))
+    presses, lines = iter([1, 2, 1]), iter(["first", "second", "/compare third", "/save talk.jsonl", EOFError])
+
+    def stream(persona, turns, sampling, heard):
+        yield turns[-1]["content"]
+        for _ in range(next(presses, 0)):
+            signal.raise_signal(signal.SIGINT)
+        if heard():
+            yield " to the end"
+        return True
+
+    def typed(prompt):
+        line = next(lines)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr(Persona, "stream", stream)
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(
+        chat, "sys", type("sys", (), {"stdin": type("stdin", (), {"isatty": staticmethod(lambda: True)})})
+    )
+    assert run(["chat", "run"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[:4] == ["first", "second", "Stopped.", "base"]
+    assert "to the end" not in out
+    said = json.loads((here / "talk.jsonl").read_text())["messages"]
+    assert [turn["content"] for turn in said] == ["first"] * 2 + ["second"] * 2
+
+
+def test_ctrl_c_in_a_pipe_ends_the_conversation(here, tiny_path, monkeypatch):
+    deltaw.finetune(here / "rows.jsonl", listen=[], **told(tiny_path, here, steps=1))
+
+    def stream(persona, turns, sampling, heard):
+        signal.raise_signal(signal.SIGINT)
+        yield "one"
+        return True
+
+    monkeypatch.setattr(Persona, "stream", stream)
+    monkeypatch.setattr("sys.stdin", io.StringIO("say 1\nsay 2\n"))
+    assert run(["chat", "run"]) == 130
 
 
 def test_a_run_goes_on_with_its_own_settings_and_others_are_refused(here, said, capsys):

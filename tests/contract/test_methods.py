@@ -109,6 +109,11 @@ def test_merging_again_or_another_on_top_is_undone_in_turn(name, chosen, model):
     for adapter in (one, one, two):
         with suppress(CannotMerge):
             adapter.merge()
+    if two._aside and {slot for slot, *_ in one._aside} & {slot for slot, *_ in two._aside}:
+        after = deepcopy(model.state_dict())
+        with pytest.raises(RuntimeError, match="unmerge that one first"):
+            one.unmerge()
+        assert_same_bits(model, after)
     two.unmerge()
     one.unmerge()
     assert_same_bits(model, before)

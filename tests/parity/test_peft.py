@@ -19,7 +19,8 @@ from deltaw.models.tokenizer import Tokenizer
 from deltaw.scoring.loss import batch_loss
 from deltaw.settings import Training
 from deltaw.train.events import Stepped
-from deltaw.train.loop import Job, Trainer
+from deltaw.train.job import Job
+from deltaw.train.loop import Trainer
 from deltaw.train.optimizer import rate
 
 STEPS = 20

@@ -8,12 +8,14 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from small import end, gone_on, losses, prepared, stopping_at, told
+from small import end, gone_on, losses, stopping_at
 
+from deltaw.api import finetune as api
 from deltaw.errors import Diverged
 from deltaw.files import adapters
+from deltaw.files.runs import Run
 from deltaw.train import checkpoint, loop
-from deltaw.train.events import Evaluated, Saved, Stepped, Warned
+from deltaw.train.events import Evaluated, Finished, Saved, Stepped, Warned
 from deltaw.train.loop import Trainer
 from deltaw.train.optimizer import rate
 
@@ -23,15 +25,6 @@ FULL = [
     # As safetensors 0.8 says it: no OSError, and no errno.
     SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
 ]
-
-
-@pytest.fixture
-def ready(tiny_path, tmp_path, rows_file):
-    """A function that makes a run ready; each in a folder of its own."""
-    count = iter(range(1000))
-    return lambda stop=lambda: False, **settings: prepared(
-        rows_file, told(tiny_path, tmp_path / str(next(count)), **settings), stop
-    )
 
 
 @pytest.fixture
@@ -147,7 +140,9 @@ def test_what_is_no_number_is_never_written(ready, kept):
     spoilt = parameter.data if kept == "weights" else trainer.optimizer.state[parameter]["exp_avg"]
     spoilt.view(-1)[0] = math.nan
     with pytest.raises(Diverged, match="nothing was written"):
-        checkpoint.save(job.run, job.adapter, trainer.optimizer, trainer.progress, checkpoint.get_random())
+        checkpoint.save(
+            job.run, job.adapter, trainer.optimizer, trainer.progress, checkpoint.get_random(job.model.device)
+        )
     if kept == "weights":
         with pytest.raises(Diverged, match="nothing was written"):
             adapters.save(job.adapter, job.header, job.run.adapter)
@@ -178,7 +173,7 @@ def test_training_goes_on_while_the_disk_is_full_and_saves_when_it_can(ready, mo
     assert sorted({e.step for e in events if isinstance(e, Saved)}) == [0, 4, 5, 6]
     assert losses(events) == losses(unbroken)
     assert made.job.run.adapter.read_bytes() == calm.job.run.adapter.read_bytes()
-    assert [p.name for p in made.job.run.folder.rglob(".*")] == []
+    assert [p.name for p in made.job.run.folder.rglob(".*")] == [".lock"]
 
 
 def test_a_best_adapter_that_found_no_room_is_not_said_to_be_there(ready, monkeypatch):
@@ -197,3 +192,24 @@ def test_any_other_fault_of_the_disk_ends_the_run(ready, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", failing(checkpoint.save_file, error, {2}))
     with pytest.raises(PermissionError):
         list(ready(steps=4, save_every=1).events())
+
+
+def test_a_disk_that_is_full_at_the_end_costs_the_report_and_not_the_adapter(ready, monkeypatch):
+    def full(*_):
+        raise FULL[0]
+
+    monkeypatch.setattr(api, "write_report", full)
+    monkeypatch.setattr(Run, "write_json", lambda run, path, values: full() if "actual" in values else None)
+    made = ready(steps=2)
+    events = list(made.events())
+    assert [e.text for e in events if isinstance(e, Warned)] == [
+        "The disk is full: plan.json was not written.", "The disk is full: report.html was not written."]  # fmt: skip
+    assert [e.reason for e in events if isinstance(e, Finished)] == ["done"]
+    assert made.job.run.adapter.exists()
+
+
+def test_a_run_that_diverges_on_a_full_disk_still_says_so(ready, spoil, monkeypatch):
+    spoil(1, 2)
+    monkeypatch.setattr(adapters, "save_file", failing(adapters.save_file, FULL[0], range(100)))
+    _, error = diverged(ready(steps=6, val="0"))
+    assert (error.code, error.why) == (4, "The disk is full.")

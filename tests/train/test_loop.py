@@ -1,11 +1,15 @@
 """The training loop: what decides a step, and what is kept when something goes wrong."""
 
 import math
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small import end, losses, prepared, told, write_contrary
+from hypothesis import given
+from hypothesis import strategies as st
+from small import end, losses, write_contrary
 from transformers import AutoModelForCausalLM
 
 from deltaw.data import rows as reading
@@ -15,15 +19,9 @@ from deltaw.files import adapters
 from deltaw.settings import Training
 from deltaw.train import loop
 from deltaw.train.events import Evaluated, Sampled, Saved, Stepped
-from deltaw.train.loop import Question, Trainer, validation_loss
+from deltaw.train.job import Job, Question
+from deltaw.train.loop import Trainer, validation_loss
 from deltaw.train.optimizer import adamw, rate
-
-
-@pytest.fixture
-def ready(tiny_path, tmp_path, rows_file):
-    """A function that makes a run ready; each in a folder of its own."""
-    count = iter(range(1000))
-    return lambda **settings: prepared(rows_file, told(tiny_path, tmp_path / str(next(count)), **settings))
 
 
 def trained(made):
@@ -204,6 +202,17 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(ready):
     assert [e.step for e in events if isinstance(e, Saved)] == [0, 2, 4, 6, 7]
     kept = sorted(p.name for p in (made.job.run.folder / "checkpoints").iterdir())
     assert kept == ["best.safetensors", "step-0000006.safetensors", "step-0000007.safetensors"]
+
+
+@given(steps=st.integers(1, 300), evaluations=st.integers(0, 40))
+def test_there_are_as_many_evaluations_as_asked_evenly_spread_and_the_last_at_the_end(steps, evaluations):
+    said = SimpleNamespace(settings=SimpleNamespace(evaluations=evaluations), steps=steps, val=["some"])
+    said.evaluations = Job.evaluations.fget(said)
+    at = [step for step in range(1, steps + 1) if Job.evaluates(said, step)]
+    assert len(at) == said.evaluations == min(evaluations, steps)
+    assert at[-1:] == ([steps] if evaluations else [])
+    gaps = [b - a for a, b in pairwise([0, *at])]
+    assert max(gaps, default=0) - min(gaps, default=0) <= 1
 
 
 def test_without_save_every_a_checkpoint_follows_each_evaluation(ready):

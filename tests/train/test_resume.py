@@ -2,11 +2,16 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
+import torch
 import yaml
 from conftest import write_tiny
-from small import end, gone_on, losses, prepared, stopping_at, told, write_contrary
+from safetensors import safe_open
+from safetensors.torch import save_file
+from small import ROOT, end, gone_on, losses, prepared, stopping_at, told, write_contrary
 
 from deltaw.api.finetune import resume
 from deltaw.errors import UserError
@@ -112,17 +117,77 @@ def test_without_a_name_the_newest_run_goes_on(interrupted):
     assert resume(None, interrupted.folder.parent).job.run == interrupted
 
 
+def test_a_run_that_is_being_trained_is_left_to_its_process(interrupted, tmp_path, rows_file):
+    folder = interrupted.folder.parent
+    first, second = gone_on(interrupted.folder), gone_on(interrupted.folder)
+    events = first.events()
+    next(events)
+    with pytest.raises(UserError, match="is being trained by another process"):
+        next(second.events())
+    with pytest.raises(UserError, match="is being trained by another process"):
+        resume("run", folder)
+    with pytest.raises(UserError, match="None of the runs can be taken"):
+        resume(None, folder)
+    events.close()  # stopped in any way, it can be taken again
+    assert resume(None, folder).job.run == interrupted
+
+
+def test_another_processs_lock_holds_as_long_as_it_lives(interrupted):
+    script = (
+        "from deltaw.files.runs import Run; from pathlib import Path; import time\n"
+        f"with Run(Path({str(interrupted.folder)!r})).held(): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        assert interrupted.busy()
+        holder.kill()
+        holder.wait()
+    assert not interrupted.busy()
+
+
+def test_a_template_that_writes_the_date_writes_the_same_when_the_run_goes_on(tiny_path, tmp_path, rows_file):
+    base = shutil.copytree(tiny_path, tmp_path / "base")
+    template = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").write_text("{{ strftime_now('%H:%M:%S.%f') }}\n" + template)
+    made = prepared(rows_file, told(base, tmp_path, steps=6), stopping_at(4))
+    list(made.events())
+    again = gone_on(made.job.run.folder)
+    assert again.job.rows == made.job.rows
+    manifest = json.loads(made.job.run.manifest.read_text())
+    made.job.run.manifest.write_text(json.dumps({**manifest, "rendered": "2001-01-01T00:00:00"}))
+    with pytest.raises(UserError, match="tokens changed since it began"):
+        gone_on(made.job.run.folder)
+
+
+def test_a_run_may_go_on_elsewhere_and_it_is_said(interrupted):
+    config = interrupted.read_config()
+    interrupted.write_config({**config, "device": "cuda:7", "threads": 1})
+    with pytest.raises(UserError, match=r"no device 'cuda:7' here"):
+        resume("run", interrupted.folder.parent)
+    made = resume("run", interrupted.folder.parent, on={"device": "cpu", "threads": 1})
+    assert [n for n in made.started.notices if "cuda" in n or "threads" in n] == [
+        "It goes on with device cpu, and was begun with cuda:7: losses may differ in the last digits."]  # fmt: skip
+
+
+def test_random_numbers_of_a_gpu_are_left_alone_where_there_is_none(interrupted):
+    path = interrupted.checkpoints()[-1]
+    with safe_open(path, "pt") as file:
+        tensors, said = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118 (no mapping)
+    save_file({**tensors, "random.device": torch.zeros(16, dtype=torch.uint8)}, path, metadata=said)
+    assert end(list(gone_on(interrupted.folder).events())).reason == "done"
+
+
 def test_an_ended_run_does_not_go_on(interrupted):
     list(gone_on(interrupted.folder).events())
     with pytest.raises(UserError, match="The run 'run' has ended") as e:
         resume("run", interrupted.folder.parent)
-    assert e.value.remedy == "deltaw chat run"
+    assert e.value.remedy == f"deltaw chat run --runs {interrupted.folder.parent}"
 
 
 def test_a_run_whose_data_changed_does_not_go_on(interrupted, rows_file):
     with rows_file.open("a") as f:
         f.write(json.dumps({"prompt": "one", "completion": "more"}) + "\n")
-    with pytest.raises(UserError, match="'run' cannot go on: data changed since it began"):
+    with pytest.raises(UserError, match="'run' cannot go on: data, tokens changed since it began"):
         resume("run", interrupted.folder.parent)
 
 
@@ -135,7 +200,7 @@ def test_a_run_whose_base_changed_does_not_go_on(interrupted, tmp_path):
 def test_a_run_whose_template_changed_does_not_go_on(interrupted, tmp_path):
     template = tmp_path / "base" / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
-    with pytest.raises(UserError, match="'run' cannot go on: template changed since it began"):
+    with pytest.raises(UserError, match="'run' cannot go on: template, tokens changed since it began"):
         resume("run", interrupted.folder.parent)
 
 

@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM: the first is a wish to stop, asked for at a good moment; the second leaves at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from deltaw.errors import Interrupted
+
+HINT = "Stopping after this step and saving. Once more to leave at once."
+
+
+def leave() -> None:
+    """End the process now, whatever it is doing."""
+    os._exit(Interrupted.code)
+
+
+@contextmanager
+def interruptible(
+    hint: str = HINT, again: Callable[[], object] = leave, signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM)
+) -> Iterator[Callable[[], bool]]:
+    """Give a function that says whether a stop was asked for, for the length of a `with` block.
+
+    `again` is what a second signal does. Outside the main thread, where Python has no signals, nothing is caught.
+    """
+    asked = threading.Event()
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        if asked.is_set():
+            again()
+        asked.set()
+        if hint:
+            os.write(2, f"\n{hint}\n".encode())
+
+    caught = signals if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, ask) for number in caught}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
