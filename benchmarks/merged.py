@@ -1,6 +1,9 @@
-"""Does a merged model cost what its base costs? Seconds per decoded token and bytes of weights, interleaved.
+"""Does a merged model cost what its base costs? Seconds per decoded token and bytes of weights.
 
-python benchmarks/merged.py RUN
+    python benchmarks/merged.py RUN
+
+The models answer in turns, in another order each round; every round gives one ratio to the base. `base again` is the
+base loaded a second time: how far its ratio is from 1 is what two equal models differ by here.
 """
 
 import argparse
@@ -15,7 +18,7 @@ from deltaw.api.persona import Persona, load, load_base
 from deltaw.decode.generate import generate
 from deltaw.decode.sampling import Sampling
 
-TOKENS, ROUNDS = 64, 15
+TOKENS, ROUNDS = 64, 24
 
 
 def seconds(persona):
@@ -37,16 +40,27 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         merge(tuned, Path(scratch) / "merged")
         models = {"base": Persona("base", tuned.base), "adapter on": tuned,
-                  "merged": Persona("merged", load_base(str(Path(scratch) / "merged")))}  # fmt: skip
-        took = {name: [] for name in models}
-        for _ in range(ROUNDS + 1):
-            for name, persona in models.items():
-                took[name].append(seconds(persona))
-        median = {name: statistics.median(times[1:]) for name, times in took.items()}
+                  "merged": Persona("merged", load_base(str(Path(scratch) / "merged"))),
+                  "base again": Persona("again", load_base(str(tuned.base.path)))}  # fmt: skip
+        took = rounds(models)
         weights = {name: sum(b.nbytes for b in p.base.model.buffers()) for name, p in models.items()}
-    print(json.dumps({"milliseconds_per_token": {k: round(v * 1e3, 2) for k, v in median.items()},
-                      "merged_over_base": round(median["merged"] / median["base"], 4),
-                      "bytes_over_base": weights["merged"] / weights["base"]}))  # fmt: skip
+    ratios = {name: statistics.median(t / b for t, b in zip(times, took["base"], strict=True))
+              for name, times in took.items()}  # fmt: skip
+    print(json.dumps({
+        "milliseconds_per_token": {k: round(statistics.median(v) * 1e3, 2) for k, v in took.items()},
+        "over_base": {k: round(v, 4) for k, v in ratios.items()},
+        "merged_bytes_over_base": weights["merged"] / weights["base"],
+    }))  # fmt: skip
+
+
+def rounds(models):
+    """Seconds per token of every model in every round, after one that is thrown away."""
+    took = {name: [] for name in models}
+    names = list(models)
+    for i in range(ROUNDS + 1):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            took[name].append(seconds(models[name]))
+    return {name: times[1:] for name, times in took.items()}
 
 
 if __name__ == "__main__":
