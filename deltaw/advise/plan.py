@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from deltaw.advise.machine import available_bytes
-from deltaw.advise.probe import Cost, clock, cost, kept_bytes, warm_up
+from deltaw.advise.probe import Cost, beginning, clock, cost, kept_bytes, micro_step
 from deltaw.data.batch import Batch, micro_batches, per_epoch, steps
 from deltaw.decode.generate import answers
 from deltaw.decode.sampling import Sampling
@@ -93,6 +93,7 @@ def measure(job: Job, minutes: float | None = None) -> Plan:
     random = get_random(job.model.device)
     with job.adapter.on():
         job.adapter.train()
+        micro_step(job, beginning(batches[-1]))  # the first is slower: weights are read, kernels are prepared
         recompute, notices = _fitting(job, batches)
         job = replace(job, recompute=recompute)
         work, peak = _measured(job, batches)
@@ -136,9 +137,9 @@ def _first_epoch(job: Job) -> list[list[Batch]]:
 
 def _fitting(job: Job, batches: list[Batch]) -> tuple[bool, tuple[str, ...]]:
     """Whether layers must be computed again in the backward pass for the largest micro-batch to fit."""
-    config, median, largest = job.model.config, batches[len(batches) // 2], max(batches, key=lambda b: b.tokens)
+    config, some, largest = job.model.config, beginning(batches[-1]), max(batches, key=lambda b: b.tokens)
     free, wanted = available_bytes(job.model.device), job.settings.gradient_checkpointing
-    kept = kept_bytes(job, median) * largest.tokens / median.tokens
+    kept = kept_bytes(job, some) * largest.tokens / some.tokens
     inputs = config.layers * largest.tokens * config.width * job.model.dtype.itemsize
     state = (MOMENTS_BYTES + 4) * job.adapter.parameter_count
     need = {False: int(HEADROOM * kept + state), True: int(HEADROOM * (inputs + 2 * kept / config.layers) + state)}
@@ -161,13 +162,12 @@ def _fitting(job: Job, batches: list[Batch]) -> tuple[bool, tuple[str, ...]]:
 
 
 def _measured(job: Job, batches: list[Batch]) -> tuple[Work, int]:
-    """What the shortest, the median and the longest micro-batch take, and the most memory that any of them does."""
+    """What the longest, the median and the shortest micro-batch take, and the most memory that any of them does."""
     chosen: dict[float, Batch] = {}
     for batch in (batches[-1], batches[len(batches) // 2], batches[0]):
         if operations(batch, job) < ALIKE * min(chosen, default=math.inf):
             chosen[operations(batch, job)] = batch
-    warm_up(job, batches[0])
-    costs = {work: cost(job, chosen[work]) for work in sorted(chosen)}
+    costs = {work: cost(job, batch) for work, batch in chosen.items()}
     return Work.through(costs), max(c.peak_bytes for c in costs.values())
 
 

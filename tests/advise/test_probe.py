@@ -60,14 +60,15 @@ def test_a_micro_step_that_takes_long_is_told_from_one_layer_and_four(job, monke
     assert asked == [1, 4, 1, 4, None]
 
 
-@pytest.mark.parametrize("rows", [1, 8])
-def test_warming_up_runs_the_beginning_of_a_batch_and_no_more(job, monkeypatch, rows):
-    batch, ran = lay(job.rows[:rows]), []
-    monkeypatch.setattr(probe, "micro_step", lambda job, batch: ran.append(batch) or micro_step(job, batch))
+@pytest.mark.parametrize("rows", [1, 20])
+def test_the_beginning_of_a_batch_keeps_for_each_token_what_the_whole_keeps(job, rows):
+    batch = lay(job.rows[:rows], share=False)
+    some = probe.beginning(batch)
+    assert some.tokens == min(batch.tokens, 128)
+    assert some.ids_T.tolist() == batch.ids_T[:128].tolist()
     with job.adapter.on():
-        probe.warm_up(job, batch)
-    assert ran[0].tokens == min(batch.tokens, 64)
-    assert ran[0].ids_T.tolist() == batch.ids_T[:64].tolist()
+        each = [kept_bytes(job, b) / b.tokens for b in (some, batch)]
+    assert each[0] == pytest.approx(each[1], rel=0.1)
 
 
 def test_kept_bytes_of_all_layers_are_those_of_a_pass_through_all(tmp_path, rows_file):
