@@ -36,7 +36,7 @@ class Chat:
         self.current = name
 
     def system(self, text: str) -> None:
-        """Begin anew with this system prompt; an empty one takes it away."""
+        """Begin anew with this system prompt; an empty one gives every persona its own back."""
         self.turns = [{"role": "system", "content": text}] if text else []
 
     def ask(self, question: str, heard: Callable[[], bool] | None = None) -> Iterator[str]:
@@ -85,7 +85,8 @@ class Chat:
             raise UserError("This file cannot be added to.", where=str(path), why=str(e)) from None
         if before and not before.endswith("\n"):
             before += "\n"
-        text = before + json.dumps({"messages": self.turns}, ensure_ascii=False) + "\n"
+        turns = self.personas[self.current].addressed(self.turns)
+        text = before + json.dumps({"messages": turns}, ensure_ascii=False) + "\n"
         try:
             write_text(path, text)
         except OSError as e:

@@ -65,7 +65,7 @@ def finetune(*data: str | Path, listen: Sequence[Listener] | None = None, **sett
     if reason == DISK_FULL:
         raise WillNotFit("The disk is full: the adapter could not be written.", where=str(run.folder),
                          remedy=f"Free some, and go on: {run.command('train --resume')}")  # fmt: skip
-    return Persona(run.name, made.base, made.job.adapter)
+    return Persona(run.name, made.base, made.job.adapter, made.job.header.system)
 
 
 def _warn(event: Event) -> None:
@@ -226,8 +226,9 @@ def _resolved(settings: Training, method: Method, base: Base) -> Training:
 def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loaded, encoded: EncodedData,
          stop: Callable[[], bool]) -> tuple[Job, Started]:  # fmt: skip
     steps = settings.steps or max(1, round(settings.epochs * per_epoch(encoded.weights, settings.batch_rows)))
-    job = Job(run, base.model, base.tokenizer, adapter, adapters.Header.of(adapter, base.origin, base.fingerprint),
-              settings, encoded.rows, encoded.weights, encoded.val, steps, settings.learning_rate or 0.0,
+    header = adapters.Header.of(adapter, base.origin, base.fingerprint, loaded.system)
+    job = Job(run, base.model, base.tokenizer, adapter, header, settings, encoded.rows, encoded.weights,
+              encoded.val, steps, settings.learning_rate or 0.0,
               question=question(loaded, base, settings), stop=stop)  # fmt: skip
     started = Started(
         run=str(run.folder), base=base.name, method=settings.method, trained_parameters=adapter.parameter_count,

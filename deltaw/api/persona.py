@@ -59,11 +59,12 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto", threads: int
 
 @dataclass(frozen=True)
 class Persona:
-    """A base and what it wears; `adapter` None is the base as it is."""
+    """A base and what it wears (`adapter` None: nothing), and the `system` prompt that all its rows had."""
 
     name: str
     base: Base
     adapter: Adapter | None = None
+    system: str = ""
 
     def on(self) -> AbstractContextManager[Any]:
         """Wear this persona, and nothing else, for the length of a `with` block."""
@@ -90,9 +91,15 @@ class Persona:
             return (yield from stream(self.base.model, self.base.tokenizer, self.prompt(conversation), sampling, heard))
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        """The ids after which the model answers."""
+        """The ids after which the model answers; a conversation without a system prompt gets the persona's own."""
         turns = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
-        return self.base.tokenizer.encode(self.base.tokenizer.chat(turns, prompt=True))
+        return self.base.tokenizer.encode(self.base.tokenizer.chat(self.addressed(turns), prompt=True))
+
+    def addressed(self, turns: Sequence[Message]) -> list[Message]:
+        """The turns, begun with the persona's own system prompt if they have none."""
+        if not self.system or (turns and turns[0]["role"] == "system"):
+            return list(turns)
+        return [{"role": "system", "content": self.system}, *turns]
 
     def wearing(self, name: str, path: Path) -> Persona:
         """The same base with the adapter of another file.
@@ -100,7 +107,8 @@ class Persona:
         Raises:
             UserError: no adapter, or one of another base.
         """
-        return replace(self, name=name, adapter=adapters.load(path, self.base.model))
+        system = adapters.read_header(path).system
+        return replace(self, name=name, adapter=adapters.load(path, self.base.model), system=system)
 
 
 def locate(name: str | None, folder: Path) -> tuple[str, Path]:

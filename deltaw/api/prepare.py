@@ -33,6 +33,12 @@ class Loaded:
     val_file: Path | None = None
     notices: tuple[str, ...] = ()
 
+    @property
+    def system(self) -> str:
+        """The system prompt, if all training rows have the same."""
+        said = {e.system for rows in self.train for e in rows}
+        return said.pop() if len(said) == 1 else ""
+
 
 @dataclass(frozen=True)
 class EncodedData:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from deltaw.api.interrupt import interruptible
 from deltaw.cli.show import busy, grid
+from deltaw.cli.words import one_line
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
 from deltaw.settings import Machine, plain
@@ -52,6 +53,7 @@ def chat(*runs: str, base: str | None = None, folder: Annotated[Path, Parameter(
     console = Console(highlight=False)
     if console.is_terminal:
         console.print(f"[bold]{session.current}[/] on {personas[0].base.name}. /help lists what you can do.")
+        _tell_system(session, console)
     for line in _lines(session, console):
         try:
             if line.startswith("/"):
@@ -94,6 +96,12 @@ def _command(session: Chat, console: Console, line: str) -> bool:
 def _persona(session: Chat, console: Console, name: str) -> None:
     session.switch(name)
     console.print(f"{name} answers now.", style="dim", markup=False)
+    _tell_system(session, console)
+
+
+def _tell_system(session: Chat, console: Console) -> None:
+    if (system := session.personas[session.current].system) and not session.turns:
+        console.print(f"Its system prompt: {one_line(system, 200)}", style="dim", markup=False)
 
 
 def _personas(session: Chat, console: Console, _: str) -> None:

@@ -63,6 +63,7 @@ def _adapter(name: str, runs: Path) -> dict[str, Any]:
         **{f"  {k}": v for k, v in header.settings.items() if v not in ({}, None)},
         "numbers": count(sum(t.numel() for t in tensors.values())),
         "layers": f"{len(layers)}, from {layers[0]} to {layers[-1]}",
+        **({"system prompt": header.system} if header.system else {}),
         "base": f"{header.base} ({header.fingerprint})",
         "made by": f"deltaw {header.version}",
     }

@@ -56,4 +56,6 @@ def merge(run: str | None = None, *, out: Path | None = None, check: Path | None
         "perplexity": f"{d.perplexity_before:.4f} with the adapter, {d.perplexity_after:.4f} merged "
                       f"({d.perplexity_change:+.3%})",
     }  # fmt: skip
+    if persona.system:
+        rows["system prompt"] = f"{persona.system} (give it to whatever runs the merged model)"
     facts(f"Merged {name}", rows, json, asdict(done))

@@ -32,6 +32,11 @@ class Example:
     facts: tuple[str, ...] = ()
 
     @property
+    def system(self) -> str:
+        """The system prompt; empty if there is none."""
+        return self.messages[0]["content"] if self.messages and self.messages[0]["role"] == "system" else ""
+
+    @property
     def prompt(self) -> tuple[dict[str, str], ...]:
         """The turns before the last answer."""
         return self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages

@@ -34,13 +34,15 @@ class Header:
     settings: dict[str, Any]
     base: str
     fingerprint: str
+    system: str = ""
+    """The system prompt that all rows shared: the persona is asked with it, unless another one is given."""
     version: str = __version__
     format: int = FORMAT
 
     @classmethod
-    def of(cls, adapter: Adapter, base: str, fingerprint: str) -> Header:
+    def of(cls, adapter: Adapter, base: str, fingerprint: str, system: str = "") -> Header:
         """The header of an adapter made for the base of this name and fingerprint."""
-        return cls(name_of(adapter.method), plain(adapter.method), base, fingerprint)
+        return cls(name_of(adapter.method), plain(adapter.method), base, fingerprint, system)
 
 
 def save(adapter: Adapter, header: Header, path: Path) -> None:

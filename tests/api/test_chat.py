@@ -192,3 +192,43 @@ def test_a_conversation_that_outgrows_the_model_says_so_and_stays(session):
     with pytest.raises(UserError, match=r"tokens long, and this model sees 512.*/reset"):
         said(session, "say " * 200)
     assert session.turns == before
+
+
+@pytest.fixture(scope="module")
+def prompted(tiny_path, tmp_path_factory):
+    """A run whose rows all begin with the same system prompt."""
+    folder = tmp_path_factory.mktemp("prompted")
+    turns = [{"role": "system", "content": "Be z."}, {"role": "user", "content": "say"},
+             {"role": "assistant", "content": "zzz"}]  # fmt: skip
+    (folder / "z.jsonl").write_text(12 * (json.dumps({"messages": turns}) + "\n"))
+    settings = told(tiny_path, folder, method="full", epochs=20, val="0")
+    return deltaw.finetune(folder / "z.jsonl", **{**settings, "name": "z"}), folder / "runs"
+
+
+def test_a_system_prompt_that_all_rows_share_goes_with_the_persona(prompted, trained, tmp_path):
+    persona, runs = prompted
+    assert persona.system == load("z", runs, dtype="float32").system == "Be z."
+    assert load("x", trained, dtype="float32").system == ""
+    tokenizer = persona.base.tokenizer
+    system, say = {"role": "system", "content": "Be z."}, {"role": "user", "content": "say"}
+    assert tokenizer.decode(persona.prompt("say")) == tokenizer.chat([system, say], prompt=True)
+    assert persona.ask("say") == "zzz"
+    other = {"role": "system", "content": "Be a."}
+    assert tokenizer.decode(persona.prompt([other, say])) == tokenizer.chat([other, say], prompt=True)
+    session = Chat([load("z", runs, dtype="float32")], SAMPLING)
+    assert said(session, "say") == "zzz"
+    session.save(tmp_path / "talk.jsonl")
+    (row,) = read(tmp_path / "talk.jsonl")
+    assert [turn["content"] for turn in row.messages] == ["Be z.", "say", "zzz"]
+    session.switch("base")
+    assert [t["role"] for t in session.personas["base"].addressed([say])] == ["user"]
+
+
+def test_rows_with_unlike_system_prompts_leave_none_with_the_persona(tiny_path, tmp_path):
+    for name, systems in (("two", ["Be a.", "Be b."]), ("some", ["Be a.", ""])):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"messages": [
+            *([{"role": "system", "content": s}] if s else []), {"role": "user", "content": "say"},
+            {"role": "assistant", "content": "a"}]}) + "\n" for s in systems))  # fmt: skip
+        settings = told(tiny_path, tmp_path, steps=1, val="0")
+        assert deltaw.finetune(file, **{**settings, "name": name}).system == ""
