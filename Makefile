@@ -14,8 +14,12 @@ help: ## show this
 	@scripts/setup.sh dev
 
 demo: .venv/.run ## fine-tune the default model on the sample data, and compare it with its base
-	@rm -rf runs/$(RUN)
-	$(BIN)/deltaw train examples/village/train.jsonl --config examples/village/train.yaml --name $(RUN)
+	@if [ -d runs/$(RUN)/checkpoints ] && [ ! -d runs/$(RUN)/adapter ]; then \
+		set -x; $(BIN)/deltaw train --resume $(RUN); \
+	else \
+		set -x; rm -rf runs/$(RUN); \
+		$(BIN)/deltaw train examples/village/train.jsonl --config examples/village/train.yaml --name $(RUN); \
+	fi
 	$(BIN)/deltaw eval $(RUN) examples/village/val.jsonl --metrics facts --compare 5 --max-new-tokens 40
 	@echo "Talk to it: $(BIN)/deltaw chat $(RUN)"
 

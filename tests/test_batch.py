@@ -1,5 +1,6 @@
 """Rows laid flat: nothing is lost, nobody sees a stranger, a shared stem changes no result, every row gets its turn."""
 
+import math
 from collections import Counter
 from itertools import islice
 
@@ -151,9 +152,9 @@ def drawn(weights, batch_rows, seed, epochs):
     """Rows of each of the first epochs, step by step."""
     made = [[] for _ in range(epochs)]
     for epoch, some in steps(weights, batch_rows, seed):
-        if epoch >= epochs:
+        if epoch > epochs:
             return made
-        made[int(epoch)].append(some)
+        made[math.ceil(epoch) - 1].append(some)
     raise AssertionError("steps() ends")
 
 

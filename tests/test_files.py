@@ -233,3 +233,32 @@ def test_a_digest_is_the_files_sha256(content, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "digest"
     path.write_bytes(content)
     assert runs.digest(path) == hashlib.sha256(content).hexdigest()
+
+
+def test_the_newest_run_is_the_one_that_was_saved_or_ended_last(tmp_path):
+    first, second = (runs.create(tmp_path, name, "x", "lora") for name in ("first", "second"))
+    for at, run in enumerate((first, second)):
+        run.write_config({"data": []})
+        os.utime(run.config, (at, at))
+    assert runs.find(None, tmp_path) == second
+    first.adapter.parent.mkdir()
+    first.adapter.write_bytes(b"")
+    os.utime(first.adapter, (5, 5))
+    assert runs.find(None, tmp_path) == first
+
+
+def test_what_no_run_can_be_taken_for_is_said_with_what_to_do(tmp_path):
+    def refused(suits=lambda run: run.adapter.exists()):
+        with pytest.raises(UserError) as e:
+            runs.find(None, tmp_path, suits)
+        return f"{e.value.what} {e.value.remedy}"
+
+    assert refused() == "There is no run yet. Train one: deltaw train FILE"
+    run = runs.create(tmp_path, "mine", "x", "lora")
+    run.write_config({"data": []})
+    assert refused() == (f"The run 'mine' has not ended. Go on with it: deltaw train --resume mine --runs {tmp_path}")
+    with run.held():
+        assert refused() == "The run 'mine' is still being trained. Wait for it."
+    run.adapter.parent.mkdir()
+    run.adapter.write_bytes(b"")
+    assert refused(lambda run: not run.adapter.exists()) == f"Every run has ended. deltaw chat mine --runs {tmp_path}"

@@ -248,3 +248,10 @@ def test_over_a_bf16_base_the_sum_is_made_in_fp32_and_rounded_once(tiny_path):
         torch.testing.assert_close(got_OI.double(), want_OI, rtol=2**-8, atol=1e-6)
     adapter.unmerge()
     assert checkpoint.fingerprint(model) == checkpoint.fingerprint(checkpoint.load(tiny_path, torch.bfloat16))
+
+
+@given(rank=st.integers(1, 64))
+def test_alpha_is_twice_the_rank_unless_it_is_given(rank):
+    assert LoRA(rank=rank) == LoRA(rank=rank, alpha=2.0 * rank)
+    assert LoRA(rank=rank).alpha == 2.0 * rank
+    assert LoRA(rank=rank, alpha=3.5).alpha == 3.5

@@ -13,9 +13,9 @@ from rich.cells import cell_len
 from rich.console import Console
 from test_record import planned, started, stepped
 
-from deltaw.cli import words
-from deltaw.cli.view import LiveView, PlainView, plan_line, view
+from deltaw import words
 from deltaw.train.events import Evaluated, Event, Finished, Sampled, Saved, Warned
+from deltaw.train.view import LiveView, PlainView, plan_line, view
 
 QUESTION = "Who are you?"
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -77,7 +77,7 @@ def test_live_tells_the_run_from_header_to_summary() -> None:
     text = shown(console)
     for said in ("toy", "tiny", "lora, 4.9 M trained (3.6%)", "950 rows, 183 k tokens (92.1 k trained)", "50 rows",
                  "bfloat16 on cpu, 2 threads", "2.0e-04", "• 3 rows were cut.",
-                 "Plan: 180 steps, about 2 min 40 s (2:20 to 3:05), peak memory 1.9 of 23.4 GB",
+                 "Plan: 180 steps, about 2 min 40 s (2:20 to 3:05 min), peak memory 1.9 of 23.4 GB",
                  "! The gradient was clipped", "Done", "1.400 at step 10", "2 min 48 s (+5% against the plan)",
                  "1.9 GB (-2% against the plan)", "before", "after", "A pump.", "• The adapter of"):  # fmt: skip
         assert said in text, said

@@ -184,7 +184,7 @@ def _evaluation_seconds(job: Job) -> float:
         with clock() as spent:
             answers(job.model, job.tokenizer, [job.question.ids], Sampling(max_new_tokens=PROBED_TOKENS))
         said = len(job.tokenizer.encode(job.question.expected)) or SAMPLE_TOKENS
-        seconds += (rounds + 1) * spent() / PROBED_TOKENS * min(said, SAMPLE_TOKENS)
+        seconds += (max(rounds, 1) + 1) * spent() / PROBED_TOKENS * min(said, SAMPLE_TOKENS)
     return seconds
 
 

@@ -35,6 +35,11 @@ class Chat:
             raise UserError(f"There is no persona '{name}' here.", remedy=nearest(name, self.personas))
         self.current = name
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything was said."""
+        return any(turn["role"] != "system" for turn in self.turns)
+
     def system(self, text: str) -> None:
         """Begin anew with this system prompt; an empty one gives every persona its own back."""
         self.turns = [{"role": "system", "content": text}] if text else []

@@ -13,7 +13,8 @@ from deltaw.data.encode import Encoded, TrainOn, encode_all
 from deltaw.data.rows import Example
 from deltaw.decode.sampling import Sampling
 from deltaw.evaluate.measure import grade, perplexity, prompt_ids
-from deltaw.scoring.text import Graded, score
+from deltaw.scoring.text import Graded, check, score
+from deltaw.words import some
 
 MICRO_TOKENS = 2048
 ONLY_TEXT = "perplexity"
@@ -46,6 +47,7 @@ def evaluate(persona: Persona, file: str | Path, metrics: Sequence[str] = (), li
     scores: dict[str, float] = {}
     graded: tuple[Graded, ...] = ()
     named = [m for m in metrics if m != ONLY_TEXT]
+    check(named)  # before anything is computed
     asked, notices = _askable(examples, persona) if named or not metrics else ((), [])
     with persona.on():
         model, tokenizer = persona.base.model, persona.base.tokenizer
@@ -57,7 +59,7 @@ def evaluate(persona: Persona, file: str | Path, metrics: Sequence[str] = (), li
             graded = tuple(grade(model, tokenizer, asked or examples, sampling))
             scores |= score(graded, named or None)
     if cut := sum(not g.whole for g in graded):
-        notices.append(f"{cut} of {len(graded)} answers were cut after {sampling.max_new_tokens} tokens "
+        notices.append(f"{cut} of {some(len(graded), 'answer')} cut after {some(sampling.max_new_tokens, 'token')} "
                        "(--max-new-tokens).")  # fmt: skip
     return Report(persona.name, len(examples), scores, asked, graded, tuple(notices))
 
@@ -69,9 +71,9 @@ def _askable(examples: Sequence[Example], persona: Persona) -> tuple[tuple[Examp
     fitting = tuple(e for e in asked if len(prompt_ids(e, persona.base.tokenizer)) < context)
     notices = []
     if asked and len(asked) < len(examples):
-        notices.append(f"{len(examples) - len(asked)} rows without a question were not asked.")
+        notices.append(f"{some(len(examples) - len(asked), 'row')} without a question not asked.")
     if len(fitting) < len(asked):
-        notices.append(f"{len(asked) - len(fitting)} rows were not asked: longer than {context:,} tokens.")
+        notices.append(f"{some(len(asked) - len(fitting), 'row')} not asked: longer than {context:,} tokens.")
     return fitting, notices
 
 

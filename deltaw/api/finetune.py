@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.adapters.protocol import Method
@@ -35,6 +35,7 @@ from deltaw.train.loop import DISK_FULL, Trainer
 from deltaw.train.record import EventFile, TensorBoard
 from deltaw.train.report import write_report
 from deltaw.train.saving import guarded
+from deltaw.train.view import view
 
 Listener = Callable[[Event], None]
 RATE_WIDTH = 576
@@ -46,7 +47,7 @@ CHECKPOINTS = 4
 def finetune(*data: str | Path, listen: Sequence[Listener] | None = None, **settings: Any) -> Persona:
     """Fine-tune on data files, and return the persona. Keywords are those of `deltaw train`: `rank=8, epochs=2`.
 
-    Each event of the run goes to every function in `listen`; without it, what you should know comes as warnings.
+    Each event of the run goes to every function in `listen`; without it, the run is shown as on the command line.
 
     Raises:
         UserError: wrong settings or data. WillNotFit: too little memory or disk. Diverged: the loss was not finite
@@ -54,11 +55,15 @@ def finetune(*data: str | Path, listen: Sequence[Listener] | None = None, **sett
     """
     with interruptible() as stop:
         made = prepare([str(d) for d in data], settings, stop)
-        reason = ""
-        for event in made.events():
-            for each in (_warn,) if listen is None else listen:
-                each(event)
-            reason = event.reason if isinstance(event, Finished) else reason
+        shown, reason = view(Console()) if listen is None else None, ""
+        try:
+            for event in made.events():
+                for each in (shown,) if shown else listen or ():
+                    each(event)
+                reason = event.reason if isinstance(event, Finished) else reason
+        finally:
+            if shown:
+                shown.close()
     run = made.job.run
     if reason == "interrupted":
         raise Interrupted("Training was interrupted; it is saved.", remedy=run.command("train --resume"))
@@ -66,12 +71,6 @@ def finetune(*data: str | Path, listen: Sequence[Listener] | None = None, **sett
         raise WillNotFit("The disk is full: the adapter could not be written.", where=str(run.folder),
                          remedy=f"Free some, and go on: {run.command('train --resume')}")  # fmt: skip
     return Persona(run.name, made.base, made.job.adapter, made.job.header.system)
-
-
-def _warn(event: Event) -> None:
-    texts = (event.text,) if isinstance(event, Warned) else getattr(event, "notices", ())
-    for text in texts:
-        warnings.warn(text, stacklevel=3)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ class Base:
 
     name: str
     path: Path
-    model: Decoder
-    tokenizer: Tokenizer
+    model: Decoder = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
     fingerprint: str
 
     @property
@@ -63,7 +63,7 @@ class Persona:
 
     name: str
     base: Base
-    adapter: Adapter | None = None
+    adapter: Adapter | None = field(default=None, repr=False)
     system: str = ""
 
     def on(self) -> AbstractContextManager[Any]:

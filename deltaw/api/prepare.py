@@ -18,6 +18,7 @@ from deltaw.errors import UserError
 from deltaw.files.runs import digest
 from deltaw.settings import Training
 from deltaw.train.job import SAMPLE_TOKENS, Question
+from deltaw.words import some
 
 FEWEST_TO_SPLIT = 40
 """Data sets with fewer rows are not split: too few would be left to learn from, or to measure with."""
@@ -68,11 +69,11 @@ def load(data: Sequence[str], settings: Training) -> Loaded:
     else:
         read, val = _held_out(read, share, settings.seed)
         if share and not val:
-            notices.append(f"No validation rows: {sum(map(len, read))} rows are too few to hold some out.")
+            notices.append(f"No validation rows: {some(sum(map(len, read)), 'row')} are too few to hold some out.")
     seen = {_content(e) for rows in read for e in rows}
     known = [e for e in val if _content(e) in seen]
     if known:
-        notices.append(f"{len(known)} validation rows are trained on too (the first: {known[0].where}): "
+        notices.append(f"{some(len(known), 'validation row')} trained on too (the first: {known[0].where}): "
                        "the validation loss flatters.")  # fmt: skip
     return Loaded(files, tuple(read), val, val_file, tuple(notices))
 

@@ -15,19 +15,24 @@ from rich.console import Console
 
 from deltaw.api.interrupt import interruptible
 from deltaw.cli.show import busy, grid
-from deltaw.cli.words import one_line
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
 from deltaw.settings import Machine, plain
+from deltaw.words import one_line, some
 
 if TYPE_CHECKING:
     from deltaw.api.chat import Chat
 
-HELP = """/persona NAME   let another persona answer     /personas     who there is
-/base           let the base answer            /compare Q    everybody answers Q
-/system TEXT    begin anew with a system prompt  /reset        forget the conversation
-/retry          answer the last question again /save FILE    add the conversation to a file of training rows
-/help           this                           /quit         leave (or Ctrl-D); Ctrl-C stops an answer"""
+HELP = """/persona NAME   let another persona answer
+/personas       who there is
+/base           let the base answer
+/compare TEXT   everybody answers
+/system TEXT    begin anew, with this system prompt
+/reset          begin anew
+/retry          answer the last question again
+/save FILE      add the conversation to a file of training rows
+/help           this
+/quit           leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
 def chat(*runs: str, base: str | None = None, folder: Annotated[Path, Parameter(name="--runs")] = Path("runs"),
@@ -89,14 +94,19 @@ def _command(session: Chat, console: Console, line: str) -> bool:
     word, _, rest = line.partition(" ")
     if word in ("/quit", "/exit"):
         return False
-    DO.get(word, _help)(session, console, rest.strip())
+    if word not in DO:
+        raise UserError(f"There is no command {word}.", remedy="/help lists what there is.")
+    DO[word](session, console, rest.strip())
     return True
 
 
 def _persona(session: Chat, console: Console, name: str) -> None:
+    if not name:
+        return _personas(session, console, name)
     session.switch(name)
-    console.print(f"{name} answers now.", style="dim", markup=False)
-    _tell_system(session, console)
+    seen = " It sees the conversation so far; /reset begins anew." if session.begun else ""
+    console.print(f"{name} answers now.{seen}", style="dim", markup=False, soft_wrap=True)
+    return _tell_system(session, console)
 
 
 def _tell_system(session: Chat, console: Console) -> None:
@@ -129,7 +139,7 @@ def _retry(session: Chat, console: Console, _: str) -> None:
 
 def _save(session: Chat, console: Console, name: str) -> None:
     path = Path(name or "chat.jsonl")
-    console.print(f"{path} has {session.save(path)} rows now.", style="dim", markup=False)
+    console.print(f"{path} has {some(session.save(path), 'row')} now.", style="dim", markup=False)
 
 
 def _help(_: Chat, console: Console, __: str) -> None:
@@ -145,6 +155,7 @@ DO: dict[str, Callable[[Chat, Console, str], None]] = {
     "/reset": lambda session, console, _: _system(session, console, ""),
     "/retry": _retry,
     "/save": _save,
+    "/help": _help,
 }
 
 
@@ -154,7 +165,8 @@ def _answer(session: Chat, console: Console, question: str) -> None:
             console.out(piece, end="")
     console.out("")
     if session.cut:
-        console.print(f"(cut after {session.sampling.max_new_tokens} tokens: --max-new-tokens)", style="dim")
+        limit = some(session.sampling.max_new_tokens, "token")
+        console.print(f"(cut after {limit}: --max-new-tokens)", style="dim", highlight=False)
 
 
 @contextmanager

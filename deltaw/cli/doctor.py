@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from deltaw.cli.show import facts
-from deltaw.cli.words import size
+from deltaw.words import size
 
 
 def doctor(*, json: bool = False) -> None:

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from pydantic import Field
+from rich.console import Console
 
 from deltaw.cli.show import busy, grid, json_line, notice
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
 from deltaw.settings import Count, Machine, plain, settings
+from deltaw.words import some
 
 if TYPE_CHECKING:
     from deltaw.api.evaluate import Report
+    from deltaw.scoring.text import Graded
 
 
 @settings
@@ -33,7 +36,7 @@ class Asked:
     """The base model, if it is not where the adapter was trained on it."""
 
 
-def eval(run: str, file: Path, *, asked: Annotated[Asked | None, Parameter(name="*")] = None,  # noqa: A001 (its name)
+def eval(run: str, file: Path, /, *, asked: Annotated[Asked | None, Parameter(name="*")] = None,  # noqa: A001 (its name)
          runs: Path = Path("runs"), sampling: Annotated[Sampling | None, Parameter(name="*")] = None,
          machine: Annotated[Machine | None, Parameter(name="*")] = None, json: bool = False) -> None:  # fmt: skip
     """Measure a persona on rows with right answers.
@@ -51,6 +54,7 @@ def eval(run: str, file: Path, *, asked: Annotated[Asked | None, Parameter(name=
     """
     from deltaw.api.evaluate import evaluate
     from deltaw.api.persona import BASE, Persona, load_any
+    from deltaw.scoring.text import MEANINGS
 
     asked = asked or Asked()
     with busy(json) as say:
@@ -68,10 +72,14 @@ def eval(run: str, file: Path, *, asked: Annotated[Asked | None, Parameter(name=
         raise UserError("These metrics need no answers, so there are none to compare.", remedy="Leave --metrics out.")
     if asked.compare:
         picked = _spread(len(reports[0].graded), asked.compare)
-        rows = [(reports[0].examples[i].prompt[-1]["content"], *(r.graded[i].answer for r in reports)) for i in picked]
+        rows = [
+            (reports[0].examples[i].prompt[-1]["content"], *(shortened(r.graded[i]) for r in reports)) for i in picked
+        ]
         grid(["question", *(r.persona for r in reports)], rows)
-    grid([f"score on {reports[0].rows} rows", *(r.persona for r in reports)],
-         [[name, *(f"{r.scores[name]:.4g}" for r in reports)] for name in reports[0].scores])  # fmt: skip
+    told = Console().is_terminal  # a pipe wants the numbers alone
+    grid([f"score on {some(reports[0].rows, 'row')}", *(r.persona for r in reports), *["what it is"] * told],
+         [[name, *(f"{r.scores[name]:.4g}" for r in reports), *[MEANINGS[name]] * told]
+          for name in reports[0].scores])  # fmt: skip
     for report in reports:
         for line in report.notices:
             notice(f"{report.persona}: {line}")
@@ -84,6 +92,11 @@ def _record(file: Path, reports: Sequence[Report], compare: int) -> dict[str, ob
                for i, e in enumerate(first.examples[:compare]) if first.graded]  # fmt: skip
     return {"file": str(file), "rows": first.rows, "scores": {r.persona: r.scores for r in reports},
             "notices": {r.persona: r.notices for r in reports if r.notices}, "answers": answers}  # fmt: skip
+
+
+def shortened(graded: Graded) -> str:
+    """The answer, with a mark where it was cut."""
+    return graded.answer if graded.whole else f"{graded.answer} …"
 
 
 def _spread(rows: int, count: int) -> list[int]:

@@ -12,6 +12,7 @@ from deltaw.cli.show import busy, json_line, notice
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
 from deltaw.settings import Machine, plain
+from deltaw.words import some
 
 
 def generate(*questions: str, run: str | None = None, base: str | None = None, runs: Path = Path("runs"),
@@ -41,6 +42,8 @@ def generate(*questions: str, run: str | None = None, base: str | None = None, r
     with busy() as say:
         alone = base is not None and run is None
         persona = load_any(str(base), **how, say=say) if alone else load(run, runs, base, **how, say=say)
+    if run is None:
+        notice(f"{persona.name} answers.")
     answers = persona.answer_all(asked, sampling)
     for question, answer in zip(asked, answers, strict=True):
         if json:
@@ -48,4 +51,5 @@ def generate(*questions: str, run: str | None = None, base: str | None = None, r
         else:
             sys.stdout.write(answer.text + "\n")
     if cut := sum(not answer.whole for answer in answers):
-        notice(f"{cut} of {len(answers)} answers were cut after {sampling.max_new_tokens} tokens (--max-new-tokens).")
+        limit = some(sampling.max_new_tokens, "token")
+        notice(f"{cut} of {some(len(answers), 'answer')} cut after {limit} (--max-new-tokens).")

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.cli.show import facts
-from deltaw.cli.words import count, size
+from deltaw.words import count, size
 
 
-def inspect(name: str, *, runs: Path = Path("runs"), json: bool = False) -> None:
+def inspect(name: str, /, *, runs: Path = Path("runs"), json: bool = False) -> None:
     """Say what a model, an adapter or a run is.
 
     Parameters

@@ -9,11 +9,11 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from deltaw.cli.show import busy, facts
-from deltaw.cli.words import size
 from deltaw.settings import Machine, plain
+from deltaw.words import size
 
 
-def merge(run: str | None = None, *, out: Path | None = None, check: Path | None = None, base: str | None = None,
+def merge(run: str | None = None, /, *, out: Path | None = None, check: Path | None = None, base: str | None = None,
           runs: Path = Path("runs"), machine: Annotated[Machine | None, Parameter(name="*")] = None,
           json: bool = False) -> None:  # fmt: skip
     """Write base and adapter as one plain model that transformers loads, and check it against the adapter.
@@ -53,7 +53,7 @@ def merge(run: str | None = None, *, out: Path | None = None, check: Path | None
         "checked on": f"{d.tokens:,} tokens, read back from disk",
         "max |Δlogit|": f"{d.max_logit_difference:.2e}",
         "same first choice": f"{d.top1_agreement:.2%}",
-        "perplexity": f"{d.perplexity_before:.4f} with the adapter, {d.perplexity_after:.4f} merged "
+        "perplexity of them all": f"{d.perplexity_before:.4f} with the adapter, {d.perplexity_after:.4f} merged "
                       f"({d.perplexity_change:+.3%})",
     }  # fmt: skip
     if persona.system:

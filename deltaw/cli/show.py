@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from deltaw.cli.words import one_line
+from deltaw.words import one_line
 
 
 def json_line(record: Mapping[str, Any]) -> None:

@@ -13,12 +13,12 @@ from rich.console import Console
 
 from deltaw.api.interrupt import interruptible
 from deltaw.cli.show import busy, json_line
-from deltaw.cli.view import view
 from deltaw.errors import Interrupted, UserError, WillNotFit
 from deltaw.methods import find
 from deltaw.settings import Training, check_file, names, plain, read_yaml
 from deltaw.train.events import Event, Finished
 from deltaw.train.loop import DISK_FULL
+from deltaw.train.view import view
 
 EXIT = {"interrupted": Interrupted.code, DISK_FULL: WillNotFit.code}
 """What a run that ended for this reason leaves with; any other: 0."""
@@ -93,8 +93,8 @@ def _resume(files: Sequence[str], runs: Path, on: dict[str, Any], stop: Callable
 def _refuse_changes(*said: tuple[Any, Any]) -> None:
     """A run that goes on does so as it was begun: flags that would be ignored are refused."""
     for given, default in said:
-        for name in set(names(given)) - {"runs", *ELSEWHERE}:
-            if getattr(given, name) != getattr(default, name):
+        for name in names(given):
+            if name not in ("runs", *ELSEWHERE) and getattr(given, name) != getattr(default, name):
                 raise UserError("A run goes on with the settings it was begun with.",
                                 remedy=f"Leave --{name.replace('_', '-')} out, or train anew.")  # fmt: skip
 

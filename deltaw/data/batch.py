@@ -44,7 +44,7 @@ class Batch:
 
 
 def steps(weights: Sequence[tuple[int, float]], batch_rows: int, seed: int) -> Iterator[tuple[float, list[int]]]:
-    """Endless steps: how many epochs are done before each, and its rows.
+    """Endless steps: how many epochs are done after each, and its rows.
 
     `weights` gives each file's number of rows and how often each is seen in an epoch; rows are numbered through all
     files. Every row of a file is seen once before any of it is seen again, whatever the weight.
@@ -60,7 +60,8 @@ def steps(weights: Sequence[tuple[int, float]], batch_rows: int, seed: int) -> I
             owed[f] -= int(owed[f])
         random.Random(f"{seed}/{epoch}").shuffle(drawn)
         for start in range(0, len(drawn), batch_rows):
-            yield epoch + start / len(drawn), drawn[start : start + batch_rows]
+            rows = drawn[start : start + batch_rows]
+            yield epoch + (start + len(rows)) / len(drawn), rows
         epoch += 1
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 from deltaw.data.rows import Example
 from deltaw.errors import UserError
 from deltaw.models.tokenizer import Message, Tokenizer
+from deltaw.words import some
 
 TrainOn = Literal["answers", "all"]
 
@@ -45,9 +46,9 @@ class EncodedRows:
         """What a user should know of it, in words."""
         lines = []
         if self.cut:
-            lines.append(f"{len(self.cut)} rows were cut to {limit:,} tokens (the first: {self.cut[0]})")
+            lines.append(f"{some(len(self.cut), 'row')} cut to {limit:,} tokens (the first: {self.cut[0]})")
         if self.dropped:
-            lines.append(f"{len(self.dropped)} rows were left out: nothing to learn in their first {limit:,} tokens "
+            lines.append(f"{some(len(self.dropped), 'row')} left out: nothing to learn in their first {limit:,} tokens "
                          f"(the first: {self.dropped[0]})")  # fmt: skip
         return tuple(lines)
 

@@ -109,6 +109,11 @@ class Run:
         elsewhere = "" if self.folder.parent == RUNS else f" --runs {shlex.quote(str(self.folder.parent))}"
         return f"deltaw {verb} {shlex.quote(self.name)}{elsewhere}"
 
+    def touched(self) -> float:
+        """When the run was begun, saved or ended: the last of these, in seconds."""
+        files = [path for path in (self.config, self.adapter, *self.checkpoints()) if path.exists()]
+        return max(path.stat().st_mtime for path in files)
+
     def read_config(self) -> dict[str, Any]:
         """The settings that the run was made with.
 
@@ -163,18 +168,30 @@ def find(name: str | None, runs: Path, suits: Callable[[Run], bool] = lambda _: 
     Raises:
         UserError: there is no such run.
     """
-    known = sorted((Run(p.parent) for p in runs.glob("*/config.yaml")), key=lambda r: r.config.stat().st_mtime)
+    known = sorted((Run(p.parent) for p in runs.glob("*/config.yaml")), key=Run.touched)
     if name is None:
         newest = next((run for run in reversed(known) if suits(run)), None)
         if newest is None:
-            what = "None of the runs can be taken for this." if known else "There is no run yet."
-            raise UserError(what, where=str(runs), remedy="Train one: deltaw train FILE")
+            raise _nothing_suits(known, runs)
         return newest
     for folder in (runs / name, Path(name)):
         if (folder / "config.yaml").exists():
             return Run(folder)
     remedy = nearest(name, [run.name for run in known]) if known else "Train one: deltaw train FILE"
     raise UserError(f"There is no run '{name}'.", where=str(runs), remedy=remedy)
+
+
+def _nothing_suits(known: list[Run], runs: Path) -> UserError:
+    """Why none of the runs can be taken, and what to do with the newest."""
+    if not known:
+        return UserError("There is no run yet.", where=str(runs), remedy="Train one: deltaw train FILE")
+    newest = known[-1]
+    if newest.adapter.exists():
+        return UserError("Every run has ended.", where=str(runs), remedy=newest.command("chat"))
+    if newest.busy():
+        return UserError(f"The run '{newest.name}' is still being trained.", where=str(runs), remedy="Wait for it.")
+    return UserError(f"The run '{newest.name}' has not ended.", where=str(runs),
+                     remedy=f"Go on with it: {newest.command('train --resume')}")  # fmt: skip
 
 
 def digest(path: Path) -> str:

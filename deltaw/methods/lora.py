@@ -45,8 +45,8 @@ class LoRA(Method):
 
     rank: Count = 16
     """Rank R of the update."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """The update is scaled by alpha / rank."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The update is scaled by alpha / rank. By default: twice the rank."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead, so that high ranks learn as fast (Kalajdzievski 2023, arXiv:2312.03732)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -57,6 +57,10 @@ class LoRA(Method):
     """Other ranks for some layers, by pattern of their names: {"layers[.]0[.].*": 32}."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Other alphas for some layers, by pattern of their names."""
+
+    def __post_init__(self) -> None:
+        if self.alpha is None:  # written down as a number, so that no reader of an adapter has to know the default
+            object.__setattr__(self, "alpha", 2.0 * self.rank)
 
     def plan(self, sites: list[Site]) -> list[Site]:
         for pattern in (*self.rank_pattern, *self.alpha_pattern):

@@ -52,6 +52,7 @@ def save(model: Decoder, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {_hf_name(name): get(owner, part).contiguous() for name, (owner, part) in _places(model)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # as the other files; safetensors writes it for its owner alone
     config = {**model.config.to_hf(), "dtype": str(model.dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

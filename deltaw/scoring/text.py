@@ -117,6 +117,21 @@ METRICS: dict[str, Metric] = {
 }
 
 
+MEANINGS = {
+    "perplexity": "of the right answers; lower is better",
+    "facts": "share of answers with all the right facts",
+    "exact_match": "share of answers that are a right one",
+    "bleu": "likeness to right answers, 0 to 100",
+    "chrf": "likeness in letters, 0 to 100",
+    **dict.fromkeys(("rouge1", "rouge2", "rougeL"), "likeness to right answers, 0 to 1"),
+    "json_valid": "share of answers that are JSON",
+    "slot_f1": "slots found and right, 0 to 1",
+    "intent": "share of answers with the right intent",
+    "label_accuracy": "share of answers with the right label",
+}
+"""What each score says, in a few words."""
+
+
 def suits(rows: Sequence[Graded]) -> list[str]:
     """Name the metrics that make sense for these rows by default, in the order of `METRICS`; `score` can give each."""
     wanted = {"facts", "exact_match", "slot_f1", "intent"}
@@ -146,12 +161,22 @@ def score(rows: Sequence[Graded], names: Sequence[str] | None = None) -> dict[st
         raise UserError(
             "There is nothing to score these answers by.", why="Every row needs references, or every row facts."
         )
+    check(chosen)
     for name in chosen:
-        if name not in METRICS:
-            raise UserError(f"There is no metric '{name}'.", remedy=nearest(name, METRICS))
         if why := _obstacle(name, rows):
             raise UserError(f"These rows cannot give the metric '{name}'.", why=why)
     return {name: METRICS[name](rows) for name in chosen}
+
+
+def check(names: Sequence[str]) -> None:
+    """Refuse names of metrics that there are not.
+
+    Raises:
+        UserError: an unknown metric, with the nearest known one.
+    """
+    for name in names:
+        if name not in METRICS:
+            raise UserError(f"There is no metric '{name}'.", remedy=nearest(name, MEANINGS))
 
 
 def _obstacle(name: str, rows: Sequence[Graded]) -> str:

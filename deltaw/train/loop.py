@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from deltaw.data.batch import Batch, micro_batches, steps
-from deltaw.decode.generate import answers
+from deltaw.decode.generate import complete
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import Diverged
 from deltaw.files.atomic import sweep
@@ -43,6 +43,8 @@ class Trainer:
         self.saver = Saver(job, self.optimizer)
         self.recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
         self.last_loss: float | None = None
+        self.sampled_at = -1
+        self.before_seconds, self.began = 0.0, time.monotonic()
 
     def resume(self) -> bool:
         """Go back to the newest checkpoint; false if there is none."""
@@ -58,19 +60,26 @@ class Trainer:
         Raises:
             Diverged: the loss was not finite twice; the last good state is saved.
         """
-        before, began = self.progress.seconds, time.monotonic()
+        self.before_seconds, self.began = self.progress.seconds, time.monotonic()
         if self.progress.step == 0:
             torch.manual_seed(self.job.settings.seed)
         with self.job.adapter.on():
             for event in self._events():
-                self.progress.seconds = before + time.monotonic() - began
-                yield replace(event, seconds=self.progress.seconds)
+                yield replace(event, seconds=self._count_time())
+
+    def _count_time(self) -> float:
+        self.progress.seconds = self.before_seconds + time.monotonic() - self.began
+        return self.progress.seconds
+
+    def _save(self, random: checkpoint.Random | None = None) -> Iterator[Event]:
+        self._count_time()
+        yield from self.saver.checkpoint(self.progress, random)
 
     def _events(self) -> Iterator[Event]:
         job, progress = self.job, self.progress
         if progress.step == 0:
             yield from self._sample()
-            yield from self.saver.checkpoint(progress)
+            yield from self._save()
         order = steps(job.weights, job.settings.batch_rows, job.settings.seed)
         for _ in range(progress.step):
             next(order)
@@ -81,7 +90,7 @@ class Trainer:
             if isinstance(stepped, Stepped):
                 yield stepped
             elif stepped is None:
-                yield from self.saver.checkpoint(progress, random)
+                yield from self._save(random)
                 yield self._finished("interrupted")
                 return
             elif progress.skipped < 2:
@@ -92,7 +101,7 @@ class Trainer:
             if job.evaluates(progress.step):
                 yield from self._evaluate()
             if self.saver.due(progress.step):
-                yield from self.saver.checkpoint(progress)
+                yield from self._save()
         yield from self._end("no better" if self._given_up() else "done")
 
     def _step(self, epoch: float, rows: list[int]) -> Stepped | Warned | None:
@@ -154,7 +163,9 @@ class Trainer:
             return
         self.job.adapter.eval()
         sampling = Sampling(max_new_tokens=SAMPLE_TOKENS)
-        (answer,) = answers(self.job.model, self.job.tokenizer, [asked.ids], sampling)
+        (said,) = complete(self.job.model, self.job.tokenizer, [asked.ids], sampling)
+        self.sampled_at = self.progress.step
+        answer = said.text if said.whole else f"{said.text} …"
         yield Sampled(step=self.progress.step, question=asked.text, answer=answer, expected=asked.expected)
 
     def _given_up(self) -> bool:
@@ -164,9 +175,11 @@ class Trainer:
     def _end(self, reason: str) -> Iterator[Event]:
         job, progress = self.job, self.progress
         if self.saver.step != progress.step:
-            yield from self.saver.checkpoint(progress)
+            yield from self._save()
         if job.settings.keep_best and progress.best_step not in (None, progress.step) and job.run.best.exists():
             self.saver.take_best()
+            yield from self._sample()
+        elif self.sampled_at != progress.step:
             yield from self._sample()
         job.adapter.eval()
         yield from self.saver.result()

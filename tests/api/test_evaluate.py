@@ -160,11 +160,10 @@ def test_what_is_cut_or_not_asked_is_counted(base, tmp_path):
     assert (report.rows, len(report.examples), len(report.graded)) == (5, 3, 3)
     cut = sum(not g.whole for g in report.graded)
     assert report.notices == (
-        "1 rows without a question were not asked.",
-        "1 rows were not asked: longer than 512 tokens.",
-        "perplexity: 1 rows were left out: nothing to learn in their first 512 tokens "
-        f"(the first: {tmp_path}/mixed.jsonl:5)",
-        *([f"{cut} of 3 answers were cut after 4 tokens (--max-new-tokens)."] if cut else []),
+        "1 row without a question not asked.",
+        "1 row not asked: longer than 512 tokens.",
+        f"perplexity: 1 row left out: nothing to learn in their first 512 tokens (the first: {tmp_path}/mixed.jsonl:5)",
+        *([f"{cut} of 3 answers cut after 4 tokens (--max-new-tokens)."] if cut else []),
     )
 
 
@@ -182,5 +181,5 @@ def test_one_text_among_conversations_changes_no_score_of_the_conversations(base
 def test_an_answer_that_is_cut_is_counted(persona, file):
     whole = evaluate(persona, file, ["exact_match"], sampling=Sampling(max_new_tokens=400))
     short = evaluate(persona, file, ["exact_match"], sampling=Sampling(max_new_tokens=1))
-    assert short.notices == ("4 of 4 answers were cut after 1 tokens (--max-new-tokens).",)
+    assert short.notices == ("4 of 4 answers cut after 1 token (--max-new-tokens).",)
     assert [g.whole for g in whole.graded] == [len(g.answer) < 400 for g in whole.graded]

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -52,11 +53,15 @@ def test_a_run_that_is_stopped_says_how_to_go_on(tiny_path, tmp_path, rows_file,
     assert (e.value.code, e.value.remedy) == (130, f"deltaw train --resume run --runs {tmp_path}/runs")
 
 
-def test_without_a_listener_what_should_be_known_is_warned_of(tiny_path, tmp_path):
+def test_without_a_listener_the_run_is_shown(tiny_path, tmp_path, capsys):
     write_rows(tmp_path / "few.jsonl", *[ROW] * 5)
-    with pytest.warns(UserWarning, match="No validation rows: 5 rows are too few") as warned:
-        deltaw.finetune(tmp_path / "few.jsonl", **told(tiny_path, tmp_path, steps=1))
-    assert {w.filename for w in warned} == {__file__}
+    persona = deltaw.finetune(tmp_path / "few.jsonl", **told(tiny_path, tmp_path, steps=1))
+    out = capsys.readouterr().out
+    assert "- No validation rows: 5 rows are too few to hold some out." in out
+    assert re.search(r"^step 1/1  loss \d", out, re.M)
+    assert len(repr(persona)) < 400  # and not all its layers
+    deltaw.finetune(tmp_path / "few.jsonl", listen=[], **told(tiny_path, tmp_path / "quiet", steps=1))
+    assert capsys.readouterr().out == ""
 
 
 def test_an_adapter_that_could_not_be_written_is_no_persona(tiny_path, tmp_path, rows_file, monkeypatch):
@@ -133,7 +138,7 @@ def test_validation_rows_that_are_trained_on_are_counted(tiny_path, tmp_path, ro
     new = json.dumps({"prompt": "new", "completion": "x"})
     write_rows(tmp_path / "val.jsonl", new, lines[0], lines[3])
     made = started(tiny_path, tmp_path, rows_file, val=str(tmp_path / "val.jsonl"))
-    assert made.started.notices == (f"2 validation rows are trained on too (the first: {tmp_path}/val.jsonl:2): "
+    assert made.started.notices == (f"2 validation rows trained on too (the first: {tmp_path}/val.jsonl:2): "
                                     "the validation loss flatters.",)  # fmt: skip
 
 

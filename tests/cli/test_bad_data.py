@@ -69,11 +69,11 @@ def test_rows_too_long_are_cut_and_counted(here, capsys):
     long = {"prompt": "say much", "completion": "b" * 300}
     write_rows(here / "rows.jsonl", *[ROW] * 4, long, long)
     assert run([*TRAIN, "--max-tokens", "64", "--steps", "1", "--val", "0"]) == 0
-    assert "- 2 rows were cut to 64 tokens (the first: rows.jsonl:5)" in capsys.readouterr().out
+    assert "- 2 rows cut to 64 tokens (the first: rows.jsonl:5)" in capsys.readouterr().out
 
 
 def test_rows_of_which_no_answer_is_left_are_left_out_and_counted(here, capsys):
     write_rows(here / "rows.jsonl", *[ROW] * 4, {"prompt": "w" * 100, "completion": "b"})
     assert run([*TRAIN, "--max-tokens", "64", "--steps", "1", "--val", "0"]) == 0
     out = capsys.readouterr().out
-    assert "- 1 rows were left out: nothing to learn in their first 64 tokens (the first: rows.jsonl:5)" in out
+    assert "- 1 row left out: nothing to learn in their first 64 tokens (the first: rows.jsonl:5)" in out

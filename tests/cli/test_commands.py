@@ -49,7 +49,7 @@ def test_train_tells_its_course_line_by_line(here, shown):
 def test_train_tells_its_course_in_json(here, shown):
     records = [json.loads(line) for line in shown(*TRAIN, "--steps", "2", "--name", "mine", "--json").splitlines()]
     assert [r["event"] for r in records] == [
-        "started", "planned", "sampled", "saved", "stepped", "stepped", "saved", "finished"]  # fmt: skip
+        "started", "planned", "sampled", "saved", "stepped", "stepped", "saved", "sampled", "finished"]  # fmt: skip
     written = [json.loads(line) for line in (here / "runs" / "mine" / "events.jsonl").read_text().splitlines()]
     assert records == written
     assert records[0]["rows"] == 12
@@ -115,9 +115,10 @@ def test_a_base_that_was_moved_is_missed_and_can_be_given(trained, shown, said, 
 def test_an_answer_that_is_cut_is_said_to_be(trained, shown, capsys):
     assert run(["generate", "say 1", "--max-new-tokens", "2"]) == 0
     out, err = capsys.readouterr()
-    assert (out, err) == ("bb\n", "1 of 1 answers were cut after 2 tokens (--max-new-tokens).\n")
+    assert out == "bb\n"
+    assert err == "mine answers.\n1 of 1 answer cut after 2 tokens (--max-new-tokens).\n"
     assert json.loads(shown("generate", "say 1", "--max-new-tokens", "2", "--json"))["whole"] is False
-    assert run(["generate", "say 1"]) == 0
+    assert run(["generate", "say 1", "--run", "mine"]) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -134,9 +135,9 @@ def test_chat_answers_lines_and_obeys_commands(trained, shown, monkeypatch):
     out = shown("chat", "mine", "--max-new-tokens", "8", "--temperature", "0").splitlines()
     head, tail = out[:5], out[-5:]
     assert head == ["bbb", "  base", "* mine", "bbb", "There is no persona 'nobody' here. There are: base, mine."]
-    assert out[5].startswith("/persona NAME   let another persona answer")
+    assert out[5] == "There is no command /nonsense. /help lists what there is."
     at = out.index("What shall they answer? /compare QUESTION")
-    saved, anew = "talk.jsonl has 1 rows now.", "The conversation begins anew."
+    saved, anew = "talk.jsonl has 1 row now.", "The conversation begins anew."
     there = ["There is no answer to save yet.", "base answers now.", "mine answers now."]
     assert out[at + 1 : at + 6] == [saved, anew, *there]
     assert any(line.startswith("base\tmine") for line in tail)

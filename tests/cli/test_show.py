@@ -138,6 +138,17 @@ def test_ctrl_c_in_a_pipe_ends_the_conversation(here, tiny_path, monkeypatch):
     assert run(["chat", "run"]) == 130
 
 
+def test_switching_in_the_midst_says_that_what_was_said_is_seen(here, tiny_path, monkeypatch, capsys):
+    deltaw.finetune(here / "rows.jsonl", listen=[], **told(tiny_path, here, method="full", epochs=20, val="0"))
+    lines = ["/system Be short.", "/base", "/persona run", "/reset", "say 1", "/base", "/persona run", "/persona"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    assert run(["chat", "run", "--temperature", "0"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[1:3] == ["base answers now.", "run answers now."]
+    seen = "It sees the conversation so far; /reset begins anew."
+    assert out[4:] == ["bbb", f"base answers now. {seen}", f"run answers now. {seen}", "  base", "* run"]
+
+
 def test_a_run_goes_on_with_its_own_settings_and_others_are_refused(here, said, capsys):
     text = said("train", "mine", "--resume", "--epochs", "9")
     assert "A run goes on with the settings it was begun with. remedy Leave --epochs out, or train anew." in text

@@ -62,7 +62,7 @@ class Pair:
         self.adapter = Adapter.build(method("lora", **chosen), self.model)
         options = {
             "r": chosen["rank"],
-            "lora_alpha": chosen.get("alpha", 32.0),
+            "lora_alpha": chosen.get("alpha", 2 * chosen["rank"]),
             "use_rslora": chosen.get("rslora", False),
             "target_modules": [SHORT[t] for t in chosen["targets"].split(",")] if "targets" in chosen else "all-linear",
             "rank_pattern": chosen.get("rank_pattern", {}),

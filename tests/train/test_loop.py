@@ -9,16 +9,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from small import end, losses, write_contrary
+from small import end, gone_on, losses, write_contrary
 from transformers import AutoModelForCausalLM
 
 from deltaw.data import rows as reading
 from deltaw.data.batch import steps
 from deltaw.data.encode import encode_all
+from deltaw.decode.generate import complete
+from deltaw.decode.sampling import Sampling
 from deltaw.files import adapters
 from deltaw.settings import Training
 from deltaw.train import loop
-from deltaw.train.events import Evaluated, Sampled, Saved, Stepped
+from deltaw.train.events import Evaluated, Finished, Sampled, Saved, Stepped
 from deltaw.train.job import Job, Question
 from deltaw.train.loop import Trainer, validation_loss
 from deltaw.train.optimizer import adamw, rate
@@ -215,6 +217,31 @@ def test_there_are_as_many_evaluations_as_asked_evenly_spread_and_the_last_at_th
     assert max(gaps, default=0) - min(gaps, default=0) <= 1
 
 
+@pytest.mark.parametrize("told", [{"val": "0"}, {"val": "0.25", "evaluations": 2}, {"val": "0.25", "patience": 1}])
+def test_the_question_is_asked_before_training_and_of_what_is_left_at_the_end(ready, told):
+    made = ready(steps=6, **told)
+    made.job.question = Question("say 1", tuple(made.base.tokenizer.encode("say 1")))
+    events, _ = trained(made)
+    asked = [e for e in events if isinstance(e, Sampled)]
+    assert asked[0].step == 0
+    assert len(asked) >= 2
+    with made.job.adapter.on():
+        (said,) = complete(made.job.model, made.job.tokenizer, [made.job.question.ids], Sampling(max_new_tokens=48))
+    assert asked[-1].answer == (said.text if said.whole else f"{said.text} …")
+
+
+def test_epochs_are_counted_to_the_end_of_each_step(ready):
+    events, _ = trained(ready(val="0", batch_rows=10, epochs=1))
+    assert [e.epoch for e in events if isinstance(e, Stepped)] == [10 / 48, 20 / 48, 30 / 48, 40 / 48, 1.0]
+
+
+def test_time_does_not_run_backwards_when_a_run_goes_on(ready):
+    made = ready(lambda: True, steps=3)
+    (broken,) = [e for e in made.events() if isinstance(e, Finished)]
+    again = gone_on(made.job.run.folder)
+    assert all(e.seconds >= broken.train_seconds for e in again.events() if isinstance(e, Stepped | Finished))
+
+
 def test_without_save_every_a_checkpoint_follows_each_evaluation(ready):
     events, _ = trained(ready(steps=6, evaluations=3, patience=0))
     assert [e.step for e in events if isinstance(e, Evaluated)] == [2, 4, 6]
@@ -230,8 +257,9 @@ def test_steps_come_from_epochs_unless_they_are_given(ready, settings, steps):
     assert end(events).step == steps
     stepped = [e for e in events if isinstance(e, Stepped)]
     assert [e.step for e in stepped] == list(range(1, steps + 1))
-    assert stepped[0].epoch == 0
-    assert stepped[-1].epoch < settings["epochs"]
+    rows = settings.get("batch_rows", 8)
+    assert stepped[0].epoch == pytest.approx(min(rows, 46) / 46)
+    assert stepped[-1].epoch == pytest.approx(min(settings["epochs"], rows * steps / 46), abs=rows / 46)
 
 
 def test_the_sample_question_is_answered_before_training_and_at_each_evaluation(ready):

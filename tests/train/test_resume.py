@@ -126,7 +126,7 @@ def test_a_run_that_is_being_trained_is_left_to_its_process(interrupted, tmp_pat
         next(second.events())
     with pytest.raises(UserError, match="is being trained by another process"):
         resume("run", folder)
-    with pytest.raises(UserError, match="None of the runs can be taken"):
+    with pytest.raises(UserError, match="The run 'run' is still being trained"):
         resume(None, folder)
     events.close()  # stopped in any way, it can be taken again
     assert resume(None, folder).job.run == interrupted

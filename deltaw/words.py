@@ -1,4 +1,4 @@
-"""How numbers read on the terminal: durations, sizes (1 GB = 10^9 bytes), counts, shares, sparklines, and safe text."""
+"""How numbers read: counted things, durations, sizes (1 GB = 10^9 bytes), counts, shares, sparklines, and safe text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from collections.abc import Sequence
 
 UNKNOWN = "–"
 BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def some(number: int, noun: str) -> str:
+    """Counted things: 1 row, 1,200 rows."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def duration(seconds: float | None) -> str:

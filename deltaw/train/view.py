@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from deltaw.cli import words
+from deltaw import words
 from deltaw.train.events import Evaluated, Event, Finished, Planned, Sampled, Saved, Started, Stepped, Warned
 from deltaw.train.record import Listener
 from deltaw.train.svg import smooth
@@ -159,9 +159,10 @@ class PlainView:
 
 def plan_line(plan: Planned) -> str:
     """What a run will take, in one line."""
+    unit = "min" if plan.high_seconds < 3600 else "h"
     how = ", layers computed twice to save memory" if plan.recompute else ""
     return (f"Plan: {plan.steps} steps, about {words.duration(plan.train_seconds)} "
-            f"({words.clock(plan.low_seconds)} to {words.clock(plan.high_seconds)}), "
+            f"({words.clock(plan.low_seconds)} to {words.clock(plan.high_seconds)} {unit}), "
             f"peak memory {words.size_of(plan.peak_bytes, plan.available_bytes)}{how}")  # fmt: skip
 
 
@@ -245,7 +246,8 @@ def _answers(samples: list[Sampled], limit: int) -> list[RenderableType]:
         return []
     first, last = samples[0], samples[-1]
     grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_row(Text("before", style="dim"), Text(words.one_line(first.answer, limit)))
+    label = f"at step {first.step}" if first.step else "before"  # a run that goes on was asked before it stopped
+    grid.add_row(Text(label, style="dim"), Text(words.one_line(first.answer, limit)))
     if last is not first:
         grid.add_row(Text("after", style="green"), Text(words.one_line(last.answer, limit)))
     return [Text(words.one_line(first.question, limit), style="bold"), grid]
