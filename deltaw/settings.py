@@ -18,7 +18,7 @@ from deltaw.errors import UserError, nearest
 
 T = TypeVar("T")
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, BeforeValidator(lambda said: str(said) if isinstance(said, int | float | Path) else said)]
 """A text; numbers and paths are taken as they are written."""
@@ -154,6 +154,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError("The configuration file cannot be read.", where=str(path), why=f"{e.strerror}.") from None
     except UnicodeDecodeError:
         raise UserError("This is not UTF-8 text.", where=str(path), remedy="Save the file as UTF-8.") from None
+    except (ValueError, RecursionError) as e:  # a date that is none, brackets without end
+        raise UserError("This is not YAML.", where=str(path), why=str(e)) from None
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

@@ -148,7 +148,7 @@ def here(tiny_path, tmp_path, monkeypatch):
 def said(capsys):
     """A function that runs a command, checks the form of its complaint, and gives it as one line of words."""
 
-    from deltaw.cli.__main__ import run
+    from deltaw.cli.app import run
 
     def said(*arguments, code=2):
         assert run([str(a) for a in arguments]) == code

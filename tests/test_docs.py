@@ -14,7 +14,7 @@ from small import ROOT, told
 import deltaw
 from deltaw.adapters.adapter import Adapter
 from deltaw.adapters.protocol import Method, Site
-from deltaw.cli.__main__ import COMMANDS, application, run
+from deltaw.cli.app import COMMANDS, application, run
 from deltaw.models.slots import Delta, Linear, Parts
 from deltaw.settings import settings
 

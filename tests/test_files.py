@@ -200,18 +200,18 @@ def test_a_run_is_found_by_name_by_path_or_as_the_newest(tmp_path):
         runs.find("x", tmp_path / "runs")
     for i, name in enumerate(["first", "third", "second"]):
         run = runs.create(tmp_path / "runs", name, "", "")
-        run.write_config({"seed": i})
+        run.write_config({"data": [], "seed": i})
         os.utime(run.config, (1000 + 2 * (name == "third") + (name == "second"),) * 2)
     (tmp_path / "runs" / "no-run").mkdir()
     assert runs.find(None, tmp_path / "runs").name == "third"
-    assert runs.find("first", tmp_path / "runs").read_config() == {"seed": 0}
+    assert runs.find("first", tmp_path / "runs").read_config() == {"data": [], "seed": 0}
     assert runs.find(str(tmp_path / "runs" / "second"), tmp_path / "elsewhere").name == "second"
     with pytest.raises(UserError, match=r"no run 'thrid'.*Did you mean 'third'"):
         runs.find("thrid", tmp_path / "runs")
 
 
 def test_a_runs_settings_and_notes_read_back(tmp_path):
-    run, values = Run(tmp_path / "run"), {"base": "Größe: 二", "rank": 4, "rate": 1e-4, "val": None, "files": ["a:2"]}
+    run, values = Run(tmp_path / "run"), {"base": "Größe: 二", "rank": 4, "rate": 1e-4, "val": None, "data": ["a:2"]}
     run.write_config(values)
     run.write_json(run.plan, values)
     assert run.read_config() == json.loads(run.plan.read_text()) == values

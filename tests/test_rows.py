@@ -47,7 +47,7 @@ BAD = {
     "half a character in a reference": ('{"text": "a", "references": ["\\udc00"]}', "'references' holds half"),
     "an empty text": ('{"text": " "}', "text is empty"),
     "half a character": ('{"prompt": "a", "completion": "x\\ud83d"}', "character|surrogate|UTF-8|Unicode"),
-    "nesting without end": ("[" * 100_000, "not JSON"),
+    "nesting without end": ("[" * 100_000, "nested too deeply"),
 }  # fmt: skip
 
 
@@ -172,5 +172,5 @@ def test_a_file_whose_name_ends_like_a_weight_is_that_file(tmp_path):
 
 @pytest.mark.parametrize("weight", ["0", "-1", "inf", "nan", "1e999"])
 def test_a_weight_that_is_not_positive_is_refused(weight):
-    with pytest.raises(UserError, match=f"weight {weight} is not a positive number"):
+    with pytest.raises(UserError, match=f"weight {weight} is not between 0.001 and 1000"):
         split_weight(f"rows.jsonl:{weight}")

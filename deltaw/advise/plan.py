@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from deltaw.advise.machine import available_bytes
 from deltaw.advise.probe import Cost, beginning, clock, cost, kept_bytes, micro_step
@@ -22,6 +23,7 @@ from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError, WillNotFit
 from deltaw.models.checkpoint import read_json
 from deltaw.scoring.loss import batch_loss
+from deltaw.settings import Count, complaint
 from deltaw.train.checkpoint import get_random, set_random
 from deltaw.train.job import SAMPLE_TOKENS, Job
 from deltaw.train.saving import SAVE_SECONDS
@@ -40,7 +42,7 @@ ALIKE = 0.95
 class Plan:
     """What a run takes. `seconds` covers steps, evaluations, samples and checkpoints."""
 
-    steps: int
+    steps: Count
     seconds: float
     step_seconds: float
     fixed_seconds: float
@@ -51,10 +53,19 @@ class Plan:
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """The plan that a run was begun with."""
+        """The plan that a run was begun with.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         values = read_json(path)
         values.pop("actual", None)
-        return cls(**{**values, "notices": tuple(values["notices"])})
+        try:
+            plan = TypeAdapter(cls).validate_python(values)
+        except ValidationError as e:
+            raise UserError("The plan cannot be understood.", where=str(path), why=complaint(e),
+                            remedy="Remove the file; the run is then planned anew.") from None  # fmt: skip
+        return plan
 
     def after(self, done: int) -> float:
         """Seconds that `done` steps of the plan take."""
@@ -184,7 +195,8 @@ def _evaluation_seconds(job: Job) -> float:
         with clock() as spent:
             answers(job.model, job.tokenizer, [job.question.ids], Sampling(max_new_tokens=PROBED_TOKENS))
         said = len(job.tokenizer.encode(job.question.expected)) or SAMPLE_TOKENS
-        seconds += (max(rounds, 1) + 1) * spent() / PROBED_TOKENS * min(said, SAMPLE_TOKENS)
+        # An untrained model talks on to the limit; a trained one says about what is expected.
+        seconds += spent() / PROBED_TOKENS * (SAMPLE_TOKENS + max(rounds, 1) * min(said, SAMPLE_TOKENS))
     return seconds
 
 

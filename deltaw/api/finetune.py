@@ -36,6 +36,7 @@ from deltaw.train.record import EventFile, TensorBoard
 from deltaw.train.report import write_report
 from deltaw.train.saving import guarded
 from deltaw.train.view import view
+from deltaw.words import size
 
 Listener = Callable[[Event], None]
 RATE_WIDTH = 576
@@ -188,7 +189,11 @@ def resume(name: str | None, folder: Path, stop: Callable[[], bool] = lambda: Fa
     loaded = load(data, settings)
     base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say)
     then = checkpoint.read_json(run.manifest)
-    base.tokenizer.now = datetime.datetime.fromisoformat(then["rendered"])
+    try:
+        base.tokenizer.now = datetime.datetime.fromisoformat(then["rendered"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError("The manifest does not say when the run was begun.", where=str(run.manifest),
+                        remedy="Train anew.") from None  # fmt: skip
     encoded = encode(loaded, base, settings)
     now = manifest(base, loaded, encoded)
     if changed := [key for key in now if then.get(key) != now[key]]:
@@ -243,7 +248,7 @@ def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loa
 def _check_disk(run: Run, adapter: Adapter) -> None:
     if (free := free_disk(run.folder)) < (need := CHECKPOINTS * 12 * adapter.parameter_count):
         run.folder.rmdir()
-        raise WillNotFit(f"Checkpoints need about {need / 1e6:.0f} MB of disk; {free / 1e6:.0f} MB are free.",
+        raise WillNotFit(f"Checkpoints need about {size(need)} of disk; {size(free)} are free.",
                          where=str(run.folder.parent), remedy="Free some, or take --runs on another disk.")  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,8 @@ from deltaw.settings import build
 
 BASE = "base"
 """What the persona without an adapter is called."""
+MOST_THREADS = 8
+"""For each core: more only wait for one another."""
 Conversation = str | Sequence[Message]
 """A question, or the turns so far."""
 
@@ -50,6 +53,10 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto", threads: int
     Raises:
         UserError: there is no such model, or it is not supported.
     """
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > MOST_THREADS * cores:
+        raise UserError(f"{threads} threads are too many: this machine has {cores} cores.",
+                        remedy=f"Take --threads {cores}.")  # fmt: skip
     if threads is not None:
         torch.set_num_threads(threads)
     path, where = source.find(name, say), choose_device(device)

@@ -19,6 +19,8 @@ from deltaw.errors import UserError
 ROLES = ("system", "user", "assistant", "tool")
 SHAPES = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 DIVIDER = "---"
+LEAST, MOST = 0.001, 1000
+"""Weights of files."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ def read(path: Path) -> list[Example]:
     Raises:
         UserError: the file is missing or empty, or a row is not as described above.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError("The data file is no regular file.", where=str(path),
+                        why="It is read again when the run goes on.", remedy="Write its rows to a file.")  # fmt: skip
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as e:
@@ -70,8 +75,10 @@ def split_weight(name: str) -> tuple[Path, float]:
     """Take `rows.jsonl:2` apart: the file, and how often each of its rows is seen per epoch (1 if not said).
 
     Raises:
-        UserError: the weight is not a positive number.
+        UserError: the weight is out of range, or the name is no text.
     """
+    if "\0" in name or any("\ud800" <= c <= "\udfff" for c in name):
+        raise UserError("The name of the data file is no text.", where=ascii(name), remedy="Rename it.")
     if Path(name).exists() or ":" not in name:
         return Path(name), 1.0
     file, _, tail = name.rpartition(":")
@@ -79,8 +86,9 @@ def split_weight(name: str) -> tuple[Path, float]:
         weight = float(tail)
     except ValueError:
         return Path(name), 1.0
-    if not 0 < weight < float("inf"):
-        raise UserError(f"The weight {tail} is not a positive number.", where=name, remedy=f"For example: {file}:2")
+    if not LEAST <= weight <= MOST:
+        raise UserError(f"The weight {tail} is not between {LEAST} and {MOST}.", where=name,
+                        remedy=f"For example: {file}:2")  # fmt: skip
     return Path(file), weight
 
 
@@ -102,12 +110,14 @@ def _rows(text: str, path: Path) -> Iterator[Example]:
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
+            example = _example(json.loads(line), where)
+        except RecursionError:
+            raise UserError("This row is nested too deeply.", where=where) from None
+        except ValueError as e:
             column = getattr(e, "colno", 1)
             raise UserError(f"This line is not JSON (column {column}).", where=where, why=f"{getattr(e, 'msg', e)}.",
                             remedy="Each line is one JSON object.") from None  # fmt: skip
-        yield _example(row, where)
+        yield example
 
 
 def _example(row: Any, where: str) -> Example:

@@ -31,13 +31,17 @@ class Sampling:
     """Seed of the draw; every answer in a batch has a stream of its own."""
 
 
+COLD = 1e-3
+"""Below this temperature only the likeliest token has any probability left."""
+
+
 def pick(logits_V: Tensor, sampling: Sampling, rng: torch.Generator, said: list[int]) -> int:
     """Choose one token from one row of logits; `said` are the tokens before it."""
     if sampling.repetition_penalty > 1 and said:
         seen = torch.tensor(sorted(set(said)), device=logits_V.device)
         old, penalty = logits_V[seen], sampling.repetition_penalty
         logits_V = logits_V.index_copy(0, seen, torch.where(old > 0, old / penalty, old * penalty))
-    if sampling.temperature == 0:
+    if sampling.temperature < COLD:
         return int(logits_V.argmax())
     p_V = likely(logits_V.float() / sampling.temperature, sampling)
     return int(torch.multinomial(p_V.cpu(), 1, generator=rng))

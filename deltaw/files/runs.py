@@ -72,7 +72,7 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Checkpoints, oldest first."""
-        return sorted((self.folder / "checkpoints").glob("step-*.safetensors"))
+        return sorted((self.folder / "checkpoints").glob(f"step-{7 * '[0-9]'}.safetensors"))
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -121,8 +121,11 @@ class Run:
             UserError: the folder has none.
         """
         try:
-            return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
-        except (OSError, yaml.YAMLError, TypeError, ValueError) as e:
+            values = dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+            if not isinstance(values["data"], list):
+                raise TypeError("data is no list of files")
+            return values
+        except (OSError, yaml.YAMLError, TypeError, ValueError, KeyError) as e:
             raise UserError(
                 "This run folder has no readable config.yaml.", where=str(self.folder), why=str(e)
             ) from None

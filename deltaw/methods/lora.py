@@ -43,9 +43,9 @@ class LowRank(Delta):
 class LoRA(Method):
     """Train two thin matrices beside each frozen one."""
 
-    rank: Count = 16
+    rank: Annotated[int, Field(ge=1, le=8192)] = 16
     """Rank R of the update."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    alpha: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """The update is scaled by alpha / rank. By default: twice the rank."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead, so that high ranks learn as fast (Kalajdzievski 2023, arXiv:2312.03732)."""

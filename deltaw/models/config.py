@@ -11,6 +11,9 @@ from deltaw.errors import UserError
 FAMILIES = ("llama", "mistral")
 """`model_type`s that this decoder computes: Llama 2 and 3, SmolLM2, Mistral and whatever shares their layout."""
 
+LARGEST = 1e12
+"""No size or constant of a model is as large as this."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
@@ -57,6 +60,19 @@ class ModelConfig:
         sizes = ("num_attention_heads", "hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size")
         if missing := [name for name in sizes if not isinstance(config.get(name), int)]:
             raise UserError(f"config.json does not say {missing[0]}.", where=where)
+        try:
+            read = cls._read(config, where)
+        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as e:
+            raise UserError("config.json cannot be understood.", where=where, why=f"{type(e).__name__}: {e}.") from None
+        sized = ("vocab", "width", "layers", "heads", "kv_heads", "head_width", "hidden", "context", "eps", "theta")
+        if odd := next((name for name in sized if not 0 < getattr(read, name) < LARGEST), None):
+            raise UserError(f"config.json gives the model {getattr(read, odd)} as its {odd}.", where=where)
+        if read.scaling is not None and min(vars(read.scaling).values()) <= 0:
+            raise UserError("config.json stretches RoPE by factors that are not positive.", where=where)
+        return read
+
+    @classmethod
+    def _read(cls, config: Mapping[str, Any], where: str) -> ModelConfig:
         heads, width = int(config["num_attention_heads"]), int(config["hidden_size"])
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         context = int(config.get("max_position_embeddings", 2048))

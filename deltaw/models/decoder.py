@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deltaw.errors import UserError
 from deltaw.models.config import ModelConfig
 from deltaw.models.rope import rotate, turns
 from deltaw.models.seen import Seen
@@ -94,7 +95,13 @@ class Decoder(nn.Module):
         (gradient checkpointing, Chen et al. 2016, arXiv:1604.06174). `depth`: run only so many layers, as a measurement
         of what all of them would take.
         """
-        x_TD: Tensor = self.embed_tokens(ids_T)
+        try:
+            x_TD: Tensor = self.embed_tokens(ids_T)
+        except IndexError:
+            raise UserError(
+                f"The tokenizer gives the id {int(ids_T.max())}, and the model has {self.config.vocab} rows.",
+                why="Tokenizer and model do not belong together.",
+            ) from None
         cos_T1E, sin_T1E = turns(at_T, self.config, x_TD.dtype)
         for i, layer in enumerate(self.layers[:depth]):
             around = (x_TD, cos_T1E, sin_T1E, seen.layer(i))

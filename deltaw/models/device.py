@@ -17,8 +17,8 @@ def choose_device(wanted: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
+        torch.empty(1, device=device).item()  # the device `meta` has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UserError(f"There is no device '{wanted}' here.", why=str(e).splitlines()[0][:120],
                         remedy="Take --device cpu.") from None  # fmt: skip
     return device

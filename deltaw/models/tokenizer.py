@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as Fast
 
 from deltaw.errors import UserError
@@ -41,6 +42,14 @@ class Tokenizer:
         Raises:
             UserError: there is none, or it is in a form that cannot be read.
         """
+        try:
+            return cls._read(path)
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as e:
+            raise UserError("The tokenizer's files cannot be understood.", where=str(path),
+                            why=f"{type(e).__name__}: {e}") from None  # fmt: skip
+
+    @classmethod
+    def _read(cls, path: Path) -> Tokenizer:
         if path.is_file():
             return _from_gguf(path)
         if not (path / "tokenizer.json").exists():
@@ -63,7 +72,7 @@ class Tokenizer:
         )
         ends = {fast.token_to_id(specials["eos_token"])} if "eos_token" in specials else set()
         ends |= set(listed if isinstance(listed, list) else [] if listed is None else [listed])
-        return cls(fast, template=template, specials=specials, end_ids={e for e in ends if e is not None})
+        return cls(fast, template=template, specials=specials, end_ids={int(e) for e in ends if e is not None})
 
     @property
     def begin_ids(self) -> list[int]:
@@ -82,12 +91,19 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text as it stands; special tokens are recognised, none is added."""
-        return list(self.fast.encode(text, add_special_tokens=False).ids)
+        return list(self._encoding(text).ids)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and for each the characters `start, stop` of the text that it came from."""
-        encoding = self.fast.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         return list(encoding.ids), list(encoding.offsets)
+
+    def _encoding(self, text: str) -> Encoding:
+        try:
+            return self.fast.encode(text, add_special_tokens=False)
+        except TypeError:
+            raise UserError("This text holds half a character, or bytes that are no UTF-8.",
+                            why=f"It begins {text[:40]!a}.") from None  # fmt: skip
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of the ids."""

@@ -73,7 +73,10 @@ class Trainer:
 
     def _save(self, random: checkpoint.Random | None = None) -> Iterator[Event]:
         self._count_time()
-        yield from self.saver.checkpoint(self.progress, random)
+        try:
+            yield from self.saver.checkpoint(self.progress, random)
+        except Diverged as e:
+            yield from self._diverged(e.what)
 
     def _events(self) -> Iterator[Event]:
         job, progress = self.job, self.progress
@@ -185,7 +188,7 @@ class Trainer:
         yield from self.saver.result()
         yield self._finished(reason if job.run.adapter.exists() else DISK_FULL)
 
-    def _diverged(self) -> Iterator[Event]:
+    def _diverged(self, what: str = "The loss was not finite twice.") -> Iterator[Event]:
         job, best = self.job, self.progress.best_step
         self.resume()
         good = self.progress.step
@@ -195,7 +198,7 @@ class Trainer:
         yield from self.saver.result()
         yield self._finished("diverged")
         saved = f"The adapter as it was at step {good} is saved." if job.run.adapter.exists() else "The disk is full."
-        raise Diverged("The loss was not finite twice.", where=str(job.run.folder), why=saved,
+        raise Diverged(what, where=str(job.run.folder), why=saved,
                        remedy=f"Train with a lower rate: --learning-rate {job.learning_rate / 4:.0e}")  # fmt: skip
 
     def _finished(self, reason: str) -> Finished:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from deltaw.errors import UserError
+from deltaw.files.atomic import write_text
 from deltaw.train import svg
 from deltaw.train.record import Run, fold, read
 
@@ -71,9 +72,8 @@ def write_report(run_folder: Path) -> Path:
     except FileNotFoundError:
         raise UserError("This is no run's folder: it has no events.jsonl.", where=str(run_folder)) from None
     page = "".join(_page(run_folder, fold(records)))
-    unfinished = run_folder / "report.html.part"
-    unfinished.write_text(page, encoding="utf-8", errors="replace")
-    return unfinished.replace(run_folder / "report.html")
+    write_text(run_folder / "report.html", page.encode(errors="replace").decode())
+    return run_folder / "report.html"
 
 
 def _page(folder: Path, run: Run) -> Iterator[str]:

@@ -24,7 +24,7 @@ class Saver:
 
     def __init__(self, job: Job, optimizer: torch.optim.Optimizer) -> None:
         self.job, self.optimizer = job, optimizer
-        self.at, self.step = time.monotonic(), -1
+        self.at, self.step, self.full = time.monotonic(), -1, False
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after this many steps."""
@@ -36,9 +36,10 @@ class Saver:
         """Write what the run resumes from; `random`: the state of random numbers, if not the present one."""
         written = []
         state = checkpoint.get_random(self.job.model.device) if random is None else random
-        yield from guarded(lambda: written.append(
-            checkpoint.save(self.job.run, self.job.adapter, self.optimizer, progress, state)))  # fmt: skip
-        self.at = time.monotonic()
+        warned = list(guarded(lambda: written.append(
+            checkpoint.save(self.job.run, self.job.adapter, self.optimizer, progress, state))))  # fmt: skip
+        yield from () if self.full else warned  # once is enough until it is mended
+        self.at, self.full = time.monotonic(), bool(warned)
         for path in written:
             self.step = progress.step
             yield Saved(step=progress.step, path=str(path))

@@ -12,7 +12,7 @@ from small import ROW, told, write_rows
 
 import deltaw
 from deltaw.api import finetune as api
-from deltaw.cli.__main__ import run as command
+from deltaw.cli.app import run as command
 from deltaw.data.batch import steps
 from deltaw.errors import Interrupted, UserError, WillNotFit
 from deltaw.files.runs import Run

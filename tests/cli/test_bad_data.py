@@ -3,7 +3,7 @@
 import pytest
 from small import ROW, TRAIN, write_rows
 
-from deltaw.cli.__main__ import run
+from deltaw.cli.app import run
 
 
 def test_a_file_that_is_missing(here, said):

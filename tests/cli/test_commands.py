@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from small import ROOT, TRAIN, write_rows
 
-from deltaw.cli.__main__ import COMMANDS, run
+from deltaw.cli.app import COMMANDS, run
 from deltaw.files import adapters
 
 
@@ -220,9 +220,9 @@ def test_help_comes_at_once_and_without_torch():
         subprocess.run([sys.executable, "-m", "deltaw.cli", "--help"], cwd=ROOT, check=True, capture_output=True)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.5
-    script = "import sys; from deltaw.cli.__main__ import run; run(['--help']); print(sorted(sys.modules))"
+    script = "import sys; from deltaw.cli.app import run; run(['--help']); print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True)
     loaded = done.stdout.splitlines()[-1]
-    assert "'deltaw.cli.__main__'" in loaded or "'deltaw.cli'" in loaded
+    assert "'deltaw.cli.app'" in loaded
     assert "'torch'" not in loaded
     assert "'transformers'" not in loaded

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from small import ROOT, TRAIN
 
 from deltaw.advise import plan
-from deltaw.cli.__main__ import run
+from deltaw.cli.app import run
 from deltaw.train import loop
 
 

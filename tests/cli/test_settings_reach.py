@@ -11,7 +11,7 @@ import yaml
 from deltaw import settings
 from deltaw.adapters import protocol
 from deltaw.api import finetune
-from deltaw.cli.__main__ import run
+from deltaw.cli.app import run
 from deltaw.errors import UserError
 from deltaw.methods import full, lora
 from deltaw.settings import Training, names

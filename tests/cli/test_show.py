@@ -10,9 +10,9 @@ from small import TRAIN, told
 
 import deltaw
 from deltaw.api.persona import Persona
-from deltaw.cli import __main__ as entry
+from deltaw.cli import app as entry
 from deltaw.cli import chat
-from deltaw.cli.__main__ import run
+from deltaw.cli.app import run
 from deltaw.cli.show import busy, facts, grid, json_line
 
 

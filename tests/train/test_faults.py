@@ -169,7 +169,7 @@ def test_training_goes_on_while_the_disk_is_full_and_saves_when_it_can(ready, mo
     made = ready(steps=6, save_every=1)
     events = list(made.events())
     warned = [e.text for e in events if isinstance(e, Warned)]
-    assert warned == ["The disk is full: nothing was saved. Training goes on, and saving is tried again."] * 3
+    assert warned == ["The disk is full: nothing was saved. Training goes on, and saving is tried again."]
     assert sorted({e.step for e in events if isinstance(e, Saved)}) == [0, 4, 5, 6]
     assert losses(events) == losses(unbroken)
     assert made.job.run.adapter.read_bytes() == calm.job.run.adapter.read_bytes()
