@@ -44,11 +44,11 @@ def test_a_micro_step_through_some_layers_gives_gradients_to_no_others(job):
 
 
 def test_a_micro_step_that_takes_long_is_told_from_one_layer_and_four(job, monkeypatch):
-    asked, per_layer = [], 0.7
+    asked, per_layer, fetching = [], 0.7, 9.0
 
     def timed(job, batch, depth=None):
         asked.append(depth)
-        return 2.0 + per_layer * (depth or 30)
+        return 2.0 + per_layer * (depth or 30) + fetching * (depth is None)
 
     monkeypatch.setattr(probe, "micro_step", timed)
     job.model.config = replace(job.model.config, layers=30)
@@ -56,8 +56,10 @@ def test_a_micro_step_that_takes_long_is_told_from_one_layer_and_four(job, monke
     assert cost(job, batch).seconds == pytest.approx(2.0 + per_layer * 30)
     assert asked == [1, 4]
     monkeypatch.setattr(probe, "LONG_SECONDS", 100.0)
-    assert cost(job, batch).seconds == 2.0 + per_layer * 30
+    assert cost(job, batch).seconds == pytest.approx(2.0 + per_layer * 30)  # what fetching memory takes is left out
     assert asked == [1, 4, 1, 4, None]
+    fetching = -9.0
+    assert cost(job, batch).seconds == pytest.approx(2.0 + per_layer * 30 - 9)
 
 
 @pytest.mark.parametrize("rows", [1, 20])
