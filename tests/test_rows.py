@@ -106,7 +106,7 @@ row = st.fixed_dictionaries(
 
 @settings(deadline=None)
 @given(rows=st.lists(row, min_size=1, max_size=5), ascii=st.booleans(), blank=st.integers(0, 2))
-def test_what_was_written_is_what_is_read(rows, ascii, blank, tmp_path_factory):  # noqa: A002
+def test_what_was_written_is_what_is_read(rows, ascii, blank, tmp_path_factory):  # noqa: A002 (what json calls it)
     file = tmp_path_factory.getbasetemp() / "property.jsonl"
     lines = [json.dumps(row, ensure_ascii=ascii) for row in rows]
     file.write_text(("\n" * (blank + 1)).join(lines), encoding="utf-8")

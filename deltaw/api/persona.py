@@ -156,7 +156,8 @@ def load_any(name: str, runs_folder: Path = runs.RUNS, base: str | None = None, 
     Raises:
         UserError: there is neither.
     """
-    if source.is_model(name) or (source.is_hub_id(name) and not Path(name).exists()):
+    # A mistyped path such as runs/villag looks like a hub id too, and nothing is fetched for a slip of the finger.
+    if source.is_model(name) or (source.is_hub_id(name) and not Path(name).parent.exists()):
         return Persona(BASE, load_base(name, **how))
     return load_all([name], runs_folder, base, **how)[0]
 

@@ -90,7 +90,7 @@ def run(arguments: Sequence[str]) -> int:
 def _load(arguments: Sequence[str]) -> None:
     """Import what takes long while Ctrl-C still ends the process at once; from then on it is a KeyboardInterrupt."""
     if arguments and arguments[0] in COMMANDS and not {"--help", "-h"} & {*arguments}:
-        import torch  # noqa: F401
+        import torch  # noqa: F401 (only so that it is loaded)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

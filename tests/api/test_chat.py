@@ -232,3 +232,16 @@ def test_rows_with_unlike_system_prompts_leave_none_with_the_persona(tiny_path, 
             {"role": "assistant", "content": "a"}]}) + "\n" for s in systems))  # fmt: skip
         settings = told(tiny_path, tmp_path, steps=1, val="0")
         assert deltaw.finetune(file, **{**settings, "name": name}).system == ""
+
+
+def test_a_mistyped_path_is_missed_here_and_not_looked_for_on_the_hub(trained, tmp_path, monkeypatch):
+    def hub(name, say):
+        raise UserError(f"The hub was asked for {name}.")
+
+    monkeypatch.setattr(api.source, "_from_hub", hub)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="There is no run"):
+        api.load_any("runs/villag", trained)
+    with pytest.raises(UserError, match="The hub was asked for someone/model"):
+        api.load_any("someone/model", trained)

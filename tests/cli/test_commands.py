@@ -12,8 +12,11 @@ import pytest
 from safetensors import safe_open
 from small import ROOT, TRAIN, write_rows
 
+from deltaw.api import persona
 from deltaw.cli.app import COMMANDS, run
+from deltaw.errors import UserError
 from deltaw.files import adapters
+from deltaw.scoring.text import MEANINGS, METRICS
 
 
 @pytest.fixture
@@ -226,3 +229,25 @@ def test_help_comes_at_once_and_without_torch():
     assert "'deltaw.cli.app'" in loaded
     assert "'torch'" not in loaded
     assert "'transformers'" not in loaded
+
+
+@pytest.mark.parametrize(("flag", "complaint"), [("--device=tpu", "There is no device 'tpu' here."),
+                                                 ("--threads=100000", "100000 threads are too many"),
+                                                 ("--dtype=bfloat16", "computes in bfloat16")])  # fmt: skip
+@pytest.mark.parametrize("command", [["generate", "say 1"], ["chat"], ["eval", "mine", "rows.jsonl"], ["merge"]])
+def test_every_command_computes_where_and_how_it_is_told(trained, said, capsys, monkeypatch, command, flag, complaint):
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+
+    def refuse(wanted, device):
+        raise UserError(f"It computes in {wanted}.")
+
+    monkeypatch.setattr(persona, "choose_dtype", refuse)
+    assert complaint in said(*command, flag)
+
+
+def test_a_terminal_is_told_what_each_score_is(trained, shown, monkeypatch):
+    assert MEANINGS.keys() == {*METRICS, "perplexity"}
+    for name, value in {"TTY_COMPATIBLE": "1", "TERM": "xterm", "COLUMNS": "120"}.items():
+        monkeypatch.setenv(name, value)
+    assert MEANINGS["exact_match"] in shown("eval", "mine", "rows.jsonl", "--metrics", "exact_match", "--limit", "2")
