@@ -2,7 +2,8 @@
 
 The shortest, the median and the longest micro-batch of the first epoch are run forward and backward. What the others
 take is interpolated over the arithmetic they need; evaluations, samples and checkpoints are measured and added. Memory
-is what the process held at most in the longest micro-step, plus what is not there yet: Adam's moments.
+is what the process held at most in the longest micro-step, or, where that was not run whole, what it keeps for its
+backward pass, counted; and what is not there yet, Adam's moments.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from deltaw.scoring.loss import batch_loss
 from deltaw.settings import Count, complaint
 from deltaw.train.checkpoint import get_random, set_random
 from deltaw.train.job import SAMPLE_TOKENS, Job
+from deltaw.train.memory import peak_bytes, resident_bytes
 from deltaw.train.saving import SAVE_SECONDS
 
 SPREAD = 0.15
@@ -33,6 +35,7 @@ SPREAD = 0.15
 MOMENTS_BYTES = 8
 """Adam's two moments, in fp32, per trained number."""
 HEADROOM = 1.1
+"""Bytes held when the backward pass begins, per byte kept for it: a layer's gradients, and gaps in the heap."""
 PROBED_TOKENS = 6
 ALIKE = 0.95
 """A micro-batch with more than this share of another's work tells nothing new."""
@@ -105,9 +108,13 @@ def measure(job: Job, minutes: float | None = None) -> Plan:
     with job.adapter.on():
         job.adapter.train()
         micro_step(job, beginning(batches[-1]))  # the first is slower: weights are read, kernels are prepared
-        recompute, notices = _fitting(job, batches)
+        held = resident_bytes()
+        recompute, need, notices = _fitting(job, batches)
         job = replace(job, recompute=recompute)
-        work, peak = _measured(job, batches)
+        costs = _measured(job, batches)
+        work, peak = Work.through(costs), peak_bytes(job.model.device)
+        if not all(c.whole for c in costs.values()):
+            peak = max(peak, held + need)
         peak += MOMENTS_BYTES * job.adapter.parameter_count
         step_seconds = sum(work.of(operations(b, job)) for step in epoch for b in step) / len(epoch)
         fixed = _evaluation_seconds(job)
@@ -146,8 +153,8 @@ def _first_epoch(job: Job) -> list[list[Batch]]:
     return [micro_batches([job.rows[i] for i in rows], job.settings.micro_tokens) for rows in drawn]
 
 
-def _fitting(job: Job, batches: list[Batch]) -> tuple[bool, tuple[str, ...]]:
-    """Whether layers must be computed again in the backward pass for the largest micro-batch to fit."""
+def _fitting(job: Job, batches: list[Batch]) -> tuple[bool, int, tuple[str, ...]]:
+    """Whether layers must be computed again in the backward pass for the largest micro-batch to fit; bytes it takes."""
     config, some, largest = job.model.config, beginning(batches[-1]), max(batches, key=lambda b: b.tokens)
     free, wanted = available_bytes(job.model.device), job.settings.gradient_checkpointing
     kept = kept_bytes(job, some) * largest.tokens / some.tokens
@@ -169,17 +176,16 @@ def _fitting(job: Job, batches: list[Batch]) -> tuple[bool, tuple[str, ...]]:
     saved = (
         f"Layers are computed twice to save memory: {need[True] / 1e9:.1f} GB instead of {need[False] / 1e9:.1f} GB."
     )
-    return recompute, (saved,) if recompute and wanted == "auto" else ()
+    return recompute, need[recompute] - state, (saved,) if recompute and wanted == "auto" else ()
 
 
-def _measured(job: Job, batches: list[Batch]) -> tuple[Work, int]:
-    """What the longest, the median and the shortest micro-batch take, and the most memory that any of them does."""
+def _measured(job: Job, batches: list[Batch]) -> dict[float, Cost]:
+    """What the longest, the median and the shortest micro-batch take, by their arithmetic."""
     chosen: dict[float, Batch] = {}
     for batch in (batches[-1], batches[len(batches) // 2], batches[0]):
         if operations(batch, job) < ALIKE * min(chosen, default=math.inf):
             chosen[operations(batch, job)] = batch
-    costs = {work: cost(job, batch) for work, batch in chosen.items()}
-    return Work.through(costs), max(c.peak_bytes for c in costs.values())
+    return {work: cost(job, batch) for work, batch in chosen.items()}
 
 
 def _evaluation_seconds(job: Job) -> float:

@@ -1,12 +1,11 @@
 """Real micro-steps, whose gradients are thrown away: how long they take, and what they keep in memory.
 
-Each is run through one layer and through four: layers are alike, so what thirty take lies on the same line. For time
-that is true to a few per cent; for memory to a tenth and more, so what takes only seconds is run whole as well.
+One that takes only seconds is run whole. One that takes long is told from two of its layers and a few of its labels:
+layers are alike, and so are labels.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,39 +14,60 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deltaw.data.batch import Batch
+from deltaw.data.batch import IGNORED, Batch
 from deltaw.models.seen import Documents, Span
-from deltaw.scoring.loss import batch_loss
+from deltaw.scoring.loss import batch_loss, cross_entropy
 from deltaw.train.job import Job
-from deltaw.train.memory import peak_bytes, release, resident_bytes
+from deltaw.train.memory import peak_bytes
 
-LONG_SECONDS = 15.0
+LONG_SECONDS = 6.0
 """A micro-step that would take longer is never run whole to measure it."""
-DEPTHS = (1, 4)
+PROBED_LAYERS = 2
+PROBED_LABELS = 512
 BEGINNING_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one micro-step takes: seconds, and the most bytes that the process then holds."""
+    """Seconds of a micro-step, and whether it was run whole: its memory was then really held."""
 
     seconds: float
-    peak_bytes: int
+    whole: bool
 
 
 def cost(job: Job, batch: Batch) -> Cost:
-    """Run one micro-step; of one that would take long, only a few layers."""
-    few, more = DEPTHS
+    """Run one micro-step; of one that would take long, only two layers."""
     layers, device = job.model.config.layers, job.model.device
-    if layers <= more or device.type == "cuda":
-        return Cost(micro_step(job, batch), peak_bytes(device))
-    first, second, steps = _held(job, batch, few), _held(job, batch, more), (layers - few) / (more - few)
-    seconds = first.seconds + steps * (second.seconds - first.seconds)
-    if (
-        seconds <= LONG_SECONDS
-    ):  # the first time through, memory is fetched from the system, which takes time of its own
-        return Cost(min(micro_step(job, batch), seconds), peak_bytes(device))
-    return Cost(seconds, int(first.peak_bytes + steps * (second.peak_bytes - first.peak_bytes)))
+    if layers > PROBED_LAYERS and device.type != "cuda" and (long := _told(job, batch)) > LONG_SECONDS:
+        return Cost(long, whole=False)
+    most, seconds = peak_bytes(device), micro_step(job, batch)
+    if peak_bytes(device) > most:  # it fetched memory from the system, which takes time, and only once
+        seconds = min(seconds, micro_step(job, batch))
+    return Cost(seconds, whole=True)
+
+
+def _told(job: Job, batch: Batch) -> float:
+    some = with_labels(batch, PROBED_LABELS)
+    head = head_seconds(job, some.targets)
+    through = micro_step(job, some, PROBED_LAYERS) - head
+    return through * job.model.config.layers / PROBED_LAYERS + head * batch.targets / some.targets
+
+
+def with_labels(batch: Batch, most: int) -> Batch:
+    """The batch with no more than its first `most` labels."""
+    labels_T = batch.labels_T.clone()
+    labels_T[(labels_T != IGNORED).cumsum(0) > most] = IGNORED
+    return replace(batch, labels_T=labels_T, targets=min(batch.targets, most))
+
+
+def head_seconds(job: Job, targets: int) -> float:
+    """Seconds that the loss of so many tokens takes, forward and backward, once their hidden states are there."""
+    h_ND = torch.zeros(targets, job.model.config.width, dtype=job.model.dtype, device=job.model.device)
+    labels_N = torch.zeros(targets, dtype=torch.long, device=job.model.device)
+    with clock() as seconds:
+        loss = cross_entropy(h_ND.requires_grad_(), job.model.head_VD(), labels_N)
+        loss.backward()  # type: ignore[no-untyped-call]
+    return seconds()
 
 
 def beginning(batch: Batch) -> Batch:
@@ -61,17 +81,10 @@ def kept_bytes(job: Job, batch: Batch) -> int:
     """Bytes that a micro-step keeps for its backward pass: those of one layer, and so often what a second one adds."""
     kept = []
     for depth in (1, 2):
-        with counting(job.model) as count:
+        with counting(job.model, job.adapter) as count:
             micro_step(job, batch, depth)
         kept.append(count())
     return kept[0] + (job.model.config.layers - 1) * (kept[1] - kept[0])
-
-
-def _held(job: Job, batch: Batch, depth: int) -> Cost:
-    release()  # else what an earlier step left free would hide what this one takes
-    with highest() as most:
-        seconds = micro_step(job, batch, depth)
-    return Cost(seconds, most())
 
 
 def micro_step(job: Job, batch: Batch, depth: int | None = None) -> float:
@@ -85,37 +98,19 @@ def micro_step(job: Job, batch: Batch, depth: int | None = None) -> float:
 
 
 @contextmanager
-def counting(model: torch.nn.Module) -> Iterator[Callable[[], int]]:
-    """Count the bytes kept for the backward pass: each storage once, the frozen model's not."""
-    frozen = {t.untyped_storage().data_ptr() for t in model.buffers()}
+def counting(*modules: torch.nn.Module) -> Iterator[Callable[[], int]]:
+    """Count the bytes kept for the backward pass: each storage once; what belongs to the modules is there anyway."""
+    there = {t.untyped_storage().data_ptr() for m in modules for t in (*m.buffers(), *m.parameters())}
     kept: dict[int, int] = {}
 
     def count(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in frozen:
+        if storage.data_ptr() not in there:
             kept[storage.data_ptr()] = storage.nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
         yield lambda: sum(kept.values())
-
-
-@contextmanager
-def highest() -> Iterator[Callable[[], int]]:
-    """Watch the memory that the process holds; afterwards the given function says the most it was, in bytes."""
-    most, over = [resident_bytes()], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.005):
-            most.append(max(most.pop(), resident_bytes()))
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield lambda: most[0]
-    finally:
-        over.set()
-        watcher.join()
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class LowRank(Delta):
         y_TO = slot.run(x_TI)
         x_TI = F.dropout(x_TI, self.dropout, self.training and self.dropout > 0)
         down_TR = F.linear(x_TI, self.A.to(x_TI.dtype))
-        return torch.addmm(y_TO, down_TR, self.B.to(x_TI.dtype).t(), alpha=self.scale)
+        return y_TO.addmm_(down_TR, self.B.to(x_TI.dtype).t(), alpha=self.scale)
 
     def merged(self, slot: Linear) -> Parts:
         w_OI = slot.weight.dense()

@@ -74,7 +74,7 @@ def test_a_plan_reads_back_as_it_was_written(ready):
 @pytest.fixture
 def slow(monkeypatch):
     """Every micro-step takes half a second, and evaluations take six together."""
-    monkeypatch.setattr(planning, "cost", lambda *a, **k: Cost(0.5, 10**9))
+    monkeypatch.setattr(planning, "cost", lambda *a, **k: Cost(0.5, whole=True))
     monkeypatch.setattr(planning, "kept_bytes", lambda *a: 1000)
     monkeypatch.setattr(planning, "_evaluation_seconds", lambda job: 6.0)
 
@@ -120,6 +120,21 @@ def test_a_run_that_fits_minutes_keeps_its_schedule_when_it_goes_on(ready, slow)
     assert losses(first + rest) == losses(unbroken)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_memory_of_a_step_that_was_not_run_whole_is_counted(unequal, monkeypatch, whole, recompute):
+    job = unequal(gradient_checkpointing="on" if recompute else "off", micro_tokens=1)
+    monkeypatch.setattr(planning, "cost", lambda *a, **k: Cost(0.5, whole))
+    monkeypatch.setattr(planning, "kept_bytes", lambda job, batch: 1000 * batch.tokens)
+    monkeypatch.setattr(planning, "resident_bytes", lambda: 70_000_000)
+    monkeypatch.setattr(planning, "peak_bytes", lambda device: 70_000_001)
+    tokens, c = max(len(row.ids) for row in job.rows), job.model.config
+    inputs = c.layers * tokens * c.width * 4
+    need = 1.1 * (inputs + 2 * 1000 * tokens / c.layers if recompute else 1000 * tokens)
+    held = 70_000_001 if whole else 70_000_000 + need
+    assert measure(job).peak_bytes == pytest.approx(held + 8 * job.adapter.parameter_count, abs=2)
+
+
 def short_of(monkeypatch, n_bytes):
     monkeypatch.setattr(planning, "available_bytes", lambda device: n_bytes)
 
@@ -142,7 +157,7 @@ def test_layers_are_recomputed_only_where_memory_is_short(unequal, monkeypatch):
 def test_auto_recomputes_between_what_both_ways_need(unequal, monkeypatch):
     job = unequal(gradient_checkpointing="auto", rank=1)
     job.model.config = dataclasses.replace(job.model.config, layers=20)  # recomputing saves little with two layers
-    monkeypatch.setattr(planning, "cost", lambda *a, **k: Cost(0.5, 10**9))
+    monkeypatch.setattr(planning, "cost", lambda *a, **k: Cost(0.5, whole=True))
     chosen = []
     for n_bytes in sorted({int(10 ** (4.5 + i / 10)) for i in range(40)}, reverse=True):
         short_of(monkeypatch, n_bytes)
@@ -208,7 +223,7 @@ points = st.lists(st.tuples(st.floats(1, 1e12), st.floats(1e-6, 1e3)), min_size=
 
 @given(points, st.floats(0, 1e13), st.floats(0, 1e13))
 def test_more_work_never_takes_less_and_measured_work_takes_what_was_measured(measured, a, b):
-    work = Work.through({operations: Cost(seconds, 0) for operations, seconds in measured})
+    work = Work.through({operations: Cost(seconds, whole=True) for operations, seconds in measured})
     low, high = sorted((a, b))
     assert work.of(low) <= work.of(high) * (1 + 1e-9)
     assert list(work.operations) == sorted(p for p, _ in measured)

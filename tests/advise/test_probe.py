@@ -1,6 +1,8 @@
-"""Measured micro-steps: what they keep in memory, how few layers stand for many, and the most memory that was held."""
+"""Measured micro-steps: what they keep in memory, and how few layers and labels stand for many."""
 
-import time
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,8 +12,9 @@ from small import prepared, told
 from torch.nn import functional as F
 
 from deltaw.advise import probe
-from deltaw.advise.probe import cost, counting, highest, kept_bytes, micro_step
-from deltaw.data.batch import lay
+from deltaw.advise.probe import cost, counting, head_seconds, kept_bytes, micro_step, with_labels
+from deltaw.data.batch import IGNORED, lay
+from deltaw.scoring.loss import batch_loss
 
 
 @pytest.fixture
@@ -43,23 +46,57 @@ def test_a_micro_step_through_some_layers_gives_gradients_to_no_others(job):
     assert trained == {"0"}
 
 
-def test_a_micro_step_that_takes_long_is_told_from_one_layer_and_four(job, monkeypatch):
-    asked, per_layer, fetching = [], 0.7, 9.0
+@pytest.fixture
+def thirty(job, monkeypatch):
+    """A clock for thirty layers of 0.7 s each: a label takes 0.01 s, and the first whole pass 9 s more."""
+    ran, peaks = [], iter(range(0, 10**6, 10))
 
     def timed(job, batch, depth=None):
-        asked.append(depth)
-        return 2.0 + per_layer * (depth or 30) + fetching * (depth is None)
+        ran.append((depth, batch.targets))
+        fetching = 9.0 if depth is None and (None, batch.targets) not in ran[:-1] else 0.0
+        return 0.01 * batch.targets + 0.7 * (depth or 30) + fetching
 
     monkeypatch.setattr(probe, "micro_step", timed)
+    monkeypatch.setattr(probe, "head_seconds", lambda job, targets: 0.01 * targets)
+    monkeypatch.setattr(probe, "PROBED_LABELS", 5)
+    monkeypatch.setattr(probe, "peak_bytes", lambda device: next(peaks))
     job.model.config = replace(job.model.config, layers=30)
-    batch = lay(job.rows[:2])
-    assert cost(job, batch).seconds == pytest.approx(2.0 + per_layer * 30)
-    assert asked == [1, 4]
+    return ran
+
+
+def test_a_micro_step_that_takes_long_is_told_from_two_layers_and_few_labels(job, thirty):
+    batch = lay(job.rows[:20])
+    told = cost(job, batch)
+    assert told.seconds == pytest.approx(0.01 * batch.targets + 0.7 * 30)
+    assert (told.whole, thirty) == (False, [(2, 5)])
+
+
+def test_a_micro_step_that_takes_seconds_is_run_whole_and_again_if_it_fetched_memory(job, thirty, monkeypatch):
     monkeypatch.setattr(probe, "LONG_SECONDS", 100.0)
-    assert cost(job, batch).seconds == pytest.approx(2.0 + per_layer * 30)  # what fetching memory takes is left out
-    assert asked == [1, 4, 1, 4, None]
-    fetching = -9.0
-    assert cost(job, batch).seconds == pytest.approx(2.0 + per_layer * 30 - 9)
+    batch = lay(job.rows[:20])
+    told = cost(job, batch)
+    assert told.seconds == pytest.approx(0.01 * batch.targets + 0.7 * 30)
+    assert (told.whole, thirty) == (True, [(2, 5), (None, batch.targets), (None, batch.targets)])
+    monkeypatch.setattr(probe, "peak_bytes", lambda device: 7)
+    cost(job, batch)
+    assert thirty[3:] == [(2, 5), (None, batch.targets)]
+
+
+def test_fewer_labels_are_the_first_ones(job):
+    batch = lay(job.rows[:20])
+    some = with_labels(batch, 5)
+    labelled = (batch.labels_T != IGNORED).nonzero()[:5, 0]
+    assert some.targets == 5 < batch.targets
+    assert (some.labels_T != IGNORED).nonzero()[:, 0].tolist() == labelled.tolist()
+    assert some.labels_T[labelled].tolist() == batch.labels_T[labelled].tolist()
+    assert with_labels(batch, 10**6).labels_T.tolist() == batch.labels_T.tolist()
+    with job.adapter.on():
+        assert 0 < batch_loss(job.model, some) < batch_loss(job.model, batch)
+
+
+def test_the_heads_time_grows_with_the_labels(job):
+    few, many = (min(head_seconds(job, n) for _ in range(5)) for n in (1_000, 16_000))
+    assert few < many
 
 
 @pytest.mark.parametrize("rows", [1, 20])
@@ -78,16 +115,31 @@ def test_kept_bytes_of_all_layers_are_those_of_a_pass_through_all(tmp_path, rows
     write_tiny(tmp_path / "deep", {"num_hidden_layers": 5})
     job = prepared(rows_file, told(tmp_path / "deep", tmp_path)).job
     batch = lay(job.rows[:8])
-    with job.adapter.on(), counting(job.model) as count:
+    with job.adapter.on(), counting(job.model, job.adapter) as count:
         micro_step(job, batch)
     with job.adapter.on():
         assert kept_bytes(job, batch) == count()
 
 
-def test_the_most_memory_that_was_held_is_seen_though_it_was_given_back():
-    with highest() as most:
-        big = torch.ones(50_000_000)  # 200 MB
-        before = probe.resident_bytes()
-        time.sleep(0.05)
-        del big
-    assert most() >= before - 20_000_000
+def test_what_the_adapter_owns_is_not_counted_as_kept(job):
+    """Else a short beginning, scaled to a long row, would count the adapter once for every stretch of the row."""
+    batch = lay(job.rows[:1])
+    with job.adapter.on(), counting(job.model) as with_adapter:
+        micro_step(job, batch)
+    with job.adapter.on(), counting(job.model, job.adapter) as without:
+        micro_step(job, batch)
+    owned = sum(p.nbytes for p in job.adapter.parameters())
+    assert 0 < with_adapter() - without() <= owned
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux only")
+def test_large_tensors_lie_on_huge_pages():
+    """Torch begins a tensor at a page's first byte only where it asks for huge pages."""
+    code = "import deltaw, torch; print(torch.empty(5_000_000, dtype=torch.uint8).data_ptr() % 4096)"
+    told = {}
+    for wanted in (None, "0"):
+        env = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+        env |= {} if wanted is None else {"THP_MEM_ALLOC_ENABLE": wanted}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        told[wanted] = int(done.stdout)
+    assert told[None] == 0 < told["0"], "on by default, and the user's own setting is kept"
