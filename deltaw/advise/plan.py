@@ -34,8 +34,11 @@ SPREAD = 0.15
 """Half the width of the shown range: how much the same step varies on a quiet machine."""
 MOMENTS_BYTES = 8
 """Adam's two moments, in fp32, per trained number."""
-HEADROOM = 1.1
-"""Bytes held when the backward pass begins, per byte kept for it: a layer's gradients, and gaps in the heap."""
+HELD_PER_KEPT = 1.5
+"""Bytes held in the backward pass per byte kept for it, measured: a layer's gradients, and above all gaps in the heap.
+
+glibc cannot give a freed aligned block to the next request of its size once a small object lies at its edge.
+"""
 PROBED_TOKENS = 6
 ALIKE = 0.95
 """A micro-batch with more than this share of another's work tells nothing new."""
@@ -160,7 +163,10 @@ def _fitting(job: Job, batches: list[Batch]) -> tuple[bool, int, tuple[str, ...]
     kept = kept_bytes(job, some) * largest.tokens / some.tokens
     inputs = config.layers * largest.tokens * config.width * job.model.dtype.itemsize
     state = (MOMENTS_BYTES + 4) * job.adapter.parameter_count
-    need = {False: int(HEADROOM * kept + state), True: int(HEADROOM * (inputs + 2 * kept / config.layers) + state)}
+    need = {
+        False: int(HELD_PER_KEPT * kept + state),
+        True: int(HELD_PER_KEPT * (inputs + 2 * kept / config.layers) + state),
+    }
     recompute = wanted == "on" or (wanted == "auto" and need[False] > free)
     if need[recompute] > free:
         per_token = (need[recompute] - state) / largest.tokens

@@ -1,8 +1,5 @@
 """Measured micro-steps: what they keep in memory, and how few layers and labels stand for many."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -130,16 +127,3 @@ def test_what_the_adapter_owns_is_not_counted_as_kept(job):
         micro_step(job, batch)
     owned = sum(p.nbytes for p in job.adapter.parameters())
     assert 0 < with_adapter() - without() <= owned
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux only")
-def test_large_tensors_lie_on_huge_pages():
-    """Torch begins a tensor at a page's first byte only where it asks for huge pages."""
-    code = "import deltaw, torch; print(torch.empty(5_000_000, dtype=torch.uint8).data_ptr() % 4096)"
-    told = {}
-    for wanted in (None, "0"):
-        env = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
-        env |= {} if wanted is None else {"THP_MEM_ALLOC_ENABLE": wanted}
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-        told[wanted] = int(done.stdout)
-    assert told[None] == 0 < told["0"], "on by default, and the user's own setting is kept"
