@@ -1,5 +1,6 @@
 """A tiny Llama with a byte tokenizer on disk, so that most tests need no weights; one thread, to be quick."""
 
+import copy
 import json
 import os
 import re
@@ -61,7 +62,7 @@ def write_tiny(folder, config=None, seed=0):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = {**TINY, **(config or {})}
+    config = copy.deepcopy({**TINY, **(config or {})})  # transformers writes into what it is given
     kind = config["model_type"]
     own = {k: v for k, v in config.items() if k != "model_type"}
     hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **own))

@@ -18,12 +18,13 @@ from deltaw.methods.lora import LoRA, LowRank
 from deltaw.models import checkpoint
 from deltaw.models.config import ModelConfig
 from deltaw.models.decoder import Decoder
+from deltaw.models.rope import Rope
 from deltaw.models.seen import Documents
 from deltaw.models.slots import Linear
 from deltaw.weights.dense import Dense
 
 SMOLLM2 = ModelConfig(vocab=49152, width=576, layers=30, heads=9, kv_heads=3, head_width=64, hidden=1536, context=8192,
-                      theta=1e5, tied=True)  # fmt: skip
+                      rope=Rope(width=64, theta=1e5), tied=True)  # fmt: skip
 size = st.integers(1, 40)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -220,7 +221,9 @@ def test_smollm2_adapters_of_rank_8_have_the_published_sizes(targets, count):
 def test_the_number_of_parameters_is_the_rank_times_what_goes_in_and_out(rank, targets):
     with torch.device("meta"):
         model = Decoder(
-            ModelConfig(vocab=9, width=8, layers=2, heads=2, kv_heads=1, head_width=6, hidden=20, context=9)
+            ModelConfig(
+                vocab=9, width=8, layers=2, heads=2, kv_heads=1, head_width=6, hidden=20, context=9, rope=Rope(width=6)
+            )
         )
     sizes = {
         "q_proj": 8 + 12,

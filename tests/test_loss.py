@@ -28,19 +28,22 @@ def problem(labelled, unlabelled=5, seed=0, dtype=torch.float32):
     return h_TD.to(dtype).requires_grad_(), head_VD.to(dtype).requires_grad_(), labels_T
 
 
-def exact(h_TD, head_VD, labels_T, scale=1.0):
+def exact(h_TD, head_VD, labels_T, scale=1.0, cap=0.0):
     """Loss and gradients by torch in fp64."""
     h, head = (x.detach().double().requires_grad_() for x in (h_TD, head_VD))
-    loss = F.cross_entropy(F.linear(h, head), labels_T, reduction="sum", ignore_index=IGNORED)
+    z = F.linear(h, head)
+    z = cap * (z / cap).tanh() if cap else z
+    loss = F.cross_entropy(z, labels_T, reduction="sum", ignore_index=IGNORED)
     (loss * scale).backward()
     return loss.detach(), h.grad, head.grad
 
 
+@pytest.mark.parametrize("cap", [0.0, 2.0, 30.0])
 @pytest.mark.parametrize("labelled", [1, CHUNK_TOKENS - 1, CHUNK_TOKENS, CHUNK_TOKENS + 1, 3 * CHUNK_TOKENS + 7])
-def test_loss_and_gradients_are_those_of_cross_entropy(labelled):
+def test_loss_and_gradients_are_those_of_cross_entropy(labelled, cap):
     h_TD, head_VD, labels_T = problem(labelled)
-    want, dh_TD, dhead_VD = exact(h_TD, head_VD, labels_T, scale=0.3)
-    loss = cross_entropy(h_TD, head_VD, labels_T)
+    want, dh_TD, dhead_VD = exact(h_TD, head_VD, labels_T, scale=0.3, cap=cap)
+    loss = cross_entropy(h_TD, head_VD, labels_T, cap)
     (loss * 0.3).backward()
     torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(h_TD.grad.double(), dh_TD, rtol=1e-5, atol=3e-6)

@@ -153,7 +153,7 @@ def _first_epoch(job: Job) -> list[list[Batch]]:
     order = steps(job.weights, job.settings.batch_rows, job.settings.seed)
     count = min(job.steps, per_epoch(job.weights, job.settings.batch_rows))
     drawn = [next(order)[1] for _ in range(count)]
-    return [micro_batches([job.rows[i] for i in rows], job.settings.micro_tokens) for rows in drawn]
+    return [micro_batches([job.rows[i] for i in rows], job.settings.micro_tokens, job.model.shares) for rows in drawn]
 
 
 def _fitting(job: Job, batches: list[Batch]) -> tuple[bool, int, tuple[str, ...]]:

@@ -65,7 +65,7 @@ def head_seconds(job: Job, targets: int) -> float:
     h_ND = torch.zeros(targets, job.model.config.width, dtype=job.model.dtype, device=job.model.device)
     labels_N = torch.zeros(targets, dtype=torch.long, device=job.model.device)
     with clock() as seconds:
-        loss = cross_entropy(h_ND.requires_grad_(), job.model.head_VD(), labels_N)
+        loss = cross_entropy(h_ND.requires_grad_(), job.model.head_VD(), labels_N, job.model.config.logit_cap)
         loss.backward()  # type: ignore[no-untyped-call]
     return seconds()
 

@@ -53,7 +53,7 @@ def evaluate(persona: Persona, file: str | Path, metrics: Sequence[str] = (), li
         model, tokenizer = persona.base.model, persona.base.tokenizer
         if not metrics or ONLY_TEXT in metrics:
             rows, lost = _encoded(examples, persona)
-            scores[ONLY_TEXT] = perplexity(model, micro_batches(rows, MICRO_TOKENS))
+            scores[ONLY_TEXT] = perplexity(model, micro_batches(rows, MICRO_TOKENS, model.shares))
             notices += [f"{ONLY_TEXT}: {line}" for line in lost]
         if named or asked:
             graded = tuple(grade(model, tokenizer, asked or examples, sampling))

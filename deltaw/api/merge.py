@@ -76,4 +76,4 @@ def _batches(persona: Persona, examples: Sequence[Example]) -> list[Batch]:
     else:
         ids = tuple(tokenizer.encode(FALLBACK))
         rows = (Encoded(ids, (True,) * len(ids)),)
-    return [batch.to(device) for batch in micro_batches(rows, CHECK_TOKENS, share=False)]
+    return [batch.to(device) for batch in micro_batches(rows, CHECK_TOKENS, lambda _: False)]

@@ -96,7 +96,7 @@ def encode(loaded: Loaded, base: Base, settings: Training) -> EncodedData:
         held = encode_all(loaded.val, base.tokenizer, settings.train_on, limit)
         val, notices = held.rows, [*notices, *(f"Validation: {line}" for line in held.notices(limit))]
     weights = tuple((len(part.rows), weight) for part, (_, weight) in zip(parts, loaded.files, strict=True))
-    batches = tuple(micro_batches(val, settings.micro_tokens)) if val else ()
+    batches = tuple(micro_batches(val, settings.micro_tokens, base.model.shares)) if val else ()
     return EncodedData(tuple(row for part in parts for row in part.rows), weights, batches, len(val), tuple(notices))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,10 +70,12 @@ def per_epoch(weights: Sequence[tuple[int, float]], batch_rows: int) -> int:
     return max(1, -(-sum(int(n * weight) for n, weight in weights) // batch_rows))
 
 
-def micro_batches(rows: Sequence[Encoded], micro_tokens: int, share: bool = True) -> list[Batch]:
+def micro_batches(
+    rows: Sequence[Encoded], micro_tokens: int, shares: Callable[[int], bool] = lambda _: True
+) -> list[Batch]:
     """Lay rows flat in as few batches of at most `micro_tokens` tokens as a greedy pass finds; a longer row goes alone.
 
-    `share`: compute what neighbouring rows begin with once.
+    `shares`: whether rows up to a length let what neighbours begin with be computed once; see `Decoder.shares`.
     """
     batches: list[list[Encoded]] = []
     room = 0
@@ -83,7 +85,7 @@ def micro_batches(rows: Sequence[Encoded], micro_tokens: int, share: bool = True
             room = micro_tokens
         batches[-1].append(row)
         room -= len(row.ids)
-    return [lay(batch, share) for batch in batches]
+    return [lay(batch, shares(max(len(row.ids) for row in batch))) for batch in batches]
 
 
 def lay(rows: Sequence[Encoded], share: bool = True) -> Batch:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deltaw.models.config import ModelConfig
-from deltaw.models.seen import Documents
+from deltaw.models.seen import Documents, Score, attention_batch
 
 
 class Cache:
-    """Room for `room` tokens of each of B sequences in every layer: 2 * layers * B * room * K * E values."""
+    """Room for B prompts and `rooms[b]` more tokens of each, in every layer: 2 * layers * B * S * K * E values."""
 
     def __init__(
-        self, config: ModelConfig, prompts: Documents, room: int, dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, prompts: Documents, rooms: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> None:
         self.prompts = prompts
         # A sequence's tokens in the flat row: its stem's, then its own. A span that others stem from is no sequence.
@@ -22,10 +23,12 @@ class Cache:
         self.rows = [torch.tensor([*range(s.stem_start, s.stem_stop), *range(s.start, s.stop)], device=device)
                      for s in prompts.spans if (s.start, s.stop) not in stems]  # fmt: skip
         self.lengths_B = torch.tensor([len(row) for row in self.rows], device=device)
-        shape = (config.layers, len(self.rows), config.kv_heads, max(map(len, self.rows)) + room, config.head_width)
+        self.planned_B = self.lengths_B + torch.tensor(rooms, device=device)
+        shape = (config.layers, len(self.rows), config.kv_heads, int(self.planned_B.max()), config.head_width)
         self.k_LBKSE = torch.zeros(shape, dtype=dtype, device=device)
         self.v_LBKSE = torch.zeros(shape, dtype=dtype, device=device)
         self.used = int(self.lengths_B.max())
+        self.masks: dict[int, Tensor] = {}
 
     def prefill(self) -> Prefill:
         """What the prompts see, remembering every layer's keys and values."""
@@ -35,12 +38,22 @@ class Cache:
         """What one more token of every sequence sees; makes room for it."""
         self.lengths_B = self.lengths_B + 1
         self.used = int(self.lengths_B.max())
+        self.masks = {}
         return Step(self, 0)
+
+    def mask(self, window: int) -> Tensor:
+        """What is added to the scores of every sequence's last token, of shape B x 1 x 1 x S."""
+        if window not in self.masks:
+            at_S, length_B1 = torch.arange(self.used, device=self.lengths_B.device), self.lengths_B[:, None]
+            seen_BS = (at_S < length_B1) & (at_S >= length_B1 - (window or self.used))
+            hidden_BS = torch.zeros(seen_BS.shape, dtype=self.k_LBKSE.dtype, device=at_S.device)
+            self.masks[window] = hidden_BS.masked_fill_(~seen_BS, float("-inf"))[:, None, None]
+        return self.masks[window]
 
     def keep(self, alive_B: Tensor) -> None:
         """Forget the other sequences."""
         self.k_LBKSE, self.v_LBKSE = self.k_LBKSE[:, alive_B], self.v_LBKSE[:, alive_B]
-        self.lengths_B = self.lengths_B[alive_B]
+        self.lengths_B, self.planned_B = self.lengths_B[alive_B], self.planned_B[alive_B]
 
     def last_tokens(self) -> Tensor:
         """Index in the flat row of every prompt's last token."""
@@ -56,32 +69,35 @@ class Prefill:
     def layer(self, index: int) -> Prefill:
         return Prefill(self.cache, index)
 
-    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+    def lengths(self, at_T: Tensor) -> Tensor:
+        """As they are going to be, so that angles that depend on them are the same for all tokens of a sequence."""
+        length_T = torch.zeros_like(at_T)
+        for row, planned in zip(self.cache.rows, self.cache.planned_B, strict=True):
+            length_T[row] = planned
+        return length_T
+
+    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, score: Score) -> Tensor:
         for b, row in enumerate(self.cache.rows):
             self.cache.k_LBKSE[self.index, b, :, : len(row)] = k_TKE[row].transpose(0, 1)
             self.cache.v_LBKSE[self.index, b, :, : len(row)] = v_TKE[row].transpose(0, 1)
-        return self.cache.prompts.attend(q_THE, k_TKE, v_TKE)
+        return self.cache.prompts.attend(q_THE, k_TKE, v_TKE, score)
 
 
 class Step:
     """One new token of every sequence; one layer's view."""
 
-    def __init__(self, cache: Cache, index: int, mask_B11S: Tensor | None = None) -> None:
+    def __init__(self, cache: Cache, index: int) -> None:
         self.cache, self.index = cache, index
-        if mask_B11S is None:
-            at_S = torch.arange(cache.used, device=cache.lengths_B.device)
-            mask_B11S = (at_S < cache.lengths_B[:, None])[:, None, None]
-        self.mask_B11S = mask_B11S
 
     def layer(self, index: int) -> Step:
-        return Step(self.cache, index, self.mask_B11S)
+        return Step(self.cache, index)
 
-    def attend(self, q_BHE: Tensor, k_BKE: Tensor, v_BKE: Tensor) -> Tensor:
+    def lengths(self, at_T: Tensor) -> Tensor:  # noqa: ARG002 (they were planned)
+        return self.cache.planned_B
+
+    def attend(self, q_BHE: Tensor, k_BKE: Tensor, v_BKE: Tensor, score: Score) -> Tensor:
         cache, each_B = self.cache, torch.arange(len(q_BHE), device=q_BHE.device)
         cache.k_LBKSE[self.index, each_B, :, cache.lengths_B - 1] = k_BKE
         cache.v_LBKSE[self.index, each_B, :, cache.lengths_B - 1] = v_BKE
         k_BKSE, v_BKSE = cache.k_LBKSE[self.index, :, :, : cache.used], cache.v_LBKSE[self.index, :, :, : cache.used]
-        y_BH1E = F.scaled_dot_product_attention(
-            q_BHE[:, :, None], k_BKSE, v_BKSE, attn_mask=self.mask_B11S, enable_gqa=q_BHE.shape[1] != k_BKE.shape[1]
-        )
-        return y_BH1E[:, :, 0]
+        return attention_batch(q_BHE[:, :, None], k_BKSE, v_BKSE, cache.mask(score.window), score)[:, :, 0]

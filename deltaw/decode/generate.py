@@ -52,13 +52,14 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Samplin
         UserError: a prompt fills the model's context.
     """
     order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
-    batch = lay([Encoded(tuple(prompts[i]), (False,) * len(prompts[i])) for i in order]).to(model.device)
-    said = [list(prompts[i]) for i in order]
     rooms = [room(model, prompts[i], sampling) for i in order]
+    share = model.shares(max(len(prompts[i]) + more for i, more in zip(order, rooms, strict=True)))
+    batch = lay([Encoded(tuple(prompts[i]), (False,) * len(prompts[i])) for i in order], share).to(model.device)
+    said = [list(prompts[i]) for i in order]
     streams = range(len(prompts)) if streams is None else streams
     draws = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + streams[i]) for i in order]
     with torch.inference_mode():
-        cache = Cache(model.config, batch.seen, max(rooms), model.dtype, model.device)
+        cache = Cache(model.config, batch.seen, rooms, model.dtype, model.device)
         h_TD = model.hidden(batch.ids_T, batch.at_T, cache.prefill())[cache.last_tokens()]
         alive = list(range(len(order)))
         for step in range(max(rooms)):

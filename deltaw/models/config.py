@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from deltaw.errors import UserError
-
-FAMILIES = ("llama", "mistral")
-"""`model_type`s that this decoder computes: Llama 2 and 3, SmolLM2, Mistral and whatever shares their layout."""
+from deltaw.models.families import FAMILIES, Family, supported
+from deltaw.models.rope import Dynamic, Rope, Yarn
 
 LARGEST = 1e12
 """No size or constant of a model is as large as this."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Llama3Scaling:
-    """Llama 3.1's stretch of the slow rotations (`rope_type: llama3`)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""What a configuration calls them, and we."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes and constants of a Llama-family decoder."""
+    """Sizes and constants of a decoder. Zero stands for "there is none" in windows and caps."""
 
+    family: Family = FAMILIES["llama"]
     vocab: int
     width: int
     layers: int
@@ -38,10 +31,18 @@ class ModelConfig:
     hidden: int
     context: int
     eps: float = 1e-5
-    theta: float = 1e4
-    scaling: Llama3Scaling | None = None
+    rope: Rope
+    windows: tuple[int, ...] = ()
+    """How many tokens each layer sees back, its own included; 0: all of them."""
+    local_rope: Rope | None = None
+    """Of the layers that see a window, where it is another."""
+    score_scale: float = 0.0
+    """What attention scores are multiplied by; 0: one over the root of a head's width."""
+    score_cap: float = 0.0
+    logit_cap: float = 0.0
     tied: bool = False
-    attention_bias: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
     mlp_bias: bool = False
 
     @classmethod
@@ -51,58 +52,83 @@ class ModelConfig:
         Raises:
             UserError: a family or an option that this decoder does not compute.
         """
-        family = str(config.get("model_type"))
-        if family not in FAMILIES:
-            raise UserError(f"model_type '{family}' is not supported.", where=where,
-                            remedy=f"Supported: {', '.join(FAMILIES)} (Llama 2 and 3, SmolLM2, Mistral).")  # fmt: skip
-        if (act := config.get("hidden_act", "silu")) != "silu":
-            raise UserError(f"hidden_act '{act}' is not supported, only 'silu'.", where=where)
+        name = str(config.get("model_type"))
+        if name not in FAMILIES:
+            raise UserError(f"model_type '{name}' is not supported.", where=where,
+                            remedy=f"Supported: {supported()}.")  # fmt: skip
+        # Early Gemma 2 configurations say "gelu" in `hidden_act`, and mean the tanh form: that key is not read there.
+        key = "hidden_activation" if FAMILIES[name].sandwich else "hidden_act"
+        wanted = next(hf for hf, ours in ACTIVATIONS.items() if ours == FAMILIES[name].activation)
+        if (act := config.get(key) or wanted) != wanted:
+            raise UserError(f"{key} '{act}' is not supported, only '{wanted}'.", where=where)
         sizes = ("num_attention_heads", "hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size")
-        if missing := [name for name in sizes if not isinstance(config.get(name), int)]:
+        if missing := [key for key in sizes if not isinstance(config.get(key), int)]:
             raise UserError(f"config.json does not say {missing[0]}.", where=where)
         try:
-            read = cls._read(config, where)
+            read = cls._read(FAMILIES[name], config, where)
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as e:
             raise UserError("config.json cannot be understood.", where=where, why=f"{type(e).__name__}: {e}.") from None
-        sized = ("vocab", "width", "layers", "heads", "kv_heads", "head_width", "hidden", "context", "eps", "theta")
-        if odd := next((name for name in sized if not 0 < getattr(read, name) < LARGEST), None):
-            raise UserError(f"config.json gives the model {getattr(read, odd)} as its {odd}.", where=where)
-        if read.scaling is not None and min(vars(read.scaling).values()) <= 0:
-            raise UserError("config.json stretches RoPE by factors that are not positive.", where=where)
+        read.check(where)
         return read
 
+    def check(self, where: str) -> None:
+        """See that every size is one.
+
+        Raises:
+            UserError: one is not positive, or beyond all models.
+        """
+        named = ("vocab", "width", "layers", "heads", "kv_heads", "head_width", "hidden", "context", "eps")
+        sizes = {name: getattr(self, name) for name in named} | {"theta": self.rope.theta}
+        sizes |= {"attention window": min(filter(None, self.windows), default=1), "rotary width": self.rope.width}
+        if odd := next((name for name, size in sizes.items() if not 0 < size < LARGEST), None):
+            raise UserError(f"config.json gives the model {sizes[odd]} as its {odd}.", where=where)
+
     @classmethod
-    def _read(cls, config: Mapping[str, Any], where: str) -> ModelConfig:
+    def _read(cls, family: Family, config: Mapping[str, Any], where: str) -> ModelConfig:
+        config = {**family.defaults, **config}
         heads, width = int(config["num_attention_heads"]), int(config["hidden_size"])
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        head_width = int(config.get("head_dim") or width // heads)
         context = int(config.get("max_position_embeddings", 2048))
+        near, far = _ropes(config, head_width, context, where)
+        match far.scaling:
+            case Dynamic(factor=factor) | Yarn(factor=factor):
+                context = max(context, int(factor * far.scaling.original_max_position_embeddings))
+        bias = bool(config.get("attention_bias", False))
+        scalar = config.get("query_pre_attn_scalar") or head_width
         return cls(
+            family=family,
             vocab=int(config["vocab_size"]),
             width=width,
             layers=int(config["num_hidden_layers"]),
             heads=heads,
             kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_width=int(config.get("head_dim") or width // heads),
+            head_width=head_width,
             hidden=int(config["intermediate_size"]),
-            # Within its window a sliding-window model computes plain attention; beyond it this decoder would be wrong.
-            context=min(context, int(config.get("sliding_window") or context)),
+            context=context,
             eps=float(config.get("rms_norm_eps", 1e-6)),
-            theta=float(rope.get("rope_theta") or config.get("rope_theta") or 1e4),
-            scaling=_scaling(rope, where),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=bool(config.get("attention_bias", False)),
+            rope=far,
+            local_rope=near,
+            windows=_windows(family, config),
+            score_scale=1 / math.sqrt(float(scalar)),
+            score_cap=float(config.get("attn_logit_softcapping") or 0),
+            logit_cap=float(config.get("final_logit_softcapping") or 0),
+            tied=bool(config.get("tie_word_embeddings", family.tied)),
+            qkv_bias=bias or family.qkv_bias,
+            o_bias=bias,
             mlp_bias=bool(config.get("mlp_bias", False)),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """Write the `config.json` from which `transformers` builds the same model."""
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.theta}
-        if self.scaling is not None:
-            rope = {**rope, "rope_type": "llama3", **vars(self.scaling)}
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
+        family, rope = self.family, self.rope.to_hf(self.head_width)
+        act = next(hf for hf, ours in ACTIVATIONS.items() if ours == family.activation)
+        context = self.context
+        if isinstance(self.rope.scaling, Dynamic):
+            context = self.rope.scaling.original_max_position_embeddings
+        written: dict[str, Any] = {
+            "architectures": [family.architecture],
+            "model_type": family.name,
+            "hidden_activation" if family.sandwich else "hidden_act": act,
             "vocab_size": self.vocab,
             "hidden_size": self.width,
             "num_hidden_layers": self.layers,
@@ -110,25 +136,58 @@ class ModelConfig:
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.head_width,
             "intermediate_size": self.hidden,
-            "max_position_embeddings": self.context,
+            "max_position_embeddings": context,
             "rms_norm_eps": self.eps,
-            "rope_theta": self.theta,
+            "rope_theta": self.rope.theta,
             "rope_parameters": rope,
             "tie_word_embeddings": self.tied,
-            "attention_bias": self.attention_bias,
+            "attention_bias": self.o_bias,
             "mlp_bias": self.mlp_bias,
+            "pad_token_id": None,  # a family's default may lie outside this vocabulary
         }
+        if self.local_rope is not None:
+            local = self.local_rope.to_hf(self.head_width)
+            written["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+        if "partial_rotary_factor" in rope:
+            written["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        if self.windows:
+            kinds = ["sliding_attention" if w else "full_attention" for w in self.windows]
+            written |= {"sliding_window": max(self.windows), "layer_types": kinds, "use_sliding_window": True}
+        elif family.name in ("mistral", "phi3"):
+            written["sliding_window"] = None  # transformers' own default is a window of 4,096
+        if family.sandwich:
+            written |= {"query_pre_attn_scalar": round(self.score_scale**-2),
+                        "attn_logit_softcapping": self.score_cap or None,
+                        "final_logit_softcapping": self.logit_cap or None}  # fmt: skip
+        return written
 
 
-def _scaling(rope: Mapping[str, Any], where: str) -> Llama3Scaling | None:
-    kind = str(rope.get("rope_type") or rope.get("type") or "default")
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise UserError(f"RoPE scaling '{kind}' is not supported.", where=where, remedy="Supported: default, llama3.")
-    return Llama3Scaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
-    )
+def _ropes(config: Mapping[str, Any], head_width: int, context: int, where: str) -> tuple[Rope | None, Rope]:
+    """RoPE of the layers with a window where it is another, and of all others."""
+    told = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    far, near = dict(told.get("full_attention") or told), dict(told.get("sliding_attention") or {})
+    for key in ("rope_theta", "partial_rotary_factor"):
+        far.setdefault(key, config.get(key))
+    near.setdefault("rope_theta", config.get("rope_local_base_freq"))
+    local = None if near["rope_theta"] is None else Rope.from_hf(near, head_width, context, where)
+    return local, Rope.from_hf(far, head_width, context, where)
+
+
+def _windows(family: Family, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """How many tokens each layer sees back; empty where every layer sees all."""
+    layers, window = int(config["num_hidden_layers"]), int(config.get("sliding_window") or 0)
+    if not window or (family.name.startswith("qwen") and not config.get("use_sliding_window", False)):
+        return ()
+    match config.get("layer_types"), family.name:
+        case list(kinds), _ if len(kinds) == layers and family.name not in ("mistral", "phi3"):
+            seen = [window if kind == "sliding_attention" else 0 for kind in kinds]
+        case _, "qwen2" | "qwen3":
+            seen = [window if i >= int(config.get("max_window_layers", 28)) else 0 for i in range(layers)]
+        case _, "gemma2" | "gemma3_text":
+            every = 2 if family.name == "gemma2" else int(config.get("sliding_window_pattern") or 6)
+            seen = [window if (i + 1) % every else 0 for i in range(layers)]
+        case _, "mistral" | "phi3":
+            seen = [window] * layers
+        case _:
+            seen = []
+    return tuple(seen) if any(seen) else ()

@@ -1,4 +1,4 @@
-"""A Llama-family decoder: SmolLM2, Llama 2 and 3, Mistral. One class for training and serving.
+"""One decoder for all families of `families.py`, for training and serving.
 
 It owns no trainable parameter: its tensors are buffers, and what is trained belongs to an adapter in its slots. Module
 names are those of the Hugging Face checkpoint, without the leading `model.`.
@@ -6,6 +6,7 @@ names are those of the Hugging Face checkpoint, without the leading `model.`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from deltaw.errors import UserError
 from deltaw.models.config import ModelConfig
-from deltaw.models.rope import rotate, turns
-from deltaw.models.seen import Seen
+from deltaw.models.rope import Dynamic, rotate
+from deltaw.models.seen import Score, Seen
 from deltaw.models.slots import Attend, Embedding, Linear, RMSNorm, Slot
 from deltaw.weights import Weight
 from deltaw.weights.dense import Dense
@@ -26,53 +27,87 @@ def _linear(o: int, i: int, bias: bool) -> Linear:
     return Linear(Dense(torch.empty(o, i)), torch.empty(o) if bias else None)
 
 
+def _norm(c: ModelConfig, width: int) -> RMSNorm:
+    return RMSNorm(torch.empty(width), c.eps, c.family.unit_gain)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, c: ModelConfig) -> None:
+    def __init__(self, c: ModelConfig, window: int) -> None:
         super().__init__()
-        self.head_width = c.head_width
-        q, kv, bias = c.heads * c.head_width, c.kv_heads * c.head_width, c.attention_bias
-        self.q_proj, self.k_proj = _linear(q, c.width, bias), _linear(kv, c.width, bias)
-        self.v_proj, self.o_proj = _linear(kv, c.width, bias), _linear(c.width, q, bias)
-        self.attend = Attend()
+        self.head_width, self.heads, self.kv_heads = c.head_width, c.heads, c.kv_heads
+        self.fused, self.normed = c.family.fused, c.family.head_norms
+        q, kv = c.heads * c.head_width, c.kv_heads * c.head_width
+        if self.fused:
+            self.qkv_proj = _linear(q + 2 * kv, c.width, c.qkv_bias)
+        else:
+            self.q_proj, self.k_proj = _linear(q, c.width, c.qkv_bias), _linear(kv, c.width, c.qkv_bias)
+            self.v_proj = _linear(kv, c.width, c.qkv_bias)
+        self.o_proj = _linear(c.width, q, c.o_bias)
+        if self.normed:
+            self.q_norm, self.k_norm = _norm(c, c.head_width), _norm(c, c.head_width)
+        self.attend = Attend(Score(c.score_scale or 1 / math.sqrt(c.head_width), c.score_cap, window))
 
-    def forward(self, x_TD: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, seen: Seen) -> Tensor:
-        T = x_TD.shape[0]
-        q_THE = rotate(self.q_proj(x_TD).view(T, -1, self.head_width), cos_T1E, sin_T1E)
-        k_TKE = rotate(self.k_proj(x_TD).view(T, -1, self.head_width), cos_T1E, sin_T1E)
-        v_TKE = self.v_proj(x_TD).view(T, -1, self.head_width)
-        y_TD: Tensor = self.o_proj(self.attend(q_THE, k_TKE, v_TKE, seen).reshape(T, -1))
+    def forward(self, x_TD: Tensor, turn: tuple[Tensor, Tensor], seen: Seen) -> Tensor:
+        q_THE, k_TKE, v_TKE = self._projected(x_TD)
+        if self.normed:
+            q_THE, k_TKE = self.q_norm(q_THE), self.k_norm(k_TKE)
+        y_THE = self.attend(rotate(q_THE, *turn), rotate(k_TKE, *turn), v_TKE, seen)
+        y_TD: Tensor = self.o_proj(y_THE.reshape(len(x_TD), -1))
         return y_TD
+
+    def _projected(self, x_TD: Tensor) -> tuple[Tensor, ...]:
+        if self.fused:
+            y_THE = self.qkv_proj(x_TD).view(len(x_TD), -1, self.head_width)
+            return tuple(y_THE.split((self.heads, self.kv_heads, self.kv_heads), 1))
+        return tuple(p(x_TD).view(len(x_TD), -1, self.head_width) for p in (self.q_proj, self.k_proj, self.v_proj))
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x))."""
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = _linear(c.hidden, c.width, c.mlp_bias)
-        self.up_proj = _linear(c.hidden, c.width, c.mlp_bias)
+        self.fused, self.activation = c.family.fused, c.family.activation
+        if self.fused:
+            self.gate_up_proj = _linear(2 * c.hidden, c.width, c.mlp_bias)
+        else:
+            self.gate_proj = _linear(c.hidden, c.width, c.mlp_bias)
+            self.up_proj = _linear(c.hidden, c.width, c.mlp_bias)
         self.down_proj = _linear(c.width, c.hidden, c.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        y_TD: Tensor = self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        if self.fused:
+            gate_TI, up_TI = self.gate_up_proj(x_TD).chunk(2, -1)
+        else:
+            gate_TI, up_TI = self.gate_proj(x_TD), self.up_proj(x_TD)
+        act_TI = F.silu(gate_TI) if self.activation == "silu" else F.gelu(gate_TI, approximate="tanh")
+        y_TD: Tensor = self.down_proj(act_TI * up_TI)
         return y_TD
 
 
 class Layer(nn.Module):
     """Attention, then a gated feed-forward network, each around a residual."""
 
-    def __init__(self, c: ModelConfig) -> None:
+    def __init__(self, c: ModelConfig, window: int) -> None:
         super().__init__()
-        self.self_attn, self.mlp = Attention(c), MLP(c)
-        self.input_layernorm = RMSNorm(torch.empty(c.width), c.eps)
-        self.post_attention_layernorm = RMSNorm(torch.empty(c.width), c.eps)
+        self.sandwich, self.local = c.family.sandwich, window > 0 and c.local_rope is not None
+        self.self_attn, self.mlp = Attention(c, window), MLP(c)
+        self.input_layernorm, self.post_attention_layernorm = _norm(c, c.width), _norm(c, c.width)
+        if self.sandwich:
+            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = _norm(c, c.width), _norm(c, c.width)
 
-    def forward(self, x_TD: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, seen: Seen) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), cos_T1E, sin_T1E, seen)
-        y_TD: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
-        return y_TD
+    def forward(self, x_TD: Tensor, turn: tuple[Tensor, Tensor], seen: Seen) -> Tensor:
+        y_TD = self.self_attn(self.input_layernorm(x_TD), turn, seen)
+        if self.sandwich:
+            x_TD = x_TD + self.post_attention_layernorm(y_TD)
+            y_TD = self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_TD)))
+        else:  # the norm is named by where it stands: before the feed-forward network
+            x_TD = x_TD + y_TD
+            y_TD = self.mlp(self.post_attention_layernorm(x_TD))
+        out_TD: Tensor = x_TD + y_TD
+        return out_TD
 
 
 class Decoder(nn.Module):
@@ -81,9 +116,11 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(torch.empty(config.vocab, config.width))
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.norm = RMSNorm(torch.empty(config.width), config.eps)
+        scale = config.width**0.5 if config.family.scaled_embedding else 1.0
+        self.embed_tokens = Embedding(torch.empty(config.vocab, config.width), scale)
+        windows = config.windows or (0,) * config.layers
+        self.layers = nn.ModuleList(Layer(config, window) for window in windows)
+        self.norm = _norm(config, config.width)
         self.lm_head = None if config.tied else _linear(config.vocab, config.width, bias=False)
 
     def hidden(
@@ -102,9 +139,12 @@ class Decoder(nn.Module):
                 f"The tokenizer gives the id {int(ids_T.max())}, and the model has {self.config.vocab} rows.",
                 why="Tokenizer and model do not belong together.",
             ) from None
-        cos_T1E, sin_T1E = turns(at_T, self.config, x_TD.dtype)
+        length_T = seen.lengths(at_T)
+        far = self.config.rope.turns(at_T, length_T, x_TD.dtype)
+        local = self.config.local_rope
+        near = far if local is None else local.turns(at_T, length_T, x_TD.dtype)
         for i, layer in enumerate(self.layers[:depth]):
-            around = (x_TD, cos_T1E, sin_T1E, seen.layer(i))
+            around = (x_TD, near if layer.local else far, seen.layer(i))
             x_TD = checkpoint(layer, *around, use_reentrant=False) if recompute else layer(*around)
         h_TD: Tensor = self.norm(x_TD)
         return h_TD
@@ -119,7 +159,13 @@ class Decoder(nn.Module):
 
     def logits(self, h_TD: Tensor) -> Tensor:
         """Logits of shape T x V."""
-        return F.linear(h_TD, self.head_VD())
+        logits_TV, cap = F.linear(h_TD, self.head_VD()), self.config.logit_cap
+        return logits_TV.div(cap).tanh().mul(cap) if cap else logits_TV
+
+    def shares(self, longest: int) -> bool:
+        """Whether documents of up to so many tokens may share their beginnings: not where lengths change the angles."""
+        scaling = self.config.rope.scaling
+        return not isinstance(scaling, Dynamic) or longest <= scaling.original_max_position_embeddings
 
     @property
     def dtype(self) -> torch.dtype:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deltaw.errors import UserError
 from deltaw.models.config import ModelConfig
+from deltaw.models.rope import Rope
 
 NAMES = {
     "token_embd": "embed_tokens",
@@ -76,6 +77,7 @@ class GGUF:
     def config(self) -> ModelConfig:
         """The model's sizes."""
         heads, width = self._size("attention.head_count"), self._size("embedding_length")
+        head_width = int(self.field("llama.rope.dimension_count", width // heads))
         names = {t.name for t in self.reader.tensors}
         if "rope_freqs.weight" in names or self.field("llama.rope.scaling.type", "none") != "none":
             raise UserError("GGUF files with RoPE scaling are not supported yet.", where=str(self.path),
@@ -86,13 +88,14 @@ class GGUF:
             layers=self._size("block_count"),
             heads=heads,
             kv_heads=int(self.field("llama.attention.head_count_kv", heads)),
-            head_width=int(self.field("llama.rope.dimension_count", width // heads)),
+            head_width=head_width,
             hidden=self._size("feed_forward_length"),
             context=self._size("context_length"),
             eps=float(np.format_float_positional(np.float32(self.field("llama.attention.layer_norm_rms_epsilon")))),
-            theta=float(self.field("llama.rope.freq_base", 1e4)),
+            rope=Rope(width=head_width, theta=float(self.field("llama.rope.freq_base", 1e4))),
             tied="output.weight" not in names,
-            attention_bias="blk.0.attn_q.bias" in names,
+            qkv_bias="blk.0.attn_q.bias" in names,
+            o_bias="blk.0.attn_output.bias" in names,
             mlp_bias="blk.0.ffn_up.bias" in names,
         )
 

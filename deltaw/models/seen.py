@@ -8,12 +8,16 @@ once, and the gradients of all documents meet there by themselves.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+PIECE = 512
+"""Tokens that are attended from together where they see a window only."""
 
 
 class Seen(Protocol):
@@ -23,9 +27,21 @@ class Seen(Protocol):
         """What the layer of this index works with: the same, but where something is remembered per layer."""
         ...
 
-    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+    def lengths(self, at_T: Tensor) -> Tensor:
+        """How long the document of each token is, or is going to be."""
+        ...
+
+    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, score: Score) -> Tensor:
         """Softmax attention of every token over those it sees; the result has the shape of `q_THE`."""
         ...
+
+
+class Score(NamedTuple):
+    """How a layer scores what a token sees: q k' * scale, bent below `cap`, in the last `window` tokens (0: in all)."""
+
+    scale: float
+    cap: float = 0.0
+    window: int = 0
 
 
 class Span(NamedTuple):
@@ -52,34 +68,58 @@ class Documents:
     def layer(self, index: int) -> Documents:  # noqa: ARG002 (nothing is remembered)
         return self
 
-    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
-        return torch.cat([self._one(span, q_THE, k_TKE, v_TKE) for span in self.spans])
+    def lengths(self, at_T: Tensor) -> Tensor:
+        length_T = torch.empty_like(at_T)
+        for span in self.spans:
+            length_T[span.start : span.stop] = at_T[span.stop - 1] + 1
+        return length_T
+
+    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, score: Score) -> Tensor:
+        return torch.cat([y for span in self.spans for y in self._one(span, q_THE, k_TKE, v_TKE, score)])
 
     @staticmethod
-    def _one(span: Span, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+    def _one(span: Span, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, score: Score) -> Iterator[Tensor]:
+        """A document's tokens; where they see a window only, in pieces, so that far pairs cost nothing."""
         start, stop, stem_start, stem_stop = span
-        k_SKE, v_SKE, mask_TS = k_TKE[start:stop], v_TKE[start:stop], None
-        if stem := stem_stop - stem_start:
+        stem, window = stem_stop - stem_start, score.window
+        k_SKE, v_SKE = k_TKE[start:stop], v_TKE[start:stop]
+        if stem:
             k_SKE = torch.cat((k_TKE[stem_start:stem_stop], k_SKE))
             v_SKE = torch.cat((v_TKE[stem_start:stem_stop], v_SKE))
-            mask_TS = causal(stop - start, stem, q_THE)
-        return attention(q_THE[start:stop], k_SKE, v_SKE, mask_TS)
+        piece = PIECE if 0 < window < len(k_SKE) else stop - start
+        for at in range(0, stop - start, piece):
+            q_PHE = q_THE[start + at : min(start + at + piece, stop)]
+            last = stem + at + len(q_PHE)
+            first = max(0, stem + at + 1 - window) if window else 0
+            past = last - first - len(q_PHE)
+            mask_PS = causal(len(q_PHE), past, q_PHE, window) if past or 0 < window < last - first else None
+            yield attention(q_PHE, k_SKE[first:last], v_SKE[first:last], mask_PS, score)
 
 
-def causal(new: int, past: int, like: Tensor) -> Tensor:
-    """Additive mask of `new` tokens after `past` ones that all of them see; shape (new, past + new)."""
+def causal(new: int, past: int, like: Tensor, window: int = 0) -> Tensor:
+    """Additive mask of `new` tokens after `past` others, which they see within `window`; shape (new, past + new)."""
     mask_TS = torch.full((new, past + new), float("-inf"), dtype=like.dtype, device=like.device)
-    return mask_TS.triu_(past + 1)
+    mask_TS.triu_(past + 1)
+    if window:
+        mask_TS += torch.full_like(mask_TS, float("-inf")).tril_(past - window)
+    return mask_TS
 
 
-def attention(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor, mask_TS: Tensor | None) -> Tensor:
+def attention(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor, mask_TS: Tensor | None, score: Score) -> Tensor:
     """Softmax attention of T queries over S keys; causal with T = S when there is no mask."""
-    y_BHTE = F.scaled_dot_product_attention(
-        q_THE.transpose(0, 1)[None],
-        k_SKE.transpose(0, 1)[None],
-        v_SKE.transpose(0, 1)[None],
-        attn_mask=mask_TS,
-        is_causal=mask_TS is None,
-        enable_gqa=q_THE.shape[1] != k_SKE.shape[1],
-    )
-    return y_BHTE[0].transpose(0, 1)
+    q_1HTE, k_1KSE, v_1KSE = (x.transpose(0, 1)[None] for x in (q_THE, k_SKE, v_SKE))
+    return attention_batch(q_1HTE, k_1KSE, v_1KSE, mask_TS, score)[0].transpose(0, 1)
+
+
+def attention_batch(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, score: Score) -> Tensor:
+    """The same of B sequences; the mask is added, and broadcast to B x H x T x S."""
+    if not score.cap:
+        return F.scaled_dot_product_attention(
+            q_BHTE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=mask is None, scale=score.scale,
+            enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
+        )  # fmt: skip
+    if mask is None:
+        mask = causal(q_BHTE.shape[2], 0, q_BHTE)
+    k_BHSE, v_BHSE = (x.repeat_interleave(q_BHTE.shape[1] // x.shape[1], 1) for x in (k_BKSE, v_BKSE))
+    score_BHTS = (q_BHTE @ k_BHSE.mT).mul(score.scale / score.cap).tanh().mul(score.cap) + mask
+    return score_BHTS.softmax(-1, dtype=torch.float32).to(v_BHSE.dtype) @ v_BHSE

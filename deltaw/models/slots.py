@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.models.seen import Seen
+from deltaw.models.seen import Score, Seen
 from deltaw.weights import Weight
 
 Parts = dict[str, Weight | Tensor | None]
@@ -89,34 +90,44 @@ class Linear(Slot):
 
 
 class RMSNorm(Slot):
-    """x / rms(x) * gain, over the last dimension."""
+    """x / rms(x) * gain, over the last dimension; with `unit`, the gain is one more (Gemma)."""
 
     gain: Tensor
 
-    def __init__(self, gain_D: Tensor, eps: float) -> None:
+    def __init__(self, gain_D: Tensor, eps: float, unit: bool = False) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.unit = eps, unit
         self.register_buffer("gain", gain_D)
 
-    def run(self, x_TD: Tensor, gain_D: Tensor | None = None) -> Tensor:
-        return F.rms_norm(x_TD, x_TD.shape[-1:], self.gain if gain_D is None else gain_D, self.eps)
+    def run(self, x: Tensor, gain_D: Tensor | None = None) -> Tensor:
+        gain_D = self.gain if gain_D is None else gain_D
+        if self.unit:
+            gain_D = (1 + gain_D.float()).to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], gain_D, self.eps)
 
 
 class Embedding(Slot):
-    """Row `id` of the table, for every id."""
+    """Row `id` of the table, times `scale`, for every id."""
 
     table: Tensor
 
-    def __init__(self, table_VD: Tensor) -> None:
+    def __init__(self, table_VD: Tensor, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.register_buffer("table", table_VD)
 
     def run(self, ids_T: Tensor, table_VD: Tensor | None = None) -> Tensor:
-        return F.embedding(ids_T, self.table if table_VD is None else table_VD)
+        x_TD = F.embedding(ids_T, self.table if table_VD is None else table_VD)
+        # As in the reference, the factor has the type of the table.
+        return x_TD if self.scale == 1 else x_TD * torch.tensor(self.scale, dtype=x_TD.dtype, device=x_TD.device)
 
 
 class Attend(Slot):
     """Softmax attention over ready queries, keys and values; `seen` says which token sees which."""
 
+    def __init__(self, score: Score) -> None:
+        super().__init__()
+        self.score = score
+
     def run(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, seen: Seen) -> Tensor:
-        return seen.attend(q_THE, k_TKE, v_TKE)
+        return seen.attend(q_THE, k_TKE, v_TKE, self.score)

@@ -19,10 +19,10 @@ CHUNK_TOKENS = 128
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum over N of -log softmax(h W')[label]."""
+    """Sum over N of -log softmax(z)[label] with z = h W', or cap * tanh(h W' / cap)."""
 
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor:
+    def forward(ctx: Any, h_ND: Tensor, head_VD: Tensor, labels_N: Tensor, cap: float) -> Tensor:
         wants_h, wants_head = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=torch.float32, device=h_ND.device)
         dh_ND = torch.empty_like(h_ND) if wants_h else None
@@ -30,6 +30,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels_N), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
             logits_NV = (h_ND[rows] @ head_VD.t()).float()
+            if cap:
+                bent_NV = logits_NV.div_(cap).tanh_()
+                logits_NV = bent_NV * cap
             picked_N1 = labels_N[rows, None]
             lse_N1 = logits_NV.logsumexp(1, keepdim=True)
             total += (lse_N1 - logits_NV.gather(1, picked_N1)).sum()
@@ -37,6 +40,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 continue
             p_NV = logits_NV.sub_(lse_N1).exp_()
             p_NV.scatter_add_(1, picked_N1, torch.full_like(lse_N1, -1.0))
+            if cap:
+                p_NV *= 1 - bent_NV**2
             dlogits_NV = p_NV.to(h_ND.dtype)
             if dh_ND is not None:
                 torch.mm(dlogits_NV, head_VD, out=dh_ND[rows])
@@ -46,20 +51,21 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         dh_ND, dhead_VD = ctx.saved_tensors
         return (None if dh_ND is None else dh_ND * scale.to(dh_ND.dtype),
-                None if dhead_VD is None else dhead_VD * scale.to(dhead_VD.dtype), None)  # fmt: skip
+                None if dhead_VD is None else dhead_VD * scale.to(dhead_VD.dtype), None, None)  # fmt: skip
 
 
-def cross_entropy(h_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> Tensor:
-    """Sum of -log p(label), in nats, over the tokens whose label is not -100."""
+def cross_entropy(h_TD: Tensor, head_VD: Tensor, labels_T: Tensor, cap: float = 0.0) -> Tensor:
+    """Sum of -log p(label), in nats, over the tokens whose label is not -100; logits are bent below `cap`."""
     rows_N = (labels_T != IGNORED).nonzero()[:, 0]
-    loss: Tensor = ChunkedCrossEntropy.apply(h_TD[rows_N], head_VD, labels_T[rows_N])  # type: ignore[no-untyped-call]
+    apply: Any = ChunkedCrossEntropy.apply
+    loss: Tensor = apply(h_TD[rows_N], head_VD, labels_T[rows_N], cap)
     return loss
 
 
 def batch_loss(model: Decoder, batch: Batch, recompute: bool = False, depth: int | None = None) -> Tensor:
     """Summed loss of a batch as the model is now; divide by the targets of the whole step, once."""
     h_TD = model.hidden(batch.ids_T, batch.at_T, batch.seen, recompute, depth)
-    return cross_entropy(h_TD, model.head_VD(), batch.labels_T)
+    return cross_entropy(h_TD, model.head_VD(), batch.labels_T, model.config.logit_cap)

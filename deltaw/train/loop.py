@@ -111,7 +111,7 @@ class Trainer:
         """Take one optimizer step. None: asked to stop halfway; a warning: the loss was not finite, nothing moved."""
         job, progress = self.job, self.progress
         start = time.monotonic()
-        batches = micro_batches([job.rows[i] for i in rows], job.settings.micro_tokens)
+        batches = micro_batches([job.rows[i] for i in rows], job.settings.micro_tokens, job.model.shares)
         targets = sum(b.targets for b in batches)
         job.adapter.train()
         self.optimizer.zero_grad(set_to_none=False)

@@ -95,7 +95,10 @@ def test_a_model_of_another_family(here, said):
     config = json.loads((here / "other" / "config.json").read_text())
     (here / "other" / "config.json").write_text(json.dumps({**config, "model_type": "rwkv"}))
     text = said("train", "rows.jsonl", "--base", "other")
-    assert "model_type 'rwkv' is not supported. where other remedy Supported: llama, mistral" in text
+    assert (
+        "model_type 'rwkv' is not supported. where other remedy Supported: llama (Llama 2 and 3, SmolLM2), mistral"
+        in text
+    )
 
 
 def test_a_model_that_is_a_pickle(here, said):

@@ -166,7 +166,8 @@ CONFIG = json.loads("""{"model_type": "llama", "vocab_size": 260, "hidden_size":
 @pytest.mark.parametrize("change", [
     {"max_position_embeddings": None}, {"max_position_embeddings": -1}, {"rms_norm_eps": None}, {"rms_norm_eps": -1},
     {"rms_norm_eps": [1]}, {"rope_parameters": "x"}, {"rope_parameters": [1]}, {"rope_theta": "x"},
-    {"rope_parameters": {"rope_type": "llama3"}}, {"hidden_size": -3}, {"vocab_size": 10**30}, {"sliding_window": -1},
+    {"rope_parameters": {"rope_type": "llama3"}}, {"hidden_size": -3}, {"vocab_size": 10**30},
+        {"model_type": "mistral", "sliding_window": -1},
     {"rope_parameters": {"rope_type": "llama3", "factor": 0, "low_freq_factor": 1, "high_freq_factor": 4,
                          "original_max_position_embeddings": 8192}}, {"num_attention_heads": 0}])  # fmt: skip
 def test_a_model_configuration_of_odd_values_is_refused(change):

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from deltaw.errors import UserError
 from deltaw.models import checkpoint
-from deltaw.models.config import FAMILIES, ModelConfig
+from deltaw.models.config import ModelConfig
+from deltaw.models.families import supported
+from deltaw.models.rope import KINDS
 from deltaw.models.seen import Documents
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -74,10 +76,10 @@ def test_what_we_save_we_load_bit_for_bit_in_the_same_type(tmp_path, tiny_path):
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
-def test_a_longer_attention_window_than_the_text_changes_nothing_and_bounds_the_context(tmp_path):
+def test_a_longer_attention_window_than_the_text_changes_nothing(tmp_path):
     hf = write_tiny(tmp_path, {**MISTRAL, "sliding_window": 200})
     model = checkpoint.load(tmp_path)
-    assert model.config.context == 200
+    assert model.config.context == 512
     torch.testing.assert_close(our_logits(model, LONG), hf_logits(hf, LONG), rtol=0, atol=1e-4)
 
 
@@ -123,10 +125,10 @@ def test_configs_of_older_transformers_mean_the_same():
 @pytest.mark.parametrize(
     ("changes", "asked", "supported"),
     [
-        ({"model_type": "gpt2"}, "gpt2", ", ".join(FAMILIES)),
-        ({"model_type": None}, "None", ", ".join(FAMILIES)),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn", "default, llama3"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear", "default, llama3"),
+        ({"model_type": "gpt2"}, "gpt2", supported()),
+        ({"model_type": None}, "None", supported()),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "longrope", ", ".join(["default", *KINDS])),
+        ({"rope_parameters": None, "rope_scaling": {"type": "su", "factor": 2.0}}, "su", "default, linear, dynamic"),
         ({"hidden_act": "gelu"}, "gelu", "silu"),
     ],
 )

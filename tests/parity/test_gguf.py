@@ -129,7 +129,7 @@ def test_weights_and_logits_are_those_that_were_packed(packing, hf, tmp_path, id
 def test_the_sizes_are_those_that_were_written(hf, tmp_path):
     config = GGUF(write_gguf(tmp_path / "tiny.gguf", weights_of(hf))).config()
     assert (config.vocab, config.width, config.layers, config.heads, config.kv_heads) == (260, 32, 2, 4, 2)
-    assert (config.head_width, config.hidden, config.context, config.theta) == (8, 64, 512, 10000.0)
+    assert (config.head_width, config.hidden, config.context, config.rope.theta) == (8, 64, 512, 10000.0)
     assert config.eps == 1e-5  # though the file holds it as fp32
     assert config.tied == hf.config.tie_word_embeddings
 
