@@ -50,11 +50,17 @@ def load(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
 def save(model: Decoder, folder: Path) -> None:
     """Write `model.safetensors` and `config.json` such that `transformers` loads the same model."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_hf_name(name): get(owner, part).contiguous() for name, (owner, part) in _places(model)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    named = {_hf_name(name): w.contiguous() for name, w in tensors(model)}
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # as the other files; safetensors writes it for its owner alone
     config = {**model.config.to_hf(), "dtype": str(model.dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """Every weight, by its checkpoint name without the leading `model.`."""
+    for name, (owner, part) in _places(model):
+        yield name, get(owner, part)
 
 
 def fingerprint(model: Decoder) -> str:

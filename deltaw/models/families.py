@@ -48,7 +48,8 @@ ROPES = {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
 ROWS = (
     Family(name="llama", architecture="LlamaForCausalLM", shown="Llama 2 and 3, SmolLM2", gguf="llama",
            interleaved=True),
-    Family(name="mistral", architecture="MistralForCausalLM", shown="Mistral", defaults={"sliding_window": 4096}),
+    Family(name="mistral", architecture="MistralForCausalLM", shown="Mistral", gguf="llama",
+           interleaved=True, defaults={"sliding_window": 4096}),
     Family(name="qwen2", architecture="Qwen2ForCausalLM", shown="Qwen2, Qwen2.5", qkv_bias=True, gguf="qwen2"),
     Family(name="qwen3", architecture="Qwen3ForCausalLM", shown="Qwen3", head_norms=True, gguf="qwen3",
            defaults={"head_dim": 128}),

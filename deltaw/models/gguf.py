@@ -1,12 +1,14 @@
 """Read a GGUF file (llama.cpp's one-file format): sizes, unpacked weights, tokenizer.
 
-llama.cpp stores the rows of q and k so that rotary pairs are neighbours; they are put back into the half-split order of
-Hugging Face checkpoints here.
+Its words are translated into those of a Hugging Face checkpoint and `config.json`, and from there on nothing knows the
+difference. Three things are stored otherwise: Llama's q and k rows (rotary pairs are neighbours), Gemma's norms (one is
+added), and Llama 3's stretch of RoPE (a tensor of divisors).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from deltaw.errors import UserError
 from deltaw.models.config import ModelConfig
-from deltaw.models.rope import Rope
+from deltaw.models.families import ROWS, Family
+from deltaw.models.rope import Llama3, plain
 
 NAMES = {
     "token_embd": "embed_tokens",
@@ -27,19 +30,49 @@ NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
 """GGUF's words for the layers, and the checkpoint's."""
+SANDWICH = {"ffn_norm": "pre_feedforward_layernorm", "post_attention_norm": "post_attention_layernorm",
+            "post_ffw_norm": "post_feedforward_layernorm"}  # fmt: skip
+FUSED = {"ffn_up": "mlp.gate_up_proj"}
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "sliding_window": "attention.sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+"""Keys of a `config.json`, and GGUF's after the architecture's name."""
+REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings",
+            "rms_norm_eps")  # fmt: skip
+LARGE_GEMMA = {"gemma2": 46, "gemma3_text": 62}
+"""Layers of the 27B models, whose scores alone are scaled by width / heads; the file does not say so."""
+LLAMA3_FACTORS = (8.0, 32.0)
+"""Of Llama 3.1 and 3.2; all else is the same in both."""
 
-# What each tokenizer calls a word, by llama.cpp's name for it (`tokenizer.ggml.pre`).
-GPT2_DIGITS = ("smollm",)
+
+def names(family: Family) -> dict[str, str]:
+    """GGUF's words for the layers of a family, and the checkpoint's."""
+    return {**NAMES, **(SANDWICH if family.sandwich else {}), **(FUSED if family.fused else {})}
 
 
 class GGUF:
-    """An opened GGUF file of the Llama architecture.
+    """An opened GGUF file of a family that the decoder computes.
 
     Raises:
         UserError: not a GGUF file, or of another architecture.
@@ -53,20 +86,20 @@ class GGUF:
             self.reader: Any = GGUFReader(str(path))
         except (ValueError, OSError, IndexError) as e:
             raise UserError("This is no readable GGUF file.", where=str(path), why=str(e)) from e
-        if (kind := self.field("general.architecture")) != "llama":
+        known, kind = {row.gguf: row for row in reversed(ROWS)}, self.field("general.architecture")
+        if kind not in known:
+            listed = ", ".join(f"{name} ({row.shown})" for name, row in known.items())
             raise UserError(f"GGUF architecture '{kind}' is not supported.", where=str(path),
-                            remedy="Supported: llama (Llama 2 and 3, SmolLM2, Mistral).")  # fmt: skip
+                            remedy=f"Supported: {listed}.")  # fmt: skip
+        self.family = known[kind]
 
     def field(self, name: str, default: Any = None) -> Any:
         """The metadata field of this name."""
         field = self.reader.get_field(name)
         return default if field is None else field.contents()
 
-    def _size(self, name: str) -> int:
-        value = self.field(f"llama.{name}")
-        if value is None:
-            raise UserError(f"The GGUF file does not say llama.{name}.", where=str(self.path))
-        return int(value)
+    def _told(self, name: str) -> Any:
+        return self.field(f"{self.family.gguf}.{name}")
 
     @property
     def packing(self) -> str:
@@ -75,43 +108,86 @@ class GGUF:
         return max(set(kinds), key=kinds.count)
 
     def config(self) -> ModelConfig:
-        """The model's sizes."""
-        heads, width = self._size("attention.head_count"), self._size("embedding_length")
-        head_width = int(self.field("llama.rope.dimension_count", width // heads))
-        names = {t.name for t in self.reader.tensors}
-        if "rope_freqs.weight" in names or self.field("llama.rope.scaling.type", "none") != "none":
-            raise UserError("GGUF files with RoPE scaling are not supported yet.", where=str(self.path),
-                            remedy="Take the safetensors folder of this model.")  # fmt: skip
-        return ModelConfig(
-            vocab=len(self.field("tokenizer.ggml.tokens")),
-            width=width,
-            layers=self._size("block_count"),
-            heads=heads,
-            kv_heads=int(self.field("llama.attention.head_count_kv", heads)),
-            head_width=head_width,
-            hidden=self._size("feed_forward_length"),
-            context=self._size("context_length"),
-            eps=float(np.format_float_positional(np.float32(self.field("llama.attention.layer_norm_rms_epsilon")))),
-            rope=Rope(width=head_width, theta=float(self.field("llama.rope.freq_base", 1e4))),
-            tied="output.weight" not in names,
-            qkv_bias="blk.0.attn_q.bias" in names,
-            o_bias="blk.0.attn_output.bias" in names,
-            mlp_bias="blk.0.ffn_up.bias" in names,
-        )
+        """The model's sizes.
+
+        Raises:
+            UserError: one is missing, or RoPE is scaled in a way that the decoder does not know.
+        """
+        tensors = {t.name: t for t in self.reader.tensors}
+        told = {key: self._told(name) for key, name in SIZES.items()}
+        told = {key: _decimal(value) for key, value in told.items() if value is not None}
+        told |= {"model_type": self.family.name, "vocab_size": len(self.field("tokenizer.ggml.tokens"))}
+        told.setdefault("num_key_value_heads", told.get("num_attention_heads"))
+        if missing := next((SIZES[key] for key in REQUIRED if key not in told), None):
+            raise UserError(f"The GGUF file does not say {self.family.gguf}.{missing}.", where=str(self.path))
+        width, heads = told["hidden_size"], told["num_attention_heads"]
+        head_width = told.setdefault("head_dim", width // heads)
+        told["tie_word_embeddings"] = "output.weight" not in tensors
+        told["attention_bias"] = "blk.0.attn_output.bias" in tensors
+        told["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+        told["partial_rotary_factor"] = (self._told("rope.dimension_count") or head_width) / head_width
+        told.setdefault("sliding_window", None)
+        if self.family.sandwich:
+            large = LARGE_GEMMA[self.family.name] == told["num_hidden_layers"]
+            told["query_pre_attn_scalar"] = width // heads if large else head_width
+        told["rope_scaling"] = self._scaling()
+        config = ModelConfig.from_hf(told, str(self.path))
+        if "rope_freqs.weight" in tensors:
+            config = replace(
+                config, rope=replace(config.rope, scaling=self._llama3(tensors["rope_freqs.weight"], config))
+            )
+        return config
+
+    def _scaling(self) -> dict[str, Any] | None:
+        kind = self._told("rope.scaling.type")
+        if kind in (None, "none"):
+            return None
+        factor, context = self._told("rope.scaling.factor"), self._told("rope.scaling.original_context_length")
+        if factor is None:
+            raise UserError(f"RoPE scaling '{kind}' of this GGUF file has no factor.", where=str(self.path))
+        return {"rope_type": kind, "factor": _decimal(factor), "original_max_position_embeddings": context}
+
+    def _llama3(self, tensor: Any, config: ModelConfig) -> Llama3:
+        stored = torch.from_numpy(np.array(tensor.data, dtype=np.float32))
+        for factor in LLAMA3_FACTORS:
+            scaling = Llama3(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
+                             original_max_position_embeddings=8192)  # fmt: skip
+            freq = plain(config.rope.theta, config.rope.width, stored)
+            divisors = freq / scaling.frequencies(config.rope.theta, config.rope.width, torch.zeros(1, 1))
+            if divisors.shape == stored.shape and torch.allclose(divisors, stored, rtol=1e-3):
+                return scaling
+        raise UserError("This GGUF file stretches RoPE as no Llama 3 does.", where=str(self.path),
+                        remedy="Take the safetensors folder of this model.")  # fmt: skip
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names as in a Hugging Face checkpoint, without the leading `model.`, and unpacked fp32 weights."""
         from gguf.quants import dequantize
 
-        config = self.config()
+        config, family = self.config(), self.family
         for tensor in self.reader.tensors:
-            name = _renamed(tensor.name, str(self.path))
-            w = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
-            if name.endswith(("q_proj.weight", "q_proj.bias")):
+            if tensor.name == "rope_freqs.weight":
+                continue
+            name = self._renamed(tensor.name)
+            try:
+                w = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+            except NotImplementedError as e:
+                raise UserError(f"'{tensor.name}' is packed as {tensor.tensor_type.name}, which cannot be unpacked.",
+                                where=str(self.path)) from e  # fmt: skip
+            if family.interleaved and name.endswith(("q_proj.weight", "q_proj.bias")):
                 w = half_split(w, config.heads)
-            elif name.endswith(("k_proj.weight", "k_proj.bias")):
+            elif family.interleaved and name.endswith(("k_proj.weight", "k_proj.bias")):
                 w = half_split(w, config.kv_heads)
+            elif family.unit_gain and name.endswith("norm.weight"):
+                w -= 1
             yield name, w
+
+    def _renamed(self, name: str) -> str:
+        parts, words = name.split("."), names(self.family)
+        layer = f"layers.{parts[1]}." if parts[0] == "blk" else ""
+        word, kind = parts[-2], parts[-1]
+        if word not in words:
+            raise UserError(f"The tensor '{name}' has no place in this decoder.", where=str(self.path))
+        return f"{layer}{words[word]}.{kind}"
 
 
 def half_split(w: Tensor, heads: int) -> Tensor:
@@ -120,10 +196,12 @@ def half_split(w: Tensor, heads: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(w.shape)
 
 
-def _renamed(name: str, where: str) -> str:
-    parts = name.split(".")
-    layer = f"layers.{parts[1]}." if parts[0] == "blk" else ""
-    word, kind = parts[-2], parts[-1]
-    if word not in NAMES:
-        raise UserError(f"The tensor '{name}' has no place in a Llama decoder.", where=where)
-    return f"{layer}{NAMES[word]}.{kind}"
+def interleaved(w: Tensor, heads: int) -> Tensor:
+    """llama.cpp's row order: the inverse of `half_split`."""
+    halves = w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:])
+    return halves.transpose(1, 2).reshape(w.shape)
+
+
+def _decimal(value: Any) -> Any:
+    """A number stored in fp32 as it was written: 1e-05, not 9.99999974e-06."""
+    return float(np.format_float_positional(np.float32(value))) if isinstance(value, float) else value

@@ -163,8 +163,9 @@ def _from_gguf(path: Path) -> Tokenizer:
         from tokenizers.pre_tokenizers import Sequence as InTurn
 
         fast.pre_tokenizer = InTurn([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-    end = gguf.field("tokenizer.ggml.eos_token_id")
-    return Tokenizer(fast, template=gguf.field("tokenizer.chat_template"), specials=specials, end_ids={int(end)})
+    ends = {gguf.field(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")} - {None}
+    template = gguf.field("tokenizer.chat_template")
+    return Tokenizer(fast, template=template, specials=specials, end_ids={int(end) for end in ends})
 
 
 def _from_transformers(folder: Path) -> Tokenizer:

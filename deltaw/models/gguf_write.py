@@ -1,0 +1,174 @@
+"""Write a model and its tokenizer as one GGUF file, for llama.cpp and what is built on it; the inverse of `gguf.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaw.errors import UserError
+from deltaw.models import checkpoint
+from deltaw.models.config import ModelConfig
+from deltaw.models.decoder import Decoder
+from deltaw.models.gguf import GGUF, SIZES, interleaved, names
+from deltaw.models.rope import Llama3, plain
+from deltaw.models.tokenizer import Tokenizer
+
+PACKINGS = ("F32", "F16", "Q8_0", "Q4_1")
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""llama.cpp's kinds of token."""
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = {
+    ("ByteLevel",): "gpt-2",
+    ("Digits", "ByteLevel"): "smollm",
+    (CONTRACTIONS + r"\p{N}" + REST, "ByteLevel"): "qwen2",
+    (CONTRACTIONS + r"\p{N}{1,3}" + REST, "ByteLevel"): "llama-bpe",
+}
+"""How a byte-level tokenizer cuts text into words, and llama.cpp's name for it."""
+
+
+def write(model: Decoder, tokenizer: Tokenizer, path: Path, packing: str, name: str) -> tuple[str, ...]:
+    """Write matrices in `packing`, all else in fp32; returns what will not be quite as it is here.
+
+    Raises:
+        UserError: llama.cpp does not know the tokenizer, or has no word for something in the model.
+    """
+    from gguf import GGMLQuantizationType, GGUFWriter, QuantError
+    from gguf.quants import quantize
+
+    config = model.config
+    writer = GGUFWriter(str(path), config.family.gguf, use_temp_file=True)
+    writer.add_name(name)
+    for key, value in metadata(config).items():
+        _add(writer, f"{config.family.gguf}.{key}", value)
+    for key, value in vocabulary(tokenizer, config.vocab).items():
+        _add(writer, f"tokenizer.{key}", value)
+    unpacked = 0
+    for key, w in tensors(model):
+        kind = GGMLQuantizationType[packing if w.ndim > 1 else "F32"]
+        try:
+            packed = quantize(w.numpy(), kind)
+        except QuantError:  # rows are no multiple of the packing's block
+            kind, unpacked = GGMLQuantizationType.F16, unpacked + 1
+            packed = quantize(w.numpy(), kind)
+        writer.add_tensor(key, packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    read = GGUF(path).config()
+    odd = [f.name for f in fields(config) if f.name != "family" and getattr(read, f.name) != getattr(config, f.name)]
+    if odd:  # what the file cannot say, llama.cpp would compute otherwise
+        path.unlink()
+        raise UserError(f"A GGUF file cannot say what this model has: {', '.join(odd)}.",
+                        why=f"It would be read as {getattr(read, odd[0])} for {getattr(config, odd[0])}.")  # fmt: skip
+    notices = [f"{unpacked} matrices are F16: their rows cannot be cut into blocks of {packing}."] if unpacked else []
+    if config.windows and config.family.fused:
+        notices.append(f"llama.cpp leaves out Phi-3's window of {max(config.windows):,} tokens: longer texts differ.")
+    return tuple(notices)
+
+
+def tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """GGUF's names and fp32 weights, in the order and with the additions that llama.cpp expects."""
+    config = model.config
+    for name, w in checkpoint.tensors(model):
+        yield gguf_name(name, config), stored(name, w.float().cpu(), config)
+    if isinstance(config.rope.scaling, Llama3):
+        like = torch.zeros(1, 1)
+        stretched = config.rope.scaling.frequencies(config.rope.theta, config.rope.width, like)
+        yield "rope_freqs.weight", plain(config.rope.theta, config.rope.width, like) / stretched
+
+
+def gguf_name(name: str, config: ModelConfig) -> str:
+    """GGUF's name of a checkpoint's tensor."""
+    words = {ours: word for word, ours in names(config.family).items()}
+    layer, _, rest = name.removeprefix("layers.").partition(".") if name.startswith("layers.") else ("", "", name)
+    module, _, kind = rest.rpartition(".")
+    return f"blk.{layer}.{words[module]}.{kind}" if layer else f"{words[module]}.{kind}"
+
+
+def stored(name: str, w: Tensor, config: ModelConfig) -> Tensor:
+    """A weight as llama.cpp wants it: rotary pairs as neighbours (Llama), one added to norms (Gemma)."""
+    heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(name.split(".")[-2], 0)
+    if heads and config.family.interleaved:
+        return interleaved(w, heads).contiguous()
+    return w + 1 if config.family.unit_gain and name.endswith("norm.weight") else w
+
+
+def metadata(config: ModelConfig) -> dict[str, Any]:
+    """Sizes and constants, without the architecture's name before them."""
+    hf, rope = config.to_hf(), config.rope.to_hf(config.head_width)
+    told = {SIZES[key]: hf[key] for key in SIZES if hf.get(key) is not None}
+    told |= {"attention.value_length": config.head_width, "rope.dimension_count": config.rope.width}
+    if rope["rope_type"] in ("linear", "yarn"):
+        told |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": rope["factor"]}
+    if rope["rope_type"] == "yarn":
+        told["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+    return told
+
+
+def vocabulary(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
+    """The tokenizer, as llama.cpp's two kinds: byte-level merges, or SentencePiece's scores.
+
+    Raises:
+        UserError: it is neither, or cuts text into words in a way that llama.cpp has no name for.
+    """
+    said = json.loads(tokenizer.fast.to_str())
+    model = said["model"]
+    if model["type"] != "BPE":
+        raise UserError(f"llama.cpp's tokenizers are BPE; this one is {model['type']}.")
+    tokens = {i: token for token, i in model["vocab"].items()}
+    kinds = {i: BYTE if token.startswith("<0x") and model.get("byte_fallback") else NORMAL
+             for i, token in tokens.items()}  # fmt: skip
+    for added in said["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        kinds[added["id"]] = CONTROL if added["special"] else USER
+    if (unknown := model["vocab"].get(model.get("unk_token"))) is not None:
+        kinds[unknown] = UNKNOWN
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    told: dict[str, Any] = {
+        "ggml.tokens": [tokens.get(i, f"[PAD{i}]") for i in range(rows)],
+        "ggml.token_type": [kinds.get(i, UNUSED) for i in range(rows)],
+        "chat_template": tokenizer.template,
+    }
+    ids = {name: tokenizer.fast.token_to_id(token) for name, token in tokenizer.specials.items()}
+    for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        told[f"ggml.{theirs}_token_id"] = ids.get(f"{ours}_token")
+    if others := sorted(tokenizer.end_ids - {ids.get("eos_token")}):
+        told["ggml.eot_token_id"] = others[0]
+    told["ggml.add_bos_token"] = bool(tokenizer.begin_ids)
+    if model.get("byte_fallback"):
+        rank = {merge.replace(" ", ""): i for i, merge in reversed(list(enumerate(merges)))}
+        scores = [-float(rank.get(tokens.get(i, ""), len(rank))) for i in range(rows)]
+        told |= {"ggml.model": "llama", "ggml.scores": scores}
+    else:
+        told |= {"ggml.model": "gpt2", "ggml.pre": _words(said["pre_tokenizer"]), "ggml.merges": merges}
+    return {key: value for key, value in told.items() if value is not None}
+
+
+def _words(pre: Mapping[str, Any] | None) -> str:
+    steps = [] if pre is None else pre.get("pretokenizers", [pre])
+    cuts = tuple(s["pattern"].get("Regex", "") if s["type"] == "Split" else s["type"] for s in steps)
+    if cuts not in WORDS:
+        raise UserError("llama.cpp has no name for how this tokenizer cuts text into words.", why=f"Its cuts: {cuts}.")
+    return WORDS[cuts]
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case list():
+            writer.add_array(key, value)
