@@ -13,6 +13,7 @@ from peft.utils.other import get_pattern_key
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.adapters.protocol import Site
+from deltaw.adapters.whole import Whole
 from deltaw.errors import UserError
 from deltaw.methods.lora import LoRA, LowRank
 from deltaw.models import checkpoint
@@ -75,7 +76,7 @@ def test_the_update_is_alpha_over_rank_or_its_root_times_b_a(i, o, rank, alpha, 
     assert merged.keys() == {"weight"}
     torch.testing.assert_close(merged["weight"].dense().double(), w_OI, rtol=0, atol=1e-6 * largest)
     served = delta.served(slot)
-    torch.testing.assert_close((served.B_OR @ served.A_RI).double(), update_OI, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((served.scale * served.B_OR @ served.A_RI).double(), update_OI, rtol=1e-4, atol=1e-5)
 
 
 def test_rank_and_alpha_patterns_change_the_layers_they_name(tiny):
@@ -258,3 +259,23 @@ def test_alpha_is_twice_the_rank_unless_it_is_given(rank):
     assert LoRA(rank=rank) == LoRA(rank=rank, alpha=2.0 * rank)
     assert LoRA(rank=rank).alpha == 2.0 * rank
     assert LoRA(rank=rank, alpha=3.5).alpha == 3.5
+
+
+def test_modules_to_save_are_trained_whole_and_the_others_are_not(tiny):
+    adapter = built(tiny, targets="q,v", rank=2, modules_to_save="embed_tokens,norm,layers.1.self_attn.q_proj")
+    whole = {name for name, delta in adapter.named_deltas() if isinstance(delta, Whole)}
+    assert whole == {"embed_tokens", "norm", "layers.1.self_attn.q_proj"}
+    low = {name for name, delta in adapter.named_deltas() if isinstance(delta, LowRank)}
+    assert low == {"layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj", "layers.1.self_attn.v_proj"}
+    with pytest.raises(UserError, match="The target 'embd_tokens' names no layer"):
+        built(tiny, modules_to_save="embd_tokens")
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_tied_head_follows_a_trained_embedding_only_if_it_is_to(tiny, follows):
+    head = tiny.head_VD().clone()
+    adapter = scramble(built(tiny, targets="q", modules_to_save="embed_tokens", ensure_weight_tying=follows), 0.5)
+    trained = dict(adapter.named_deltas())["embed_tokens"].value
+    with adapter.on():
+        assert torch.equal(tiny.embed_tokens(torch.arange(5)), trained[:5])
+        assert torch.equal(tiny.head_VD(), trained if follows else head)

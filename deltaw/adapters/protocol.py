@@ -26,6 +26,8 @@ class Site:
     slot: Any
     rank: int = 0
     alpha: float = 0.0
+    whole: bool = False
+    """The layer's own tensor is trained, not something beside it."""
 
 
 @settings
@@ -56,9 +58,18 @@ class Method(ABC):
         Raises:
             UserError: a target that names no layer.
         """
-        slots = {name: slot for name, slot in model.named_modules() if isinstance(slot, self.kinds)}
+        return self.named(model, self.targets, self.kinds)
+
+    @staticmethod
+    def named(model: nn.Module, targets: str, kinds: tuple[type[Slot], ...]) -> list[Site]:
+        """Return the slots of these kinds that `targets` names, in the model's order.
+
+        Raises:
+            UserError: a target that names no layer.
+        """
+        slots = {name: slot for name, slot in model.named_modules() if isinstance(slot, kinds)}
         wanted: set[str] = set()
-        for target in filter(None, (t.strip() for t in self.targets.split(","))):
+        for target in filter(None, (t.strip() for t in targets.split(","))):
             found = {name for name in slots if chosen(target, name, slots[name])}
             if not found:
                 short = {name.rsplit(".", 1)[-1] for name in slots}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from deltaw.adapters.adapter import bare
 from deltaw.api.persona import Persona
 from deltaw.data.batch import Batch, micro_batches
 from deltaw.data.encode import Encoded, encode_all
-from deltaw.data.rows import Example
+from deltaw.data.rows import Example, read, split_weight
 from deltaw.errors import UserError
 from deltaw.evaluate.measure import Comparison, Difference, label_logits
+from deltaw.files.runs import Run
 from deltaw.models import checkpoint
+from deltaw.models.decoder import Decoder
 from deltaw.models.slots import CannotMerge
 
 CHECK_ROWS, CHECK_TOKENS = 32, 512
@@ -46,30 +49,58 @@ def merge(persona: Persona, folder: Path, examples: Sequence[Example] = ()) -> M
     if folder.exists() and any(folder.iterdir()):
         raise UserError("The folder is there already, and not empty.", where=str(folder), remedy="Take another --out.")
     model = persona.base.model
-    batches = _batches(persona, examples)
-    try:
-        with bare(model):
-            persona.adapter.merge()
-            checkpoint.save(model, folder)
-    except CannotMerge as e:
-        raise UserError("This adapter cannot be merged into plain weights.", why=str(e)) from None
-    finally:
-        persona.adapter.unmerge()
+    batches = check_batches(persona, examples)
+    with folded(persona):
+        checkpoint.save(model, folder)
     persona.base.tokenizer.save(folder)
     written = checkpoint.load(folder, model.dtype, str(model.device))
-    sums = Comparison()
-    for batch in batches:
-        with persona.on():
-            worn_NV, labels_N = label_logits(model, batch)
-        sums.add(worn_NV, label_logits(written, batch)[0], labels_N)
-    merged = Merged(folder, sums.result(), str(model.dtype).removeprefix("torch."),
+    merged = Merged(folder, compared(persona, written, batches), str(model.dtype).removeprefix("torch."),
                     sum(f.stat().st_size for f in folder.glob("*.safetensors")))  # fmt: skip
     report = {**dataclasses.asdict(merged), "folder": folder.name, "persona": persona.name, "base": persona.base.name}
     (folder / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n")
     return merged
 
 
-def _batches(persona: Persona, examples: Sequence[Example]) -> list[Batch]:
+@contextmanager
+def folded(persona: Persona) -> Iterator[None]:
+    """The base with the persona's adapter merged into it, for the length of a `with` block; then bit for bit as before.
+
+    Raises:
+        UserError: the adapter's method cannot be merged.
+    """
+    if persona.adapter is None:
+        raise UserError("The base has no adapter to merge.")
+    try:
+        with bare(persona.base.model):
+            persona.adapter.merge()
+            yield
+    except CannotMerge as e:
+        raise UserError("This adapter cannot be merged into plain weights.", why=str(e)) from None
+    finally:
+        persona.adapter.unmerge()
+
+
+def compared(persona: Persona, written: Decoder, batches: Sequence[Batch]) -> Difference:
+    """How a model that was written and read back differs from the base that wears the adapter."""
+    sums = Comparison()
+    for batch in batches:
+        with persona.on():
+            worn_NV, labels_N = label_logits(persona.base.model, batch)
+        sums.add(worn_NV, label_logits(written, batch)[0], labels_N)
+    return sums.result()
+
+
+def known_rows(folder: Path) -> Sequence[Example]:
+    """The data that the run in this folder was trained on, if it is still there."""
+    if not (run := Run(folder)).config.exists():
+        return ()
+    files = (split_weight(f)[0] for f in run.read_config()["data"])
+    file = next((f for f in files if f.exists()), None)
+    return read(file) if file else ()
+
+
+def check_batches(persona: Persona, examples: Sequence[Example]) -> list[Batch]:
+    """The rows on which models are compared, or a sentence."""
     tokenizer, device = persona.base.tokenizer, persona.base.model.device
     if examples:
         rows = encode_all(examples[:CHECK_ROWS], tokenizer, "all", CHECK_TOKENS).rows

@@ -36,9 +36,13 @@ COMMANDS = {
     "generate": "Answer questions given on the command line, or one a line.",
     "eval": "Measure a persona, beside its base if you like.",
     "merge": "Write base and adapter as one plain model, and check it.",
+    "export": "Write a persona for PEFT, vLLM or llama.cpp, and check it.",
+    "import": "Take in a LoRA that PEFT wrote.",
     "inspect": "Say what a model, an adapter or a run is.",
     "doctor": "Say what this machine can do.",
 }
+HOMES = {"export": "deltaw.cli.exchange:export", "import": "deltaw.cli.exchange:bring"}
+"""Where a command is that is not in a file of its name."""
 
 
 def application(arguments: Sequence[str]) -> App:
@@ -49,7 +53,7 @@ def application(arguments: Sequence[str]) -> App:
                             f"Add {TRACEBACK} to see a traceback.")  # fmt: skip
     for name, text in COMMANDS.items():
         if name != "train":
-            app.command(f"deltaw.cli.{name}:{name}", name=name, help=text)
+            app.command(HOMES.get(name, f"deltaw.cli.{name}:{name}"), name=name, help=text)
         elif list(arguments[:1]) == [name]:
             from deltaw.cli.train import register
 

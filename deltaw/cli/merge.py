@@ -33,20 +33,17 @@ def merge(run: str | None = None, /, *, out: Path | None = None, check: Path | N
     json
         Print one JSON object.
     """
+    from deltaw.api.merge import known_rows
     from deltaw.api.merge import merge as merged_into
     from deltaw.api.persona import load, locate
-    from deltaw.data.rows import read, split_weight
-    from deltaw.files.runs import Run
+    from deltaw.data.rows import read
 
     name, path = locate(run, runs)
     folder = path.parent.parent if path.parent.name == "adapter" else path.parent
-    if check is None and (config := Run(folder).config).exists():
-        known = [split_weight(f)[0] for f in Run(config.parent).read_config()["data"]]
-        check = next((f for f in known if f.exists()), None)
     with busy(json) as say:
         persona = load(str(path), runs, base, **plain(machine or Machine()), say=say)
         say(f"Merging {name}")
-        done = merged_into(persona, out or folder / "merged", read(check) if check else ())
+        done = merged_into(persona, out or folder / "merged", read(check) if check else known_rows(folder))
     d = done.difference
     rows = {
         "written": f"{done.folder} ({size(done.size_bytes)}, {done.dtype})",

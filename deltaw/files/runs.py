@@ -41,6 +41,11 @@ class Run:
         return self.folder.name
 
     @property
+    def there(self) -> bool:
+        """Whether this is a run: one that was begun here, or an adapter that was imported."""
+        return self.config.exists() or self.adapter.exists()
+
+    @property
     def adapter(self) -> Path:
         """The result, in our one-file form."""
         return self.folder / "adapter" / "adapter.safetensors"
@@ -120,6 +125,8 @@ class Run:
         Raises:
             UserError: the folder has none.
         """
+        if self.adapter.exists() and not self.config.exists():
+            raise UserError("This persona was imported: it was not trained here.", where=str(self.folder))
         try:
             values = dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
             if not isinstance(values["data"], list):
@@ -171,14 +178,14 @@ def find(name: str | None, runs: Path, suits: Callable[[Run], bool] = lambda _: 
     Raises:
         UserError: there is no such run.
     """
-    known = sorted((Run(p.parent) for p in runs.glob("*/config.yaml")), key=Run.touched)
+    known = sorted((Run(p) for p in runs.glob("*") if Run(p).there), key=Run.touched)
     if name is None:
         newest = next((run for run in reversed(known) if suits(run)), None)
         if newest is None:
             raise _nothing_suits(known, runs)
         return newest
     for folder in (runs / name, Path(name)):
-        if (folder / "config.yaml").exists():
+        if Run(folder).there:
             return Run(folder)
     remedy = nearest(name, [run.name for run in known]) if known else "Train one: deltaw train FILE"
     raise UserError(f"There is no run '{name}'.", where=str(runs), remedy=remedy)

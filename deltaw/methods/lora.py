@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from deltaw.adapters.protocol import Method, Site, matches
+from deltaw.adapters.whole import PART, Whole
 from deltaw.errors import UserError
 from deltaw.models.slots import Affine, Delta, Linear, Parts
 from deltaw.settings import Count, settings
@@ -36,7 +37,7 @@ class LowRank(Delta):
         return {"weight": slot.weight.repack(torch.addmm(w_OI.float(), self.B, self.A, alpha=self.scale))}
 
     def served(self, slot: Linear) -> Affine:  # noqa: ARG002 (the same at every slot)
-        return Affine(self.A, self.scale * self.B)
+        return Affine(self.A, self.B, self.scale)
 
 
 @settings
@@ -57,6 +58,10 @@ class LoRA(Method):
     """Other ranks for some layers, by pattern of their names: {"layers[.]0[.].*": 32}."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Other alphas for some layers, by pattern of their names."""
+    modules_to_save: str = ""
+    """Layers that are trained whole beside, such as embed_tokens,norm; named as targets are."""
+    ensure_weight_tying: bool = True
+    """Whether a head that shares the embedding's table follows it, when the embedding is trained whole."""
 
     def __post_init__(self) -> None:
         if self.alpha is None:  # written down as a number, so that no reader of an adapter has to know the default
@@ -67,10 +72,19 @@ class LoRA(Method):
             if not any(matches(pattern, site.name) for site in sites):
                 raise UserError(f"The pattern '{pattern}' fits no adapted layer.",
                                 why=f"Adapted layers have names such as {sites[0].name}.")  # fmt: skip
-        return [replace(s, rank=_first(self.rank_pattern, s.name, self.rank),
+        return [s if s.whole else replace(s, rank=_first(self.rank_pattern, s.name, self.rank),
                         alpha=_first(self.alpha_pattern, s.name, self.alpha)) for s in sites]  # fmt: skip
 
+    def sites(self, model: nn.Module) -> list[Site]:
+        if not self.modules_to_save:
+            return super().sites(model)
+        whole = {site.name: replace(site, whole=True) for site in self.named(model, self.modules_to_save, tuple(PART))}
+        low = [site for site in super().sites(model) if site.name not in whole]
+        return [*low, *whole.values()]
+
     def build(self, site: Site, rng: torch.Generator) -> Delta:
+        if site.whole:
+            return Whole(site.slot, self.ensure_weight_tying)
         o, i = site.slot.weight.shape
         A_RI = torch.empty(site.rank, i)
         if self.init == "gaussian":

@@ -153,7 +153,8 @@ class Decoder(nn.Module):
         """The output matrix as the adapter left it (a tied one is the embedding's table), gradients included."""
         slot: Slot = self.embed_tokens if self.lm_head is None else self.lm_head
         name = "table" if self.lm_head is None else "weight"
-        part: Any = getattr(slot, name) if slot.delta is None else slot.delta.merged(slot)[name]
+        delta = slot.delta if slot.delta is not None and slot.delta.heads else None
+        part: Any = getattr(slot, name) if delta is None else delta.merged(slot)[name]
         table_VD: Tensor = part.dense() if isinstance(part, Weight) else part
         return table_VD
 

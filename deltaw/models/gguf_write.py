@@ -74,6 +74,25 @@ def write(model: Decoder, tokenizer: Tokenizer, path: Path, packing: str, name: 
     return tuple(notices)
 
 
+def write_lora(pairs: Mapping[str, tuple[Tensor, Tensor]], config: ModelConfig, path: Path, name: str) -> None:
+    """Write A and B (scaled) of layers as a LoRA file that llama.cpp puts onto the base's GGUF file, in fp32."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(str(path), config.family.gguf)
+    writer.add_type("adapter")
+    writer.add_name(name)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 0.0)  # no alpha: B holds the scale
+    for layer, (A_RI, B_OR) in pairs.items():
+        key = gguf_name(f"{layer}.weight", config)
+        writer.add_tensor(f"{key}.lora_a", A_RI.float().cpu().numpy())
+        writer.add_tensor(f"{key}.lora_b", stored(f"{layer}.weight", B_OR.float().cpu(), config).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
     """GGUF's names and fp32 weights, in the order and with the additions that llama.cpp expects."""
     config = model.config

@@ -21,16 +21,20 @@ class CannotMerge(Exception):
 
 
 class Affine(NamedTuple):
-    """What a server needs to run a linear delta beside others: y = gain * (W x) + B A x + bias."""
+    """What a server needs to run a linear delta beside others: y = gain * (W x) + scale * B A x + bias."""
 
     A_RI: Tensor
     B_OR: Tensor
+    scale: float = 1.0
     gain_O: Tensor | None = None
     bias_O: Tensor | None = None
 
 
 class Delta(nn.Module):
     """What one adapter does at one slot. Its parameters are trained; its state dict is what is saved."""
+
+    heads = True
+    """Whether a head that shares an embedding's table follows what this does to it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Called as `forward(slot, *args)`: the layer's output; `slot.run(*args)` is its frozen part."""

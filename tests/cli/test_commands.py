@@ -251,3 +251,20 @@ def test_a_terminal_is_told_what_each_score_is(trained, shown, monkeypatch):
     for name, value in {"TTY_COMPATIBLE": "1", "TERM": "xterm", "COLUMNS": "120"}.items():
         monkeypatch.setenv(name, value)
     assert MEANINGS["exact_match"] in shown("eval", "mine", "rows.jsonl", "--metrics", "exact_match", "--limit", "2")
+
+
+def test_a_lora_goes_to_peft_and_comes_back(here, shown, said):
+    shown(*TRAIN, "--name=mine", "--learning-rate=0.05", "--steps=40")
+    answer = shown("generate", "say 1")
+    lines = dict(line.split(": ", 1) for line in shown("export", "mine", "--to=peft").splitlines())
+    assert lines["written"].startswith("runs/mine/peft (")
+    assert float(lines["max |Δlogit|"]) < 1e-5
+    assert "talk to it: deltaw chat back" in shown("import", "runs/mine/peft", "--base=base", "--name=back")
+    assert shown("generate", "say 1") == answer  # the newest persona is the imported one
+    assert json.loads(shown("inspect", "back", "--json"))["method"] == "lora"
+    assert "There is a run 'peft' already" not in said("export", "mine", "--to=peft")  # but a folder
+    assert "It is there already" in said("export", "mine", "--to=peft")
+    assert "adapter_config.json is missing" in said("import", "runs/mine", "--base=base", "--name=odd")
+    told = json.loads(shown("export", "back", "--to=gguf-lora", "--out=back.gguf", "--json"))
+    assert (told["path"], told["difference"]) == ("back.gguf", None)
+    assert "was not trained here" in said("train", "--resume", "back")

@@ -24,7 +24,8 @@ TRAINING = {
     "device": "cpu", "threads": 1,
 }  # fmt: skip
 LORA = {"targets": "q,v", "rank": 4, "alpha": 8.5, "rslora": True, "dropout": 0.1, "init": "gaussian",
-        "rank_pattern": {"layers.0.*": 2}, "alpha_pattern": {"mlp.up_proj": 3.5}}  # fmt: skip
+        "rank_pattern": {"layers.0.*": 2}, "alpha_pattern": {"mlp.up_proj": 3.5},
+        "modules_to_save": "norm", "ensure_weight_tying": False}  # fmt: skip
 CASES = [*TRAINING.items(), ("runs", "elsewhere"), *LORA.items()]
 
 

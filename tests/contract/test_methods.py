@@ -153,7 +153,7 @@ def test_the_served_form_computes_the_same(name, chosen, model):
         assert isinstance(form, Affine)
         x_TI = torch.randn(5, slot.weight.shape[1], generator=rng)
         y_TO = F.linear(x_TI, slot.weight.dense()) * (1 if form.gain_O is None else form.gain_O)
-        y_TO = y_TO + x_TI @ form.A_RI.t() @ form.B_OR.t()
+        y_TO = y_TO + form.scale * (x_TI @ form.A_RI.t() @ form.B_OR.t())
         bias = slot.bias if form.bias_O is None else form.bias_O
         torch.testing.assert_close(delta(slot, x_TI), y_TO if bias is None else y_TO + bias, rtol=0, atol=1e-5)
 

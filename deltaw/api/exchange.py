@@ -1,0 +1,95 @@
+"""Adapters to and from other tools: PEFT's folder, llama.cpp's GGUF files. What is written is read and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from deltaw.adapters.adapter import Adapter
+from deltaw.api.merge import check_batches, compared, folded
+from deltaw.api.persona import Base, Persona
+from deltaw.data.rows import Example
+from deltaw.errors import UserError
+from deltaw.evaluate.measure import Difference
+from deltaw.files import adapters, peft
+from deltaw.files.atomic import replacing
+from deltaw.files.runs import Run
+from deltaw.models import checkpoint, gguf_write
+
+Target = Literal["peft", "gguf", "gguf-lora"]
+Packing = Literal["F32", "F16", "Q8_0", "Q4_1"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how it differs from the persona here; None where nothing here can read it back."""
+
+    to: Target
+    path: Path
+    size_bytes: int
+    difference: Difference | None
+    notices: tuple[str, ...] = ()
+
+
+def export(persona: Persona, to: Target, out: Path, packing: Packing = "F16",
+           examples: Sequence[Example] = ()) -> Exported:  # fmt: skip
+    """Write the persona for other tools, read it back, and compare logits on `examples`.
+
+    `peft`: a folder that PEFT and vLLM load. `gguf`: base and adapter merged, one file for llama.cpp and Ollama.
+    `gguf-lora`: the adapter alone, for llama.cpp beside the base's own GGUF file.
+
+    Raises:
+        UserError: the format cannot hold this adapter or this model, or `out` is there already.
+    """
+    if persona.adapter is None:
+        raise UserError("The base has no adapter to export.")
+    if out.exists():
+        raise UserError("It is there already.", where=str(out), remedy="Take another --out.")
+    base, batches = persona.base, check_batches(persona, examples)
+    match to:
+        case "peft":
+            peft.write(persona.adapter, base.model, base.origin, out)
+            again = Persona(persona.name, base, peft.read(out, base.model))
+            with again.on():
+                return Exported(to, out, _size(out), compared(persona, base.model, batches))
+        case "gguf":
+            with folded(persona), replacing(out) as scratch:
+                notices = gguf_write.write(base.model, base.tokenizer, scratch, packing, persona.name)
+            written = checkpoint.load(out, base.model.dtype, str(base.model.device))
+            return Exported(to, out, _size(out), compared(persona, written, batches), notices)
+        case "gguf-lora":
+            with replacing(out) as scratch:
+                gguf_write.write_lora(_pairs(persona.adapter), base.model.config, scratch, persona.name)
+            return Exported(to, out, _size(out), None)
+
+
+def bring(folder: Path, base: Base, name: str, runs: Path) -> Path:
+    """Import a PEFT adapter for `base` as the run `name`, and return its file.
+
+    Raises:
+        UserError: it is no plain LoRA of this base, or there is such a run already.
+    """
+    run = Run(runs / name)
+    if run.folder.exists():
+        raise UserError(f"There is a run '{name}' already.", where=str(run.folder), remedy="Take another --name.")
+    adapter = peft.read(folder, base.model)
+    adapters.save(adapter, adapters.Header.of(adapter, base.origin, base.fingerprint), run.adapter)
+    return run.adapter
+
+
+def _pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+    pairs = {}
+    for (slot, delta), (name, _) in zip(adapter.items(), adapter.named_deltas(), strict=True):
+        form = delta.served(slot)
+        if form is None or form.gain_O is not None or form.bias_O is not None:
+            raise UserError(f"The adapter does more at {name} than a GGUF LoRA can.", remedy="Take --to gguf.")
+        pairs[name] = (form.A_RI.detach(), form.scale * form.B_OR.detach())
+    return pairs
+
+
+def _size(path: Path) -> int:
+    return sum(f.stat().st_size for f in ([path] if path.is_file() else path.iterdir()))

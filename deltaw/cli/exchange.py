@@ -1,0 +1,88 @@
+"""`deltaw export` and `deltaw import`: to other tools, and from them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from deltaw.api.exchange import Packing, Target
+from deltaw.cli.show import busy, facts, notice
+from deltaw.settings import Machine, plain
+from deltaw.words import size
+
+NAMES = {"peft": "peft", "gguf": "{name}.gguf", "gguf-lora": "{name}-lora.gguf"}
+
+
+def export(run: str | None = None, /, *, to: Target, out: Path | None = None, packing: Packing = "F16",
+           base: str | None = None, runs: Path = Path("runs"),
+           machine: Annotated[Machine | None, Parameter(name="*")] = None, json: bool = False) -> None:  # fmt: skip
+    """Write a persona for other tools, read it back, and compare both on the run's own data.
+
+    Parameters
+    ----------
+    run
+        A run's name or folder, or an adapter file. By default: the newest run.
+    to
+        peft: a folder for PEFT and vLLM. gguf: one merged file for llama.cpp. gguf-lora: the adapter alone, likewise.
+    out
+        Folder or file to write. By default: in the run's folder.
+    packing
+        How a merged GGUF file stores matrices.
+    base
+        The base model, if it is not where the adapter was trained on it.
+    runs
+        Folder of the run folders.
+    json
+        Print one JSON object.
+    """
+    from deltaw.api.exchange import export as exported
+    from deltaw.api.merge import known_rows
+    from deltaw.api.persona import load, locate
+
+    name, path = locate(run, runs)
+    folder = path.parent.parent if path.parent.name == "adapter" else path.parent
+    with busy(json) as say:
+        persona = load(str(path), runs, base, **plain(machine or Machine()), say=say)
+        say(f"Exporting {name}")
+        done = exported(persona, to, out or folder / NAMES[to].format(name=name), packing, known_rows(folder))
+    for text in done.notices:
+        notice(text)
+    rows = {"written": f"{done.path} ({size(done.size_bytes)})"}
+    if d := done.difference:
+        rows |= {"checked on": f"{d.tokens:,} tokens, read back from disk",
+                 "max |Δlogit|": f"{d.max_logit_difference:.2e}",
+                 "same first choice": f"{d.top1_agreement:.2%}",
+                 "perplexity": f"{d.perplexity_before:.4f} here, {d.perplexity_after:.4f} there"}  # fmt: skip
+    if persona.system:
+        rows["system prompt"] = f"{persona.system} (give it to whatever runs it)"
+    facts(f"Exported {name}", rows, json, asdict(done))
+
+
+def bring(folder: Path, /, *, base: str, name: str | None = None, runs: Path = Path("runs"),
+          machine: Annotated[Machine | None, Parameter(name="*")] = None, json: bool = False) -> None:  # fmt: skip
+    """Take in a LoRA that PEFT wrote: it becomes a run, to chat with, measure, merge and export.
+
+    Parameters
+    ----------
+    folder
+        The folder with adapter_config.json.
+    base
+        The base model that it was trained on.
+    name
+        The new run's name. By default: the folder's.
+    runs
+        Folder of the run folders.
+    json
+        Print one JSON object.
+    """
+    from deltaw.api.exchange import bring as brought
+    from deltaw.api.persona import load_base
+
+    with busy(json) as say:
+        loaded = load_base(base, **plain(machine or Machine()), say=say)
+        path = brought(folder, loaded, name or folder.resolve().name, runs)
+    rows = {"written": str(path), "talk to it": f"deltaw chat {path.parent.parent.name}"}
+    facts(f"Imported {folder}", rows, json, {"adapter": str(path)})

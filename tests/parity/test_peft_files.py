@@ -1,0 +1,158 @@
+"""Adapters of PEFT are read with its logits, ours are read by PEFT with ours, and nothing is passed over in silence."""
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from conftest import write_tiny
+from oracles import hf_logits, our_logits, scramble
+from parity.test_families import VARIANTS
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from deltaw.adapters.adapter import Adapter
+from deltaw.errors import UserError
+from deltaw.files import peft as files
+from deltaw.methods import method
+from deltaw.models import checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+"""PEFT warns of trained embeddings and heads, which are what is tested."""
+IDS = torch.randint(0, 256, (50,), generator=torch.Generator().manual_seed(1))
+MLP, QV = ["gate_proj", "up_proj", "down_proj"], ["q_proj", "v_proj"]
+EMBEDS = {"modules_to_save": ["embed_tokens", "input_layernorm", "norm"]}
+UNTIED = {"tie_word_embeddings": False}
+THEIRS = {
+    "plain": ({}, {"r": 4, "lora_alpha": 12, "target_modules": QV}),
+    "all linear layers": ({}, {"r": 3, "lora_alpha": 6, "target_modules": "all-linear"}),
+    "rslora": ({}, {"r": 9, "lora_alpha": 5, "use_rslora": True, "target_modules": MLP}),
+    "patterns": ({}, {"r": 4, "lora_alpha": 8, "target_modules": QV, "rank_pattern": {"layers.0.self_attn.q_proj": 7},
+                      "alpha_pattern": {"layers.1.*v_proj": 3, "^model.layers.0.self_attn.v_proj": 5}}),
+    "one layer only": ({}, {"r": 4, "target_modules": QV, "layers_to_transform": [1]}),
+    "the head too": (UNTIED, {"r": 4, "target_modules": [*QV, "lm_head"]}),
+    "saved modules, untied": (UNTIED, {"r": 4, "target_modules": QV, **EMBEDS}),
+    "saved embeddings and head, untied": (UNTIED, {"r": 4, "target_modules": QV,
+                                                   "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "saved modules, the tied head left": ({}, {"r": 4, "target_modules": QV, **EMBEDS}),
+    "saved modules, the tied head following": ({}, {"r": 4, "target_modules": QV, **EMBEDS,
+                                                    "ensure_weight_tying": True}),
+    "fused projections": ({"model_type": "phi3", "pad_token_id": 0}, {"r": 4, "target_modules": ["qkv_proj", *MLP[2:],
+                                                                                                "gate_up_proj"]}),
+    "gemma3": (VARIANTS["gemma3"], {"r": 4, "target_modules": "all-linear", **EMBEDS}),
+}  # fmt: skip
+
+
+@pytest.fixture(params=THEIRS, scope="module")
+def theirs(request, tmp_path_factory):
+    """A base's folder, an adapter's folder as PEFT wrote it, and the logits of both."""
+    folder = tmp_path_factory.mktemp("theirs")
+    base, options = THEIRS[request.param]
+    hf = write_tiny(folder / "base", base)
+    hf.set_attn_implementation("eager")
+    options.setdefault("lora_alpha", 8)
+    model = peft.get_peft_model(hf, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    torch.manual_seed(2)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn_like(p)
+    model.save_pretrained(folder / "adapter")
+    return folder, hf_logits(model.eval(), IDS)
+
+
+def peft_logits(base, adapter):
+    hf = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    return hf_logits(peft.PeftModel.from_pretrained(hf, adapter).eval(), IDS)
+
+
+def test_an_adapter_of_peft_has_its_logits_here(theirs):
+    folder, want = theirs
+    model = checkpoint.load(folder / "base")
+    with files.read(folder / "adapter", model).on():
+        torch.testing.assert_close(our_logits(model, IDS), want, rtol=0, atol=1e-4)
+    assert not torch.allclose(our_logits(model, IDS), want, atol=1e-2)
+
+
+def test_what_was_read_and_written_again_is_the_same_to_peft(theirs, tmp_path):
+    folder, want = theirs
+    model = checkpoint.load(folder / "base")
+    files.write(files.read(folder / "adapter", model), model, str(folder / "base"), tmp_path)
+    torch.testing.assert_close(peft_logits(folder / "base", tmp_path), want, rtol=0, atol=1e-4)
+    before, after = load_file(folder / "adapter" / files.WEIGHTS), load_file(tmp_path / files.WEIGHTS)
+    for key in after:
+        assert torch.equal(after[key], before[key]), key
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"rank": 3, "alpha": 4.0, "rslora": True}, {"targets": "layers.0.self_attn.q_proj,down"},
+    {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.*": 7}}, {"modules_to_save": "embed_tokens,norm"},
+    {"modules_to_save": "embed_tokens", "ensure_weight_tying": False}])  # fmt: skip
+def test_an_adapter_of_ours_has_our_logits_in_peft(options, tiny, tiny_path, tmp_path):
+    adapter = scramble(Adapter.build(method("lora", **options), tiny).eval(), 0.1)
+    files.write(adapter, tiny, str(tiny_path), tmp_path)
+    with adapter.on():
+        torch.testing.assert_close(peft_logits(tiny_path, tmp_path), our_logits(tiny, IDS), rtol=0, atol=1e-4)
+    config = peft.LoraConfig.from_pretrained(tmp_path)
+    assert (config.base_model_name_or_path, config.inference_mode) == (str(tiny_path), True)
+
+
+@pytest.fixture
+def ours(tiny, tiny_path, tmp_path):
+    """A folder that `write` made and a test may spoil, with the model."""
+    files.write(
+        scramble(Adapter.build(method("lora", rank=2, targets="q,v"), tiny)), tiny, str(tiny_path), tmp_path / "a"
+    )
+    return tmp_path / "a", tiny
+
+
+def change(folder, tensors=None, **config):
+    told = json.loads((folder / files.CONFIG).read_text())
+    (folder / files.CONFIG).write_text(json.dumps(told | config))
+    if tensors:
+        stored = load_file(folder / files.WEIGHTS)
+        tensors(stored)
+        save_file(stored, folder / files.WEIGHTS)
+
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(("tensors", "config", "said"), [
+    (None, {"peft_type": "PREFIX_TUNING"}, "a PREFIX_TUNING adapter"),
+    (None, {"use_dora": True}, "It is a dora"),
+    (None, {"bias": "all"}, "Biases of the base were trained"),
+    (None, {"init_lora_weights": "pissa_niter_4"}, "began by pissa_niter_4, which changed the base"),
+    (None, {"trainable_token_indices": [1, 2]}, "Single tokens were trained"),
+    (None, {"r": 5}, "says rank 5 of .*, and its A has 2 rows"),
+    (lambda t: t.update({Q0.replace("q_proj", "w_proj") + ".lora_A.weight": torch.ones(2, 32)}), {},
+     r"1 tensors of this adapter belong to no layer of the base, such as '.*w_proj\.lora_A\.weight'"),
+    (lambda t: t.pop(Q0 + ".lora_A.weight"), {}, r"q_proj has only one of A and B"),
+    (lambda t: t[Q0 + ".lora_B.weight"].zero_(), {}, "B is all zero at 1 of 4 layers"),
+    (lambda t: t.update({Q0 + ".lora_A.weight": torch.ones(2, 31)}), {}, "shape"),
+    (lambda t: t.clear(), {}, "no LoRA matrices"),
+])  # fmt: skip
+def test_what_is_no_plain_lora_of_this_base_is_refused(tensors, config, said, ours):
+    folder, model = ours
+    change(folder, tensors, **config)
+    with pytest.raises(UserError, match=f"(?i){said}"):
+        files.read(folder, model)
+
+
+def test_a_pickle_a_damaged_file_and_an_empty_folder_are_told_apart(ours, tmp_path):
+    folder, model = ours
+    shutil.copytree(folder, tmp_path / "pickle")
+    (tmp_path / "pickle" / files.WEIGHTS).rename(tmp_path / "pickle" / "adapter_model.bin")
+    with pytest.raises(UserError, match="is a pickle, which may run code"):
+        files.read(tmp_path / "pickle", model)
+    (folder / files.WEIGHTS).write_bytes((folder / files.WEIGHTS).read_bytes()[:50])
+    with pytest.raises(UserError, match="damaged"):
+        files.read(folder, model)
+    with pytest.raises(UserError, match=r"adapter_config\.json is missing"):
+        files.read(tmp_path, model)
+
+
+def test_an_adapter_with_nothing_of_low_rank_is_not_written(tiny, tmp_path):
+    with pytest.raises(UserError, match="nothing of low rank"):
+        files.write(Adapter.build(method("full", targets="norm"), tiny), tiny, "x", tmp_path)
+    assert list(tmp_path.iterdir()) == []
