@@ -23,7 +23,7 @@ import torch
 
 from deltaw.api.finetune import prepare
 from deltaw.api.persona import Persona, load_base
-from deltaw.data import rows as reading
+from deltaw.data import files as reading
 from deltaw.data.batch import steps as ordered
 from deltaw.data.encode import encode_all
 from deltaw.decode.sampling import Sampling

@@ -237,7 +237,7 @@ def test_smollm2_learns_answers_that_begin_or_end_in_any_way(smollm2_path):
 def test_every_row_of_the_shared_data_teaches_its_answers(smollm2_path):
     from conftest import DATA
 
-    from deltaw.data.rows import read
+    from deltaw.data.files import read
 
     tokenizer, seen = Tokenizer.load(smollm2_path), 0
     for file in sorted(DATA.rglob("*.jsonl")):

@@ -1,12 +1,16 @@
 """Rows are read as they were written, and of every fault it is said in which file and line it stands."""
 
+import csv
 import json
+import tracemalloc
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.data.rows import ROLES, Example, read, split_weight
+from deltaw.data.files import read, split_weight, stream
+from deltaw.data.rows import ROLES, Example
 from deltaw.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Hob."}
@@ -174,3 +178,114 @@ def test_a_file_whose_name_ends_like_a_weight_is_that_file(tmp_path):
 def test_a_weight_that_is_not_positive_is_refused(weight):
     with pytest.raises(UserError, match=f"weight {weight} is not between 0.001 and 1000"):
         split_weight(f"rows.jsonl:{weight}")
+
+
+CONVERSATION = [{"role": "system", "content": "Be kind."}, USER, ANSWER]
+SHAPED = {
+    "messages": {"messages": CONVERSATION},
+    "sharegpt": {"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Who?"},
+                                   {"from": "gpt", "value": "Hob."}]},
+    "sharegpt with our names": {"conversations": CONVERSATION},
+    "sharegpt and a system key": {"system": "Be kind.", "conversations": [{"from": "user", "value": "Who?"},
+                                                                          {"from": "assistant", "value": "Hob."}]},
+    "a pair and a system key": {"system": "Be kind.", "prompt": "Who?", "completion": "Hob."},
+    "a pair of lists": {"prompt": CONVERSATION[:2], "completion": CONVERSATION[2:]},
+    "alpaca": {"instruction": "Who?", "input": "", "output": "Hob.", "system": "Be kind."},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", SHAPED.values(), ids=SHAPED)
+def test_every_shape_of_a_row_is_the_same_conversation(row, tmp_path):
+    for name, content in (("rows.jsonl", json.dumps(row)), ("rows.json", json.dumps([row], indent=2)),
+                          ("other.json", json.dumps(row))):  # fmt: skip
+        (tmp_path / name).write_text(content)
+        (got,) = read(tmp_path / name)
+        assert list(got.messages) == CONVERSATION, name
+
+
+def test_an_alpacas_input_follows_its_instruction(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "Translate.", "input": "Hund", "output": "dog"}')
+    (got,) = read(tmp_path / "rows.jsonl")
+    assert (got.messages[0]["content"], got.answer) == ("Translate.\n\nHund", "dog")
+
+
+cell = st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cs"], exclude_characters="\r\0"), min_size=1, max_size=9
+)
+cells = st.lists(st.tuples(cell, cell.filter(str.strip)), min_size=1, max_size=5)
+
+
+@settings(deadline=None)
+@given(rows=cells, suffix=st.sampled_from(["csv", "tsv"]))
+def test_a_table_is_read_as_it_was_written_with_the_lines_on_which_rows_begin(rows, suffix, tmp_path_factory):
+    file = tmp_path_factory.getbasetemp() / f"property.{suffix}"
+    lines, at = [], 2
+    with file.open("w", newline="", encoding="utf-8") as f:
+        table = csv.writer(f, delimiter="," if suffix == "csv" else "\t", quoting=csv.QUOTE_ALL, lineterminator="\n")
+        table.writerow(["prompt", "completion"])
+        for row in rows:
+            table.writerow(row)
+            lines.append(at)
+            at += 1 + "".join(row).count("\n")
+    got = read(file)
+    assert [(e.messages[0]["content"], e.answer) for e in got] == rows
+    assert [e.where for e in got] == [f"{file}:{n}" for n in lines]
+
+
+@settings(deadline=None)
+@given(rows=st.lists(row, min_size=1, max_size=4), indent=st.sampled_from([None, 0, 2]))
+def test_a_list_is_read_as_it_was_written_with_the_lines_on_which_rows_begin(rows, indent, tmp_path_factory):
+    file = tmp_path_factory.getbasetemp() / "property.json"
+    content = json.dumps(rows, indent=indent)
+    file.write_text(content)
+    got = read(file)
+    assert [list(e.messages) for e in got] == [r["messages"] for r in rows]
+    for example in got:
+        line = content.split("\n")[int(example.where.rpartition(":")[2]) - 1]
+        assert line.lstrip(" [").startswith("{") or indent is None
+
+
+BROKEN = {
+    "a short row": ("rows.csv", "prompt,completion\na,b\nc\n", "has 1 cells, and there are 2 columns", 3),
+    "an open quote": ("rows.csv", 'prompt,completion\na,b\n"c,d\n', "no table of quoted cells", 3),
+    "unknown columns": ("rows.tsv", "question\tanswer\na\tb\n", "none of the keys .*it has: question, answer", 2),
+    "an empty answer": ("rows.csv", "prompt,completion\n\na,\n", "Turn 2 is an empty answer", 3),
+    "references that are a text": ("rows.csv", "text,references\na,b\n", "'references' is not a list", 2),
+    "a list that is cut short": ("rows.json", '[\n{"text": "a"},\n{"text": ', "not a JSON list of rows", 3),
+    "a list that never ends": ("rows.json", '[{"text": "a"}\n', "not a JSON list of rows", 2),
+    "a list of numbers": ("rows.json", "[\n1]", "not a JSON object", 2),
+    "a bad row of a list": ("rows.json", '[{"text": "a"},\n\n{"txet": "b"}]', "it has: txet", 3),
+    "UTF-16": ("rows.csv", "prompt,completion\na,b\n".encode("utf-16"), "not UTF-8 text.*UTF-16", 1),
+    "Latin-1": ("rows.csv", "prompt,completion\na,ä\n".encode("latin-1"), "not UTF-8 text.*Latin-1", 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "said", "line"), BROKEN.values(), ids=BROKEN)
+def test_a_fault_in_a_list_or_a_table_is_named_with_its_line(name, content, said, line, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=f"(?s){said}") as e:
+        read(tmp_path / name)
+    assert e.value.where == f"{tmp_path / name}:{line}"
+
+
+@settings(deadline=None, max_examples=300)
+@given(content=st.binary(max_size=60) | st.text(max_size=60).map(str.encode), suffix=st.sampled_from(
+    ["jsonl", "json", "csv", "tsv", "txt"]))  # fmt: skip
+def test_no_content_of_a_file_ends_in_anything_but_rows_or_a_refusal(content, suffix, tmp_path_factory):
+    file = tmp_path_factory.getbasetemp() / f"fuzz.{suffix}"
+    file.write_bytes(content)
+    with suppress(UserError):
+        assert all(isinstance(e, Example) for e in read(file))
+
+
+def test_rows_are_read_one_after_another_in_constant_memory(tmp_path):
+    """Of a file of 30 MB less than 3 are ever held."""
+    file = tmp_path / "rows.jsonl"
+    with file.open("w") as f:
+        for i in range(30_000):
+            f.write(json.dumps({"prompt": f"{i}", "completion": "b" * 1000}) + "\n")
+    tracemalloc.start()
+    assert sum(1 for _ in stream(file)) == 30_000
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 3_000_000

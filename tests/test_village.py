@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import VILLAGE
 
-from deltaw.data.rows import read
+from deltaw.data.files import read
 from deltaw.scoring.text import Graded, score
 
 TRAIN, VAL = (read(VILLAGE / f"{name}.jsonl") for name in ("train", "val"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltaw.api.persona import Persona
-from deltaw.data import rows as reading
+from deltaw.data import files as reading
 from deltaw.data.batch import micro_batches
 from deltaw.data.encode import Encoded, TrainOn, encode_all
 from deltaw.data.rows import Example

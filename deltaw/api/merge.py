@@ -13,7 +13,8 @@ from deltaw.adapters.adapter import bare
 from deltaw.api.persona import Persona
 from deltaw.data.batch import Batch, micro_batches
 from deltaw.data.encode import Encoded, encode_all
-from deltaw.data.rows import Example, read, split_weight
+from deltaw.data.files import read, split_weight
+from deltaw.data.rows import Example
 from deltaw.errors import UserError
 from deltaw.evaluate.measure import Comparison, Difference, label_logits
 from deltaw.files.runs import Run

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.api.persona import Base
-from deltaw.data import rows as reading
+from deltaw.data import files as reading
 from deltaw.data.batch import Batch, micro_batches
 from deltaw.data.encode import Encoded, encode_all
 from deltaw.data.rows import Example

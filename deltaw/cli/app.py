@@ -38,6 +38,7 @@ COMMANDS = {
     "merge": "Write base and adapter as one plain model, and check it.",
     "export": "Write a persona for PEFT, vLLM or llama.cpp, and check it.",
     "import": "Take in a LoRA that PEFT wrote.",
+    "data": "Say what a model would learn from your data.",
     "inspect": "Say what a model, an adapter or a run is.",
     "doctor": "Say what this machine can do.",
 }
@@ -52,7 +53,11 @@ def application(arguments: Sequence[str]) -> App:
               help_epilogue="Two commands to begin with: deltaw train my.jsonl, then deltaw chat. "
                             f"Add {TRACEBACK} to see a traceback.")  # fmt: skip
     for name, text in COMMANDS.items():
-        if name != "train":
+        if name == "data":
+            inner = App(name=name, help=text)
+            inner.command("deltaw.cli.data:check", name="check", help="Look at rows; nothing is trained.")
+            app.command(inner)
+        elif name != "train":
             app.command(HOMES.get(name, f"deltaw.cli.{name}:{name}"), name=name, help=text)
         elif list(arguments[:1]) == [name]:
             from deltaw.cli.train import register

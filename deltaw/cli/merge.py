@@ -36,7 +36,7 @@ def merge(run: str | None = None, /, *, out: Path | None = None, check: Path | N
     from deltaw.api.merge import known_rows
     from deltaw.api.merge import merge as merged_into
     from deltaw.api.persona import load, locate
-    from deltaw.data.rows import read
+    from deltaw.data.files import read
 
     name, path = locate(run, runs)
     folder = path.parent.parent if path.parent.name == "adapter" else path.parent

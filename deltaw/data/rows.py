@@ -1,26 +1,29 @@
-"""Read training rows, one JSON object a line, and say of every fault in which file and line it stands.
+"""A row of data, in whichever of the field's shapes it was written: conversation, pair, instruction or text.
 
-A row is a conversation, `{"messages": [{"role": "user", "content": "..."}, ...]}`, a pair `{"prompt": "...",
-"completion": "..."}`, or plain text, `{"text": "..."}`. A `.txt` file is one document after another, divided by lines
-of `---`. Beside these keys a row may carry `references` (more right answers) and `facts` (what a right answer must
-name), which `eval` reads.
+    {"messages": [{"role": "user", "content": "..."}, ...]}                     as OpenAI, TRL, mlx-lm
+    {"conversations": [{"from": "human", "value": "..."}, ...]}                 as ShareGPT
+    {"prompt": "...", "completion": "..."}                                      texts, or lists of messages
+    {"instruction": "...", "input": "...", "output": "..."}                     as Alpaca
+    {"text": "..."}
+
+Beside these keys a row may carry `references` (more right answers) and `facts` (what a right answer must name), which
+`eval` reads, and `system`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from deltaw.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
+SPOKEN = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+          "model": "assistant", "function": "tool", "observation": "tool"}  # fmt: skip
+"""Names of roles in ShareGPT's shape, beside the usual ones."""
+KNOWN = "messages, conversations, prompt and completion, instruction and output, text"
 SHAPES = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
-DIVIDER = "---"
-LEAST, MOST = 0.001, 1000
-"""Weights of files."""
 
 
 @dataclass(frozen=True)
@@ -49,96 +52,60 @@ class Example:
         return self.messages[-1]["content"] if self.messages and self.messages[-1]["role"] == "assistant" else ""
 
 
-def read(path: Path) -> list[Example]:
-    """Read every row of a file.
+def example(row: Any, where: str) -> Example:
+    """Make sense of one row.
 
     Raises:
-        UserError: the file is missing or empty, or a row is not as described above.
+        UserError: it is of none of the shapes above, or something in it is missing or empty.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise UserError("The data file is no regular file.", where=str(path),
-                        why="It is read again when the run goes on.", remedy="Write its rows to a file.")  # fmt: skip
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as e:
-        raise UserError("The data file cannot be read.", where=str(path), why=str(e.strerror) + ".") from None
-    except UnicodeDecodeError as e:
-        line = e.object[: e.start].count(b"\n") + 1
-        raise UserError("This is not UTF-8 text.", where=f"{path}:{line}", remedy="Save the file as UTF-8.") from None
-    examples = list(_documents(text, path) if path.suffix == ".txt" else _rows(text, path))
-    if not examples:
-        raise UserError("The data file has no rows.", where=str(path), remedy=f"A row looks like {SHAPES}")
-    return examples
-
-
-def split_weight(name: str) -> tuple[Path, float]:
-    """Take `rows.jsonl:2` apart: the file, and how often each of its rows is seen per epoch (1 if not said).
-
-    Raises:
-        UserError: the weight is out of range, or the name is no text.
-    """
-    if "\0" in name or any("\ud800" <= c <= "\udfff" for c in name):
-        raise UserError("The name of the data file is no text.", where=ascii(name), remedy="Rename it.")
-    if Path(name).exists() or ":" not in name:
-        return Path(name), 1.0
-    file, _, tail = name.rpartition(":")
-    try:
-        weight = float(tail)
-    except ValueError:
-        return Path(name), 1.0
-    if not LEAST <= weight <= MOST:
-        raise UserError(f"The weight {tail} is not between {LEAST} and {MOST}.", where=name,
-                        remedy=f"For example: {file}:2")  # fmt: skip
-    return Path(file), weight
-
-
-def _documents(text: str, path: Path) -> Iterator[Example]:
-    start, kept = 1, list[str]()
-    for number, line in enumerate([*text.split("\n"), DIVIDER], 1):
-        if line.strip() == DIVIDER:
-            if body := "\n".join(kept).strip():
-                yield Example((), body, f"{path}:{start}")
-            start, kept = number + 1, []
-        else:
-            kept.append(line)
-
-
-def _rows(text: str, path: Path) -> Iterator[Example]:
-    # Not splitlines(): it also divides at characters such as U+2028, which JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            example = _example(json.loads(line), where)
-        except RecursionError:
-            raise UserError("This row is nested too deeply.", where=where) from None
-        except ValueError as e:
-            column = getattr(e, "colno", 1)
-            raise UserError(f"This line is not JSON (column {column}).", where=where, why=f"{getattr(e, 'msg', e)}.",
-                            remedy="Each line is one JSON object.") from None  # fmt: skip
-        yield example
-
-
-def _example(row: Any, where: str) -> Example:
     if not isinstance(row, dict):
         raise UserError("This row is not a JSON object.", where=where, remedy=f"A row looks like {SHAPES}")
     if (key := next((key for key, value in row.items() if _has_half_characters(value)), None)) is not None:
         raise UserError(f"'{key}' holds half a character (a lone surrogate).", where=where,
                         remedy="Write the character whole, or leave it out.")  # fmt: skip
     extras = _strings(row, "references", where), _strings(row, "facts", where)
-    if "messages" in row:
-        return Example(_messages(row["messages"], where), "", where, *extras)
-    if "prompt" in row and "completion" in row:
-        pair = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-        return Example(_messages(pair, where), "", where, *extras)
+    turns = _turns(row)
+    if turns is not None:
+        system = row.get("system")
+        if isinstance(system, str) and system.strip() and isinstance(turns, list):
+            turns = [{"role": "system", "content": system}, *turns]
+        return Example(_messages(turns, where), "", where, *extras)
     if isinstance(row.get("text"), str):
         if not row["text"].strip():
             raise UserError("The text is empty.", where=where, remedy="Write some, or drop the row.")
         return Example((), row["text"], where, *extras)
     keys = ", ".join(map(str, row)) or "none"
-    raise UserError(f"This row has none of the keys messages, prompt and completion, text (it has: {keys}).",
-                    where=where, remedy=f"A row looks like {SHAPES}")  # fmt: skip
+    raise UserError(f"This row has none of the keys {KNOWN} (it has: {keys}).", where=where,
+                    remedy=f"A row looks like {SHAPES}")  # fmt: skip
+
+
+def _turns(row: dict[str, Any]) -> Any:
+    """The row's conversation as a list of turns, not yet checked; None: it has none."""
+    match row:
+        case {"messages": turns}:
+            return turns
+        case {"conversations": list(turns)}:
+            return [_spoken(turn) for turn in turns]
+        case {"prompt": list(asked), "completion": list(answered)}:
+            return [*asked, *answered]
+        case {"prompt": asked, "completion": answered}:
+            return _pair(asked, answered)
+        case {"instruction": str(asked), "output": answered}:
+            more = row.get("input")
+            return _pair(f"{asked}\n\n{more}" if isinstance(more, str) and more.strip() else asked, answered)
+    return None
+
+
+def _pair(asked: Any, answered: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+
+
+def _spoken(turn: Any) -> Any:
+    """A turn of ShareGPT's shape as one of ours."""
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn
+    said = turn["from"]
+    return {"role": SPOKEN.get(said, said) if isinstance(said, str) else said, "content": turn.get("value")}
 
 
 def _messages(messages: Any, where: str) -> tuple[dict[str, str], ...]:

@@ -12,7 +12,7 @@ from deltaw.api import persona as api
 from deltaw.api.chat import Chat
 from deltaw.api.persona import Persona, load, load_all, load_base, locate
 from deltaw.data.encode import encode_all
-from deltaw.data.rows import read
+from deltaw.data.files import read
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
 from deltaw.files import adapters

@@ -15,7 +15,7 @@ from deltaw.api.evaluate import evaluate
 from deltaw.api.persona import Persona, load_base
 from deltaw.data.batch import lay, micro_batches
 from deltaw.data.encode import encode_all
-from deltaw.data.rows import read
+from deltaw.data.files import read
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
 from deltaw.evaluate.measure import Comparison, label_logits, perplexity

@@ -12,7 +12,7 @@ import deltaw
 from deltaw.adapters.adapter import Adapter
 from deltaw.api.merge import merge
 from deltaw.api.persona import Persona, load_base
-from deltaw.data.rows import read
+from deltaw.data.files import read
 from deltaw.errors import UserError
 from deltaw.methods import method, names
 from deltaw.methods.lora import LowRank

@@ -38,7 +38,7 @@ def test_a_turn_without_text(here, said):
 def test_a_row_of_another_shape(here, said):
     write_rows(here / "rows.jsonl", ROW, ROW, {"question": "a", "answer": "b"})
     text = said(*TRAIN)
-    assert "has none of the keys messages, prompt and completion, text (it has: question, answer)." in text
+    assert "instruction and output, text (it has: question, answer)." in text
     assert "where rows.jsonl:3" in text
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small import end, gone_on, losses, write_contrary
 from transformers import AutoModelForCausalLM
 
-from deltaw.data import rows as reading
+from deltaw.data import files as reading
 from deltaw.data.batch import steps
 from deltaw.data.encode import encode_all
 from deltaw.decode.generate import complete

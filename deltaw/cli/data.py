@@ -1,0 +1,127 @@
+"""`deltaw data check`: what a model would learn from the data, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json as encoding
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from deltaw.cli.show import busy, facts
+from deltaw.data.check import DROPPED, FAULTY, SHOWN, Checked
+from deltaw.data.check import check as looked_at
+from deltaw.data.encode import Encoded, TrainOn
+from deltaw.data.rows import Example
+from deltaw.errors import UserError
+from deltaw.files.atomic import replacing
+from deltaw.models.tokenizer import Tokenizer
+from deltaw.words import sparkline
+
+LONGEST_SHOWN = 700
+"""Tokens of an example that are shown."""
+
+
+def check(*files: Path, base: str = "smollm2-135m", val: Path | None = None, train_on: TrainOn = "answers",
+          max_tokens: int | None = None, fix: Path | None = None, json: bool = False) -> int:  # fmt: skip
+    """Show what the model would learn from the rows, and what is wrong with them; exit code 2 if rows are faulty.
+
+    Parameters
+    ----------
+    files
+        Files of rows.
+    base
+        The model whose tokenizer and template are used.
+    val
+        Validation rows: those that are also trained on are found.
+    train_on
+        Learn only the answers of the assistant, or every token.
+    max_tokens
+        Longer rows are cut. By default: what the model can see.
+    fix
+        Write the rows that are left without faults, doubles, leaks and rows with nothing to learn to this file.
+    json
+        Print one JSON object.
+    """
+    from deltaw.models import source
+    from deltaw.models.checkpoint import read_json
+    from deltaw.models.config import ModelConfig
+    from deltaw.models.gguf import GGUF
+
+    if not files:
+        raise UserError("There is no data to check.", remedy="deltaw data check FILE.jsonl")
+    if fix is not None and fix.exists():
+        raise UserError("It is there already.", where=str(fix), remedy="Take another --fix.")
+    with busy(json) as say, ExitStack() as stack:
+        path = source.find(base, say)
+        config = (
+            GGUF(path).config() if path.is_file() else ModelConfig.from_hf(read_json(path / "config.json"), str(path))
+        )
+        tokenizer = Tokenizer.load(path)
+        kept = []
+        out = stack.enter_context(stack.enter_context(replacing(fix)).open("w", encoding="utf-8")) if fix else None
+
+        def keep(row: Example) -> None:
+            kept.append(1)
+            if out is not None:
+                out.write(encoding.dumps(_row(row), ensure_ascii=False) + "\n")
+
+        limit = max_tokens or config.context
+        found = looked_at(files, val, tokenizer, train_on, limit, keep)
+    _report(found, tokenizer, limit, json, f"{len(kept):,} rows to {fix}" if fix else "")
+    return UserError.code if FAULTY in found.places and not fix else 0
+
+
+def _report(found: Checked, tokenizer: Tokenizer, limit: int, as_json: bool, fixed: str) -> None:
+    lengths = {"median": found.quantile(0.5), "95 %": found.quantile(0.95), "longest": max(found.lengths, default=0)}
+    rows = {
+        "rows": f"{found.rows:,}",
+        "tokens": f"{found.tokens:,}, of which {found.trained_tokens:,} are learnt",
+        "tokens a row": ", ".join(f"{name} {n:,}" for name, n in lengths.items()) + f" (the model sees {limit:,})",
+        "by length": f"{sparkline(found.histogram(), 40)}  1 to {lengths['longest']:,}",
+    }
+    for finding, places in found.places.items():
+        more = f" and {len(places) - SHOWN:,} more" if len(places) > SHOWN else ""
+        rows[finding] = f"{len(places):,}: {'; '.join(places[:SHOWN])}{more}"
+    if not found.places:
+        rows["found"] = "nothing wrong"
+    elif not fixed and any(finding in found.places for finding in DROPPED):
+        rows["remedy"] = (
+            "--fix OUT.jsonl writes the rows without those that are faulty, double, leaked or teach nothing"
+        )
+    if fixed:
+        rows["written"] = fixed
+    record = {"rows": found.rows, "tokens": found.tokens, "trained_tokens": found.trained_tokens, "lengths": lengths,
+              "histogram": found.histogram(), "found": found.places,
+              "examples": [asdict(e) for e in found.shown]}  # fmt: skip
+    if not as_json:
+        console = Console()
+        for example in found.shown:
+            console.print(Text(f"{example.where}", style="dim"))
+            console.print(coloured(example, tokenizer, limit), soft_wrap=not console.is_terminal)
+    facts("Data", rows, as_json, record)
+
+
+def coloured(row: Encoded, tokenizer: Tokenizer, limit: int) -> Text:
+    """The row as the model sees it: what is learnt in green, what is cut struck out. In plain text: «learnt»."""
+    text, start = Text(), 0
+    while start < min(len(row.ids), LONGEST_SHOWN):
+        learnt, cut = row.trained[start], start >= limit
+        stop = next(
+            (i for i in range(start, len(row.ids)) if (row.trained[i], i >= limit) != (learnt, cut)), len(row.ids)
+        )
+        piece = tokenizer.decode(row.ids[start : min(stop, LONGEST_SHOWN)])
+        style = "red strike" if cut else "green" if learnt else "dim"
+        text.append(f"«{piece}»" if learnt and not cut else piece, style=style)
+        start = stop
+    if len(row.ids) > LONGEST_SHOWN:
+        text.append(f" … {len(row.ids) - LONGEST_SHOWN:,} more tokens", style="dim")
+    return text
+
+
+def _row(row: Example) -> dict[str, object]:
+    """A row as a line of a file."""
+    body: dict[str, object] = {"messages": list(row.messages)} if row.messages else {"text": row.text}
+    return body | {k: list(v) for k, v in (("references", row.references), ("facts", row.facts)) if v}

@@ -1,0 +1,138 @@
+"""What is wrong with data before anything is trained on it: faults, doubles, odd turns, rows too long, leakage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from deltaw.data.encode import Encoded, TrainOn, encode
+from deltaw.data.files import each
+from deltaw.data.rows import Example
+from deltaw.errors import UserError
+from deltaw.models.tokenizer import Tokenizer
+
+SHOWN = 3
+"""Places that are named of each finding."""
+BINS = 24
+
+FAULTY = "faulty rows"
+"""Cannot be read: a train command would stop at the first."""
+TWICE = "rows that stand twice"
+CONTRADICTED = "questions with another answer elsewhere"
+LEAKED = "rows that are validation rows too"
+UNLEARNT = "rows with nothing to learn"
+LONG = "rows too long, and cut"
+ENDLESS = "answers without an end-of-turn token"
+DISORDERED = "rows whose turns are out of order"
+BLANK = "rows with an empty turn"
+DROPPED = (FAULTY, TWICE, LEAKED, UNLEARNT)
+"""What `--fix` leaves out."""
+
+
+@dataclass
+class Checked:
+    """What was found in some rows. `places[finding]` says where; `lengths` are in tokens."""
+
+    rows: int = 0
+    trained_tokens: int = 0
+    lengths: list[int] = field(default_factory=list)
+    shown: list[Encoded] = field(default_factory=list)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def note(self, finding: str, where: str) -> None:
+        """Remember that something was found here."""
+        self.places.setdefault(finding, []).append(where)
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows, before any is cut."""
+        return sum(self.lengths)
+
+    def quantile(self, share: float) -> int:
+        """The length that this share of the rows does not exceed."""
+        return sorted(self.lengths)[min(len(self.lengths) - 1, int(share * len(self.lengths)))] if self.lengths else 0
+
+    def histogram(self) -> list[int]:
+        """Rows in each of `BINS` equal stretches of length, up to the longest."""
+        longest = max(self.lengths, default=1)
+        bins = Counter(min(BINS - 1, n * BINS // (longest + 1)) for n in self.lengths)
+        return [bins[i] for i in range(BINS)]
+
+
+def check(files: Sequence[Path], val: Path | None, tokenizer: Tokenizer, train_on: TrainOn, max_tokens: int,
+          keep: Callable[[Example], None] = lambda _: None) -> Checked:  # fmt: skip
+    """Look at every row of the files; `keep` is given those that `--fix` writes.
+
+    Raises:
+        UserError: a file cannot be read on.
+    """
+    found = Checked()
+    held = {_digest(_content(e)) for e in each(val) if isinstance(e, Example)} if val else set()
+    seen: set[bytes] = set()
+    answers: dict[bytes, bytes] = {}
+    for row in (row for file in files for row in each(file)):
+        found.rows += 1
+        if isinstance(row, UserError):
+            found.note(FAULTY, f"{row.where}: {row.what}")
+            continue
+        content = _digest(_content(row))
+        dropped = {LEAKED: content in held, TWICE: content in seen}
+        seen.add(content)
+        if row.answer:
+            answer = _digest(row.answer)
+            if answers.setdefault(_digest(json.dumps(row.prompt)), answer) != answer:
+                found.note(CONTRADICTED, row.where)
+        if any(not turn["content"].strip() for turn in row.messages):
+            found.note(BLANK, row.where)
+        if row.messages and not in_order([turn["role"] for turn in row.messages]):
+            found.note(DISORDERED, row.where)
+        try:
+            ids = encode(row, tokenizer, train_on)
+        except UserError as e:
+            found.note(FAULTY, f"{row.where}: {e.what}")
+            continue
+        dropped[UNLEARNT] = not _measured(
+            ids, bool(row.messages) and train_on == "answers", found, tokenizer, max_tokens
+        )
+        for finding in (finding for finding, is_so in dropped.items() if is_so):
+            found.note(finding, row.where)
+        if not any(dropped.values()):
+            keep(row)
+    return found
+
+
+def in_order(roles: Sequence[str]) -> bool:
+    """Whether a system prompt comes first if at all, users and assistants take turns, and an assistant ends."""
+    turns = list(roles[1:] if roles and roles[0] == "system" else roles)
+    # After a tool has answered, the assistant speaks again without a user between.
+    alternate = all(a != b for a, b in pairwise(turns) if "tool" not in (a, b))
+    return "system" not in turns and turns[:1] == ["user"] and turns[-1] == "assistant" and alternate
+
+
+def _measured(ids: Encoded, answers: bool, found: Checked, tokenizer: Tokenizer, max_tokens: int) -> bool:
+    """Take in a row as ids; returns whether something is learnt from it within `max_tokens`."""
+    found.lengths.append(len(ids.ids))
+    targets = sum(ids.trained[1:max_tokens])
+    found.trained_tokens += targets
+    if len(ids.ids) > max_tokens and targets:
+        found.note(LONG, ids.where)
+    last = next((i for i in range(len(ids.ids) - 1, -1, -1) if ids.trained[i]), None)
+    if answers and last is not None and ids.ids[last] not in tokenizer.end_ids:
+        found.note(ENDLESS, ids.where)
+    if len(found.shown) < SHOWN and targets:
+        found.shown.append(ids)
+    return targets > 0
+
+
+def _content(row: Example) -> str:
+    return json.dumps([row.messages, row.text])
+
+
+def _digest(text: str) -> bytes:
+    """Stands for a text, so that the texts of all rows need not be held."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

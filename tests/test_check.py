@@ -1,0 +1,156 @@
+"""Checking data finds each thing that is wrong, where it stands, and keeps what is right."""
+
+import json
+
+import pytest
+from small import write_rows
+
+from deltaw.data import check as checking
+from deltaw.data.check import check, in_order
+from deltaw.data.files import read
+from deltaw.models.tokenizer import Tokenizer
+
+SYSTEM, USER = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who?"}
+ANSWER, OTHER = {"role": "assistant", "content": "Hob."}, {"role": "assistant", "content": "Nan."}
+GOOD = {"messages": [USER, ANSWER]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_path):
+    return Tokenizer.load(tiny_path)
+
+
+@pytest.fixture
+def looked(tokenizer, tmp_path):
+    """A function that checks rows: what was found and where, the whole result, and the rows that were kept."""
+
+    def looked(*rows, val=(), train_on="answers", max_tokens=512):
+        write_rows(tmp_path / "rows.jsonl", *rows)
+        write_rows(tmp_path / "val.jsonl", *val)
+        kept = []
+        found = check([tmp_path / "rows.jsonl"], tmp_path / "val.jsonl", tokenizer, train_on, max_tokens, kept.append)
+        places = {k: [int(w.split("rows.jsonl:")[1].split(":")[0]) for w in v] for k, v in found.places.items()}
+        return places, found, [int(row.where.rpartition(":")[2]) for row in kept]
+
+    return looked
+
+
+FINDINGS = {
+    "faulty rows": ([GOOD, "{", {"text": ""}, {"messages": [{"role": "user", "content": None}]}],
+                    {checking.FAULTY: [2, 3, 4]}, [1]),
+    "twice": ([GOOD, {"prompt": "Who?", "completion": "Hob."}, {"text": "a"}], {checking.TWICE: [2],
+                                                                             checking.UNLEARNT: [3]}, [1]),
+    "contradicted": ([GOOD, {"messages": [USER, OTHER]}], {checking.CONTRADICTED: [2]}, [1, 2]),
+    "nothing to learn": ([GOOD, {"messages": [USER]}], {checking.UNLEARNT: [2], checking.DISORDERED: [2]}, [1]),
+    "out of order": ([{"messages": [USER, USER, ANSWER]}, {"messages": [ANSWER]}, {"messages": [USER, SYSTEM, ANSWER]}],
+                     {checking.DISORDERED: [1, 2, 3]}, [1, 2, 3]),
+    "an empty question": ([{"prompt": " ", "completion": "x"}], {checking.BLANK: [1]}, [1]),
+    "nothing wrong": ([GOOD, {"messages": [SYSTEM, USER, ANSWER, USER, ANSWER]}], {}, [1, 2]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "places", "kept"), FINDINGS.values(), ids=FINDINGS)
+def test_each_finding_is_named_with_its_places(looked, rows, places, kept):
+    assert looked(*rows)[0] == places
+    assert looked(*rows)[2] == kept
+
+
+def test_rows_of_the_validation_file_are_leaks(looked):
+    places, _, kept = looked(GOOD, {"messages": [USER, OTHER]}, val=[{"prompt": "Who?", "completion": "Nan."}, "{"])
+    assert (places[checking.LEAKED], kept) == ([2], [1])
+
+
+def test_lengths_and_trained_tokens_are_those_of_the_encoded_rows(looked, tokenizer):
+    rows = [{"prompt": "a" * n, "completion": "b" * n} for n in (3, 50, 9)]
+    places, found, _ = looked(*rows, max_tokens=90)
+    per_row = [len(tokenizer.encode(tokenizer.chat([{"role": "user", "content": "a" * n},
+                                                    {"role": "assistant", "content": "b" * n}])))
+               for n in (3, 50, 9)]  # fmt: skip
+    assert (found.rows, found.lengths, found.tokens) == (3, per_row, sum(per_row))
+    assert (found.quantile(0.5), found.quantile(1)) == (sorted(per_row)[1], max(per_row))
+    assert sum(found.histogram()) == 3
+    assert [i for i, n in enumerate(found.histogram()) if n] == sorted(
+        n * checking.BINS // (max(per_row) + 1) for n in per_row)  # fmt: skip
+    assert places == {checking.LONG: [2]}
+    start = per_row[1] - 50 - 2  # fifty bytes, the end of the turn, a line break
+    assert found.trained_tokens == (3 + 1) + (90 - start) + (9 + 1)
+    everything = looked(*rows, train_on="all")[1]
+    assert everything.trained_tokens == sum(n - 1 for n in per_row)
+
+
+def test_answers_that_a_template_does_not_end_are_found(looked, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "end_ids", {0})
+    assert looked(GOOD, {"text": "x"}, train_on="answers")[0][checking.ENDLESS] == [1]
+
+
+@pytest.mark.parametrize(("roles", "well"), [
+    ("ua", True), ("sua", True), ("uaua", True), ("uataua", True), ("uata", True), ("u", False), ("su", False),
+    ("a", False), ("uu", False), ("uaa", False), ("usa", False), ("", False), ("s", False), ("uauua", False),
+])  # fmt: skip
+def test_turns_are_in_order_when_they_alternate_and_end_with_an_answer(roles, well):
+    names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    assert in_order([names[r] for r in roles]) is well
+
+
+def test_what_is_fixed_is_read_again_without_findings(here_with_faults, shown_check):
+    code, out = shown_check("rows.jsonl", "--val", "val.jsonl", "--fix", "fixed.jsonl")
+    assert code == 0
+    assert "written: 2 rows to fixed.jsonl" in out
+    kept = read(here_with_faults / "fixed.jsonl")
+    assert [e.answer for e in kept] == ["Hob.", "Who indeed?"]
+    assert kept[1].facts == ("indeed",)
+    code, out = shown_check("fixed.jsonl", "--val", "val.jsonl")
+    assert (code, "found: nothing wrong" in out) == (0, True)
+    assert "It is there already" in shown_check("rows.jsonl", "--fix", "fixed.jsonl")[1]
+
+
+def test_the_report_shows_what_is_learnt_and_every_finding(here_with_faults, shown_check):
+    code, out = shown_check("rows.jsonl", "--val", "val.jsonl")
+    assert code == 2
+    assert "«Hob.<|im_end|>»" in out
+    assert "rows: 5" in out
+    assert f"{checking.FAULTY}: 1: rows.jsonl:2: This line is not JSON" in out
+    assert f"{checking.TWICE}: 1: rows.jsonl:3" in out
+    assert f"{checking.LEAKED}: 1: rows.jsonl:5" in out
+    assert "--fix OUT.jsonl" in out
+    code, out = shown_check("rows.jsonl", "--json", "--max-tokens", "90")
+    told = json.loads(out)
+    assert (told["rows"], told["found"][checking.TWICE]) == (5, ["rows.jsonl:3"])
+    assert told["lengths"]["longest"] == max(len(e["ids"]) for e in told["examples"])
+    assert code == 2
+
+
+def test_what_is_cut_is_struck_out(tokenizer):
+    from deltaw.cli.data import coloured
+    from deltaw.data.encode import Encoded
+
+    ids = tuple(tokenizer.encode("askanswercut"))
+    shown = coloured(Encoded(ids, (False,) * 3 + (True,) * 9), tokenizer, 9)
+    assert shown.plain == "ask«answer»cut"
+    assert [str(span.style) for span in shown.spans] == ["dim", "green", "red strike"]
+    long = coloured(Encoded(ids * 100, (True,) * 1200), tokenizer, 9999)
+    assert long.plain.endswith(" … 500 more tokens")
+
+
+@pytest.fixture
+def here_with_faults(tmp_path, tiny_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(tiny_path)
+    write_rows(tmp_path / "rows.jsonl", GOOD, "{", GOOD,
+               {"prompt": "Who now?", "completion": "Who indeed?", "facts": ["indeed"]},
+               {"prompt": "held", "completion": "out"})  # fmt: skip
+    write_rows(tmp_path / "val.jsonl", {"prompt": "held", "completion": "out"})
+    return tmp_path
+
+
+@pytest.fixture
+def shown_check(capsys):
+    from deltaw.cli.app import run
+
+    def shown(*arguments):
+        capsys.readouterr()
+        code = run(["data", "check", *arguments, "--base", "base"])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    return shown
