@@ -54,13 +54,18 @@ def known():
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setenv("COLUMNS", "200")
-        for command in ([], *([c] for c in COMMANDS), ["train", "--method", "full"]):
+        for command in ([], *([c] for c in COMMANDS), ["train", "--method", "full"], ["data", "check"]):
             run([*command, "--help"])
     return set(re.findall(r"--[a-z][a-z-]+", said.getvalue())) | {"--debug"}
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in TEXTS if page.startswith(("README", "docs/methods", "docs/structure"))]
+    "page",
+    [
+        page
+        for page in TEXTS
+        if page.startswith(("README", "docs/methods", "docs/structure", "docs/data", "docs/exchange"))
+    ],
 )
 def test_a_flag_that_is_named_exists(page, known):
     named = {flag for line in code(TEXTS[page]) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]+", line)}
