@@ -78,6 +78,11 @@ def test_lengths_and_trained_tokens_are_those_of_the_encoded_rows(looked, tokeni
     assert everything.trained_tokens == sum(n - 1 for n in per_row)
 
 
+def test_long_texts_are_counted_in_pieces(looked):
+    places, found, kept = looked({"text": "x" * 199}, train_on="all", max_tokens=50)  # and the end of the text
+    assert (places, found.trained_tokens, kept) == ({}, 4 * 49, [1])
+
+
 def test_answers_that_a_template_does_not_end_are_found(looked, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "end_ids", {0})
     assert looked(GOOD, {"text": "x"}, train_on="answers")[0][checking.ENDLESS] == [1]
@@ -118,6 +123,12 @@ def test_the_report_shows_what_is_learnt_and_every_finding(here_with_faults, sho
     assert (told["rows"], told["found"][checking.TWICE]) == (5, ["rows.jsonl:3"])
     assert told["lengths"]["longest"] == max(len(e["ids"]) for e in told["examples"])
     assert code == 2
+
+
+def test_texts_of_which_nothing_is_learnt_get_the_remedy(here_with_faults, shown_check):
+    write_rows(here_with_faults / "text.jsonl", {"text": "once"}, {"text": "twice"})
+    assert "remedy: rows need an assistant's answer, or take --train-on all" in shown_check("text.jsonl")[1]
+    assert "found: nothing wrong" in shown_check("text.jsonl", "--train-on", "all")[1]
 
 
 def test_what_is_cut_is_struck_out(tokenizer):

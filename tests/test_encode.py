@@ -269,3 +269,17 @@ def test_a_plain_text_begins_as_the_tokenizer_begins_one(tokenizer):
     row = encode(text, begins, "all")
     assert list(row.ids) == [fast.token_to_id("<|im_start|>"), *begins.encode("one"), end]
     assert list(row.ids) == fast.encode("one").ids
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=4), limit=st.integers(2, 40))
+def test_documents_over_the_limit_are_divided_and_lose_no_token(lengths, limit):
+    examples = [Example((), "x" * n, f"f:{i}") for i, n in enumerate(lengths)]
+    got = encode_all(examples, BYTES, "all", limit)
+    whole = [encode(e, BYTES, "all") for e in examples]
+    assert list(got.divided) == [w.where for w in whole if len(w.ids) > limit]
+    assert max(len(row.ids) for row in got.rows) <= limit
+    for w in whole:
+        ids = tuple(i for row in got.rows if row.where == w.where for i in row.ids)
+        assert ids == w.ids or (ids == w.ids[:-1] and len(w.ids) % limit == 1)  # a lone last token teaches nothing
+    assert (f"{len(got.divided)} document" in " ".join(got.notices(limit))) == bool(got.divided)

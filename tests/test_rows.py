@@ -190,6 +190,7 @@ SHAPED = {
                                                                           {"from": "assistant", "value": "Hob."}]},
     "a pair and a system key": {"system": "Be kind.", "prompt": "Who?", "completion": "Hob."},
     "a pair of lists": {"prompt": CONVERSATION[:2], "completion": CONVERSATION[2:]},
+    "a question and its answer": {"question": "Who?", "answer": "Hob.", "system": "Be kind."},
     "alpaca": {"instruction": "Who?", "input": "", "output": "Hob.", "system": "Be kind."},
 }  # fmt: skip
 
@@ -248,7 +249,7 @@ def test_a_list_is_read_as_it_was_written_with_the_lines_on_which_rows_begin(row
 BROKEN = {
     "a short row": ("rows.csv", "prompt,completion\na,b\nc\n", "has 1 cells, and there are 2 columns", 3),
     "an open quote": ("rows.csv", 'prompt,completion\na,b\n"c,d\n', "no table of quoted cells", 3),
-    "unknown columns": ("rows.tsv", "question\tanswer\na\tb\n", "none of the keys .*it has: question, answer", 2),
+    "unknown columns": ("rows.tsv", "question\treply\na\tb\n", "none of the keys .*it has: question, reply", 2),
     "an empty answer": ("rows.csv", "prompt,completion\n\na,\n", "Turn 2 is an empty answer", 3),
     "references that are a text": ("rows.csv", "text,references\na,b\n", "'references' is not a list", 2),
     "a list that is cut short": ("rows.json", '[\n{"text": "a"},\n{"text": ', "not a JSON list of rows", 3),

@@ -20,7 +20,7 @@ from deltaw.files.atomic import replacing
 from deltaw.files.runs import Run
 from deltaw.models import checkpoint, gguf_write
 
-Target = Literal["peft", "gguf", "gguf-lora"]
+Target = Literal["peft", "vllm", "gguf", "gguf-lora"]
 Packing = Literal["F32", "F16", "Q8_0", "Q4_1"]
 
 
@@ -39,8 +39,8 @@ def export(persona: Persona, to: Target, out: Path, packing: Packing = "F16",
            examples: Sequence[Example] = ()) -> Exported:  # fmt: skip
     """Write the persona for other tools, read it back, and compare logits on `examples`.
 
-    `peft`: a folder that PEFT and vLLM load. `gguf`: base and adapter merged, one file for llama.cpp and Ollama.
-    `gguf-lora`: the adapter alone, for llama.cpp beside the base's own GGUF file.
+    `peft`: a folder that PEFT loads. `vllm`: the same, with one rank and one scale. `gguf`: base and adapter merged,
+    one file for llama.cpp. `gguf-lora`: the adapter alone, for llama.cpp beside the base's own GGUF file.
 
     Raises:
         UserError: the format cannot hold this adapter or this model, or `out` is there already.
@@ -51,8 +51,8 @@ def export(persona: Persona, to: Target, out: Path, packing: Packing = "F16",
         raise UserError("It is there already.", where=str(out), remedy="Take another --out.")
     base, batches = persona.base, check_batches(persona, examples)
     match to:
-        case "peft":
-            peft.write(persona.adapter, base.model, base.origin, out)
+        case "peft" | "vllm":
+            peft.write(persona.adapter, base.model, base.origin, out, uniform=to == "vllm")
             again = Persona(persona.name, base, peft.read(out, base.model))
             with again.on():
                 return Exported(to, out, _size(out), compared(persona, base.model, batches))
@@ -68,7 +68,7 @@ def export(persona: Persona, to: Target, out: Path, packing: Packing = "F16",
 
 
 def bring(folder: Path, base: Base, name: str, runs: Path) -> Path:
-    """Import a PEFT adapter for `base` as the run `name`, and return its file.
+    """Import an adapter of PEFT or mlx-lm for `base` as the run `name`, and return its file.
 
     Raises:
         UserError: it is no plain LoRA of this base, or there is such a run already.

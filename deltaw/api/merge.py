@@ -104,7 +104,7 @@ def check_batches(persona: Persona, examples: Sequence[Example]) -> list[Batch]:
     """The rows on which models are compared, or a sentence."""
     tokenizer, device = persona.base.tokenizer, persona.base.model.device
     if examples:
-        rows = encode_all(examples[:CHECK_ROWS], tokenizer, "all", CHECK_TOKENS).rows
+        rows = encode_all(examples[:CHECK_ROWS], tokenizer, "all", CHECK_TOKENS).rows[:CHECK_ROWS]
     else:
         ids = tuple(tokenizer.encode(FALLBACK))
         rows = (Encoded(ids, (True,) * len(ids)),)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from deltaw.cli.show import busy, facts
-from deltaw.data.check import DROPPED, FAULTY, SHOWN, Checked
+from deltaw.data.check import DROPPED, FAULTY, SHOWN, UNLEARNT, Checked
 from deltaw.data.check import check as looked_at
 from deltaw.data.encode import Encoded, TrainOn
 from deltaw.data.rows import Example
@@ -87,6 +87,8 @@ def _report(found: Checked, tokenizer: Tokenizer, limit: int, as_json: bool, fix
         rows[finding] = f"{len(places):,}: {'; '.join(places[:SHOWN])}{more}"
     if not found.places:
         rows["found"] = "nothing wrong"
+    elif not found.trained_tokens and UNLEARNT in found.places:
+        rows["remedy"] = "rows need an assistant's answer, or take --train-on all"
     elif not fixed and any(finding in found.places for finding in DROPPED):
         rows["remedy"] = (
             "--fix OUT.jsonl writes the rows without those that are faulty, double, leaked or teach nothing"

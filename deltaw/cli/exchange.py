@@ -13,7 +13,7 @@ from deltaw.cli.show import busy, facts, notice
 from deltaw.settings import Machine, plain
 from deltaw.words import size
 
-NAMES = {"peft": "peft", "gguf": "{name}.gguf", "gguf-lora": "{name}-lora.gguf"}
+NAMES = {"peft": "peft", "vllm": "vllm", "gguf": "{name}.gguf", "gguf-lora": "{name}-lora.gguf"}
 
 
 def export(run: str | None = None, /, *, to: Target, out: Path | None = None, packing: Packing = "F16",
@@ -26,7 +26,8 @@ def export(run: str | None = None, /, *, to: Target, out: Path | None = None, pa
     run
         A run's name or folder, or an adapter file. By default: the newest run.
     to
-        peft: a folder for PEFT and vLLM. gguf: one merged file for llama.cpp. gguf-lora: the adapter alone, likewise.
+        peft: a folder for PEFT. vllm: the same with one rank and scale. gguf: one merged file for llama.cpp.
+        gguf-lora: the adapter alone, likewise.
     out
         Folder or file to write. By default: in the run's folder.
     packing
@@ -63,7 +64,7 @@ def export(run: str | None = None, /, *, to: Target, out: Path | None = None, pa
 
 def bring(folder: Path, /, *, base: str, name: str | None = None, runs: Path = Path("runs"),
           machine: Annotated[Machine | None, Parameter(name="*")] = None, json: bool = False) -> None:  # fmt: skip
-    """Take in a LoRA that PEFT wrote: it becomes a run, to chat with, measure, merge and export.
+    """Take in a LoRA that PEFT or mlx-lm wrote: it becomes a run, to chat with, measure, merge and export.
 
     Parameters
     ----------

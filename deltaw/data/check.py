@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from deltaw.data.encode import Encoded, TrainOn, encode
+from deltaw.data.encode import Encoded, TrainOn, encode, pieces
 from deltaw.data.files import each
 from deltaw.data.rows import Example
 from deltaw.errors import UserError
@@ -96,9 +96,7 @@ def check(files: Sequence[Path], val: Path | None, tokenizer: Tokenizer, train_o
         except UserError as e:
             found.note(FAULTY, f"{row.where}: {e.what}")
             continue
-        dropped[UNLEARNT] = not _measured(
-            ids, bool(row.messages) and train_on == "answers", found, tokenizer, max_tokens
-        )
+        dropped[UNLEARNT] = not _measured(ids, found, tokenizer, max_tokens, bool(row.messages), train_on)
         for finding in (finding for finding, is_so in dropped.items() if is_so):
             found.note(finding, row.where)
         if not any(dropped.values()):
@@ -114,15 +112,18 @@ def in_order(roles: Sequence[str]) -> bool:
     return "system" not in turns and turns[:1] == ["user"] and turns[-1] == "assistant" and alternate
 
 
-def _measured(ids: Encoded, answers: bool, found: Checked, tokenizer: Tokenizer, max_tokens: int) -> bool:
-    """Take in a row as ids; returns whether something is learnt from it within `max_tokens`."""
+def _measured(
+    ids: Encoded, found: Checked, tokenizer: Tokenizer, max_tokens: int, conversation: bool, train_on: TrainOn
+) -> bool:
+    """Take in a row as ids; returns whether something is learnt from it."""
     found.lengths.append(len(ids.ids))
-    targets = sum(ids.trained[1:max_tokens])
+    divided = not conversation and train_on == "all"
+    targets = sum(p.targets for p in pieces(ids, max_tokens)) if divided else sum(ids.trained[1:max_tokens])
     found.trained_tokens += targets
-    if len(ids.ids) > max_tokens and targets:
+    if len(ids.ids) > max_tokens and targets and not divided:
         found.note(LONG, ids.where)
     last = next((i for i in range(len(ids.ids) - 1, -1, -1) if ids.trained[i]), None)
-    if answers and last is not None and ids.ids[last] not in tokenizer.end_ids:
+    if conversation and train_on == "answers" and last is not None and ids.ids[last] not in tokenizer.end_ids:
         found.note(ENDLESS, ids.where)
     if len(found.shown) < SHOWN and targets:
         found.shown.append(ids)

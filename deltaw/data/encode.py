@@ -41,12 +41,16 @@ class EncodedRows:
     rows: tuple[Encoded, ...]
     cut: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    divided: tuple[str, ...] = ()
 
     def notices(self, limit: int) -> tuple[str, ...]:
         """What a user should know of it, in words."""
         lines = []
         if self.cut:
             lines.append(f"{some(len(self.cut), 'row')} cut to {limit:,} tokens (the first: {self.cut[0]})")
+        if self.divided:
+            lines.append(f"{some(len(self.divided), 'document')} divided into pieces of {limit:,} tokens "
+                         f"(the first: {self.divided[0]})")  # fmt: skip
         if self.dropped:
             lines.append(f"{some(len(self.dropped), 'row')} left out: nothing to learn in their first {limit:,} tokens "
                          f"(the first: {self.dropped[0]})")  # fmt: skip
@@ -54,7 +58,9 @@ class EncodedRows:
 
 
 def encode_all(examples: Sequence[Example], tokenizer: Tokenizer, train_on: TrainOn, max_tokens: int) -> EncodedRows:
-    """Encode rows, cutting those over `max_tokens` and dropping those that then teach nothing.
+    """Encode rows; of those over `max_tokens` documents are divided, and conversations cut.
+
+    Rows that then teach nothing are dropped.
 
     Raises:
         UserError: no row teaches anything, or an answer cannot be found in what the template rendered.
@@ -62,12 +68,17 @@ def encode_all(examples: Sequence[Example], tokenizer: Tokenizer, train_on: Trai
     rows: list[Encoded] = []
     cut: list[str] = []
     dropped: list[str] = []
+    divided: list[str] = []
     for example in examples:
         try:
             row = encode(example, tokenizer, train_on)
         except UserError as e:
             e.where = e.where or example.where  # a template that refuses a row does not know where it stood
             raise
+        if len(row.ids) > max_tokens and not example.messages and train_on == "all":
+            divided.append(row.where)
+            rows += pieces(row, max_tokens)
+            continue
         if len(row.ids) > max_tokens:
             row = Encoded(row.ids[:max_tokens], row.trained[:max_tokens], row.where)
             (cut if row.targets else dropped).append(row.where)
@@ -78,7 +89,14 @@ def encode_all(examples: Sequence[Example], tokenizer: Tokenizer, train_on: Trai
     if not rows:
         raise UserError("No row has a token to learn.", where=examples[0].where if examples else "",
                         remedy="Rows need an assistant's answer, or take --train-on all.")  # fmt: skip
-    return EncodedRows(tuple(rows), tuple(cut), tuple(dropped))
+    return EncodedRows(tuple(rows), tuple(cut), tuple(dropped), tuple(divided))
+
+
+def pieces(row: Encoded, max_tokens: int) -> list[Encoded]:
+    """A document as stretches of so many tokens; a last one of a single token teaches nothing."""
+    parts = [Encoded(row.ids[i : i + max_tokens], row.trained[i : i + max_tokens], row.where)
+             for i in range(0, len(row.ids), max_tokens)]  # fmt: skip
+    return [part for part in parts if part.targets]
 
 
 def encode(example: Example, tokenizer: Tokenizer, train_on: TrainOn = "answers") -> Encoded:

@@ -4,6 +4,7 @@
     {"conversations": [{"from": "human", "value": "..."}, ...]}                 as ShareGPT
     {"prompt": "...", "completion": "..."}                                      texts, or lists of messages
     {"instruction": "...", "input": "...", "output": "..."}                     as Alpaca
+    {"question": "...", "answer": "..."}
     {"text": "..."}
 
 Beside these keys a row may carry `references` (more right answers) and `facts` (what a right answer must name), which
@@ -22,7 +23,7 @@ ROLES = ("system", "user", "assistant", "tool")
 SPOKEN = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
           "model": "assistant", "function": "tool", "observation": "tool"}  # fmt: skip
 """Names of roles in ShareGPT's shape, beside the usual ones."""
-KNOWN = "messages, conversations, prompt and completion, instruction and output, text"
+KNOWN = "messages, conversations, prompt and completion, instruction and output, question and answer, text"
 SHAPES = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 
 
@@ -89,6 +90,8 @@ def _turns(row: dict[str, Any]) -> Any:
         case {"prompt": list(asked), "completion": list(answered)}:
             return [*asked, *answered]
         case {"prompt": asked, "completion": answered}:
+            return _pair(asked, answered)
+        case {"question": asked, "answer": answered}:
             return _pair(asked, answered)
         case {"instruction": str(asked), "output": answered}:
             more = row.get("input")

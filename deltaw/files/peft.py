@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.adapters.whole import PART, Whole
@@ -28,7 +29,7 @@ from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Linear, Slot
 
 PREFIX = "base_model.model."
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, MLX_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"
 CHANGES = {
     "use_dora": "it is a DoRA", "lora_bias": "B has a bias", "fan_in_fan_out": "its matrices are transposed",
     "trainable_token_indices": "single tokens were trained", "layer_replication": "layers are repeated",
@@ -37,20 +38,30 @@ CHANGES = {
     "arrow_config": "it routes between adapters", "use_qalora": "it is a QA-LoRA", "corda_config": "it is a CorDA",
 }  # fmt: skip
 """Keys under which an adapter is no plain LoRA, and what they say."""
+VLLM_RANK = 512
+"""The largest `max_lora_rank` that vLLM takes."""
 MOVED = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Ways to begin that changed the base: the tensors are no LoRA of the base as it was."""
 
 
-def write(adapter: Adapter, model: Decoder, base: str, folder: Path) -> None:
+def write(adapter: Adapter, model: Decoder, base: str, folder: Path, uniform: bool = False) -> None:
     """Write the adapter so that PEFT loads it onto `base`.
 
+    `uniform`: one rank and one scale for all layers, for readers such as vLLM that know no patterns. Ranks are filled
+    up with zeros and scales multiplied into B, which changes nothing.
+
     Raises:
-        UserError: a delta is not plain low rank.
+        UserError: a delta is not plain low rank, or `uniform` and there is more than the linear layers of the blocks.
         Diverged: a weight is not finite.
     """
     tensors: dict[str, Tensor] = {}
-    ranks, alphas, saved = {}, {}, []
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    saved: list[str] = []
     names = dict(adapter.named_deltas())
+    most = max((len(f.A_RI) for slot, d in adapter.items() if (f := d.served(slot)) is not None), default=0)
+    if uniform:
+        _refuse_for_vllm(names, most)
     for (slot, delta), name in zip(adapter.items(), names, strict=True):
         key = PREFIX + _hf(name)
         if isinstance(delta, Whole):
@@ -61,14 +72,17 @@ def write(adapter: Adapter, model: Decoder, base: str, folder: Path) -> None:
         if form is None or form.gain_O is not None or form.bias_O is not None:
             raise UserError(f"The adapter does more at {name} than PEFT's LoRA can.",
                             remedy="Merge it: deltaw merge.")  # fmt: skip
-        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = form.A_RI, form.B_OR
-        ranks[name], alphas[name] = len(form.A_RI), form.scale * len(form.A_RI)
+        A_RI, B_OR, rank = form.A_RI, form.B_OR, len(form.A_RI)
+        if uniform:
+            A_RI, B_OR, rank = pad(A_RI, (0, 0, 0, most - rank)), pad(form.scale * B_OR, (0, most - rank)), most
+        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = A_RI, B_OR
+        ranks[name], alphas[name] = rank, rank if uniform else form.scale * rank
     if not ranks:
         raise UserError("There is nothing of low rank in this adapter.", remedy="Merge it: deltaw merge.")
     tied = model.lm_head is None and "embed_tokens" in saved and names["embed_tokens"].heads
     if tied:  # PEFT wants the shared matrix twice
         tensors[f"{PREFIX}lm_head.weight"] = tensors[f"{PREFIX}{_hf('embed_tokens')}.weight"].clone()
-    rank, alpha = (Counter(d.values()).most_common(1)[0][0] for d in (ranks, alphas))
+    rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": rank, "lora_alpha": _whole(alpha), "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
@@ -84,15 +98,30 @@ def write(adapter: Adapter, model: Decoder, base: str, folder: Path) -> None:
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
+def _refuse_for_vllm(names: Mapping[str, Any], most: int) -> None:
+    """What vLLM would leave out or not load (its `PEFTHelper` and `max_lora_rank`)."""
+    if whole := next((name for name, delta in names.items() if isinstance(delta, Whole)), None):
+        raise UserError(f"vLLM loads no layers that were trained whole, such as {whole}.", remedy="Take deltaw merge.")
+    if "lm_head" in names:
+        raise UserError("vLLM loads no LoRA of the head.", remedy="Take deltaw merge, or train without lm_head.")
+    if most > VLLM_RANK:
+        raise UserError(
+            f"vLLM loads ranks up to {VLLM_RANK}, and this adapter has {most}.", remedy="Take deltaw merge."
+        )
+
+
 def read(folder: Path, model: Decoder) -> Adapter:
-    """Build the LoRA that a PEFT folder holds on `model`.
+    """Build the LoRA that a folder of PEFT, or of mlx-lm, holds on `model`.
 
     Raises:
         UserError: no such folder, a pickle, something that is no plain LoRA, or tensors that do not fit the model.
     """
     config = read_json(folder / CONFIG)
-    _refuse(config, folder)
-    tensors = _tensors(folder)
+    if "fine_tune_type" in config or "lora_parameters" in config:
+        config, tensors = _from_mlx(config, folder)
+    else:
+        _refuse(config, folder)
+        tensors = _tensors(folder / WEIGHTS)
     low, whole = _sorted(tensors, model, str(folder))
     ranks = {name: len(pair["A"]) for name, pair in low.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -132,17 +161,32 @@ def _refuse(config: Mapping[str, Any], folder: Path) -> None:
                         remedy="Merge it with PEFT, or convert it to a plain LoRA there.")  # fmt: skip
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    if not (folder / WEIGHTS).exists():
-        pickled = (folder / "adapter_model.bin").exists()
-        raise UserError(f"{WEIGHTS} is missing.", where=str(folder),
+def _from_mlx(told: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What mlx-lm wrote, in PEFT's terms: its matrices are transposed, and its scale is no alpha / rank."""
+    if (kind := str(told.get("fine_tune_type", "lora"))) != "lora":
+        raise UserError(f"This is a '{kind}' adapter of mlx-lm; LoRA is what can be imported.", where=str(folder))
+    stored = _tensors(folder / MLX_WEIGHTS)
+    tensors = {re.sub(r"lora_([ab])$", lambda m: f"lora_{m[1].upper()}.weight", name): t.t() if ".lora_" in name else t
+               for name, t in stored.items()}  # fmt: skip
+    ranks = {name.removesuffix(".lora_A.weight"): len(t) for name, t in tensors.items() if "lora_A" in name}
+    scale = float(told.get("lora_parameters", {}).get("scale", 1.0))
+    config = {"r": next(iter(ranks.values()), 0), "rank_pattern": {re.escape(n): r for n, r in ranks.items()},
+              "lora_alpha": 0, "alpha_pattern": {re.escape(n): scale * r for n, r in ranks.items()},
+              "ensure_weight_tying": True}  # fmt: skip
+    return config, tensors
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    if not file.exists():
+        pickled = (file.parent / "adapter_model.bin").exists()
+        raise UserError(f"{file.name} is missing.", where=str(file.parent),
                         why="adapter_model.bin is a pickle, which may run code." if pickled else "",
                         remedy="Save the adapter again with safetensors." if pickled else "")  # fmt: skip
     try:
-        tensors: dict[str, Tensor] = load_file(folder / WEIGHTS)
+        tensors: dict[str, Tensor] = load_file(file)
         return tensors
     except (SafetensorError, OSError) as e:
-        raise UserError("The adapter file is damaged.", where=str(folder / WEIGHTS), why=str(e)) from None
+        raise UserError("The adapter file is damaged.", where=str(file), why=str(e)) from None
 
 
 def _sorted(

@@ -36,9 +36,9 @@ def test_a_turn_without_text(here, said):
 
 
 def test_a_row_of_another_shape(here, said):
-    write_rows(here / "rows.jsonl", ROW, ROW, {"question": "a", "answer": "b"})
+    write_rows(here / "rows.jsonl", ROW, ROW, {"question": "a", "reply": "b"})
     text = said(*TRAIN)
-    assert "instruction and output, text (it has: question, answer)." in text
+    assert "question and answer, text (it has: question, reply)." in text
     assert "where rows.jsonl:3" in text
 
 

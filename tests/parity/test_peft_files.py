@@ -156,3 +156,52 @@ def test_an_adapter_with_nothing_of_low_rank_is_not_written(tiny, tmp_path):
     with pytest.raises(UserError, match="nothing of low rank"):
         files.write(Adapter.build(method("full", targets="norm"), tiny), tiny, "x", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_for_vllm_ranks_and_scales_are_one_and_the_logits_the_same(tiny, tiny_path, tmp_path):
+    options = {"rank": 3, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"layers.1.*": 7}, "rslora": True}
+    adapter = scramble(Adapter.build(method("lora", **options), tiny).eval(), 0.1)
+    files.write(adapter, tiny, str(tiny_path), tmp_path, uniform=True)
+    config = json.loads((tmp_path / files.CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (5, 5, {}, {})
+    assert {t.shape[0] for n, t in load_file(tmp_path / files.WEIGHTS).items() if "lora_A" in n} == {5}
+    with adapter.on():
+        torch.testing.assert_close(peft_logits(tiny_path, tmp_path), our_logits(tiny, IDS), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"modules_to_save": "norm"}, "no layers that were trained whole, such as norm"),
+    ({"targets": "q,lm_head"}, "no LoRA of the head"), ({"targets": "q", "rank": 513}, "ranks up to 512")])  # fmt: skip
+def test_what_vllm_does_not_load_is_refused(options, said, tmp_path):
+    write_tiny(tmp_path / "base", UNTIED)
+    model = checkpoint.load(tmp_path / "base")
+    with pytest.raises(UserError, match=said):
+        files.write(Adapter.build(method("lora", **options), model), model, "x", tmp_path / "out", uniform=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_mlx_lm_adds_its_scale_times_its_transposed_product(tiny, tmp_path):
+    """y = W x + scale * (x a) b (mlx_lm/tuner/lora.py), in fp64, by a merged copy of the weights."""
+    rng = torch.Generator().manual_seed(3)
+    stored, merged = {}, {}
+    weights = dict(checkpoint.tensors(tiny))
+    for name, rank in (
+        ("layers.0.self_attn.q_proj", 3),
+        ("layers.1.mlp.down_proj", 3),
+        ("layers.1.self_attn.q_proj", 2),
+    ):
+        o, i = weights[f"{name}.weight"].shape
+        a, b = torch.randn(i, rank, generator=rng), torch.randn(rank, o, generator=rng)
+        stored |= {f"model.{name}.lora_a": a, f"model.{name}.lora_b": b}
+        merged[name] = (weights[f"{name}.weight"].double() + 0.7 * (a.double() @ b.double()).t()).float()
+    save_file(stored, tmp_path / "adapters.safetensors")
+    told = {"fine_tune_type": "lora", "lora_parameters": {"rank": 3, "scale": 0.7, "dropout": 0.0}}
+    (tmp_path / files.CONFIG).write_text(json.dumps(told))
+    with files.read(tmp_path, tiny).on():
+        got = our_logits(tiny, IDS)
+    for name, w in merged.items():
+        tiny.get_submodule(name).swap({"weight": tiny.get_submodule(name).weight.repack(w)})
+    torch.testing.assert_close(got, our_logits(tiny, IDS), rtol=0, atol=1e-4)
+    (tmp_path / files.CONFIG).write_text(json.dumps(told | {"fine_tune_type": "dora"}))
+    with pytest.raises(UserError, match="'dora' adapter of mlx-lm"):
+        files.read(tmp_path, tiny)
