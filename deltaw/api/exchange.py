@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,12 +15,12 @@ from deltaw.api.persona import Base, Persona
 from deltaw.data.rows import Example
 from deltaw.errors import UserError
 from deltaw.evaluate.measure import Difference
-from deltaw.files import adapters, peft
-from deltaw.files.atomic import replacing
+from deltaw.files import adapters, ollama, peft
+from deltaw.files.atomic import replacing, write_text
 from deltaw.files.runs import Run
 from deltaw.models import checkpoint, gguf_write
 
-Target = Literal["peft", "vllm", "gguf", "gguf-lora"]
+Target = Literal["peft", "vllm", "gguf", "gguf-lora", "ollama"]
 Packing = Literal["F32", "F16", "Q8_0", "Q4_1"]
 
 
@@ -40,7 +40,8 @@ def export(persona: Persona, to: Target, out: Path, packing: Packing = "F16",
     """Write the persona for other tools, read it back, and compare logits on `examples`.
 
     `peft`: a folder that PEFT loads. `vllm`: the same, with one rank and one scale. `gguf`: base and adapter merged,
-    one file for llama.cpp. `gguf-lora`: the adapter alone, for llama.cpp beside the base's own GGUF file.
+    one file for llama.cpp. `ollama`: the same, in a folder with a Modelfile. `gguf-lora`: the adapter alone, for
+    llama.cpp beside the base's own GGUF file.
 
     Raises:
         UserError: the format cannot hold this adapter or this model, or `out` is there already.
@@ -56,6 +57,11 @@ def export(persona: Persona, to: Target, out: Path, packing: Packing = "F16",
             again = Persona(persona.name, base, peft.read(out, base.model))
             with again.on():
                 return Exported(to, out, _size(out), compared(persona, base.model, batches))
+        case "ollama":
+            text = ollama.modelfile(base.tokenizer, persona.system, f"{persona.name}.gguf")
+            merged = export(persona, "gguf", out / f"{persona.name}.gguf", packing, examples)
+            write_text(out / "Modelfile", text)
+            return replace(merged, to=to, path=out, size_bytes=_size(out))
         case "gguf":
             with folded(persona), replacing(out) as scratch:
                 notices = gguf_write.write(base.model, base.tokenizer, scratch, packing, persona.name)

@@ -36,7 +36,7 @@ COMMANDS = {
     "generate": "Answer questions given on the command line, or one a line.",
     "eval": "Measure a persona, beside its base if you like.",
     "merge": "Write base and adapter as one plain model, and check it.",
-    "export": "Write a persona for PEFT, vLLM or llama.cpp, and check it.",
+    "export": "Write a persona for other tools, and check it.",
     "import": "Take in a LoRA that PEFT or mlx-lm wrote.",
     "data": "Say what a model would learn from your data.",
     "inspect": "Say what a model, an adapter or a run is.",

@@ -13,7 +13,7 @@ from deltaw.cli.show import busy, facts, notice
 from deltaw.settings import Machine, plain
 from deltaw.words import size
 
-NAMES = {"peft": "peft", "vllm": "vllm", "gguf": "{name}.gguf", "gguf-lora": "{name}-lora.gguf"}
+NAMES = {"peft": "peft", "vllm": "vllm", "ollama": "ollama", "gguf": "{name}.gguf", "gguf-lora": "{name}-lora.gguf"}
 
 
 def export(run: str | None = None, /, *, to: Target, out: Path | None = None, packing: Packing = "F16",
@@ -27,7 +27,7 @@ def export(run: str | None = None, /, *, to: Target, out: Path | None = None, pa
         A run's name or folder, or an adapter file. By default: the newest run.
     to
         peft: a folder for PEFT. vllm: the same with one rank and scale. gguf: one merged file for llama.cpp.
-        gguf-lora: the adapter alone, likewise.
+        ollama: the same in a folder with a Modelfile. gguf-lora: the adapter alone, for llama.cpp.
     out
         Folder or file to write. By default: in the run's folder.
     packing

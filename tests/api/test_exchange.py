@@ -1,5 +1,7 @@
 """Personas go to other tools and come back: what is written is read by them, and says the same."""
 
+from dataclasses import replace
+
 import llamacpp
 import pytest
 import torch
@@ -58,6 +60,17 @@ def test_llama_cpp_puts_the_adapter_alone_onto_the_base(persona, tmp_path):
     assert max(abs(p - logp_V[i].item()) for i, p in first.items()) < 5e-3
     _, plain = llamacpp.asked(tmp_path / "base.gguf", prompt.tolist(), 1)
     assert max(abs(p - logp_V[i].item()) for i, p in plain.items()) > 0.05  # else the adapter did nothing
+
+
+def test_a_folder_for_ollama_holds_the_merged_file_and_how_it_is_talked_to(persona, tmp_path):
+    persona = replace(persona, system="Be odd.")
+    done = export(persona, "ollama", tmp_path / "out", "F32")
+    assert done.difference.max_logit_difference < 1e-4
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["Modelfile", "odd.gguf"]
+    assert done.size_bytes == sum(f.stat().st_size for f in (tmp_path / "out").iterdir())
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert text.startswith("FROM ./odd.gguf\n")
+    assert 'SYSTEM """Be odd."""' in text
 
 
 def test_what_peft_gets_comes_back_as_the_same_persona(persona, tmp_path):
