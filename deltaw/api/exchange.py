@@ -36,12 +36,12 @@ class Exported:
 
 
 def export(persona: Persona, to: Target, out: Path, packing: Packing = "F16",
-           examples: Sequence[Example] = ()) -> Exported:  # fmt: skip
+           examples: Sequence[Example] = (), card: str | None = None) -> Exported:  # fmt: skip
     """Write the persona for other tools, read it back, and compare logits on `examples`.
 
     `peft`: a folder that PEFT loads. `vllm`: the same, with one rank and one scale. `gguf`: base and adapter merged,
     one file for llama.cpp. `ollama`: the same, in a folder with a Modelfile. `gguf-lora`: the adapter alone, for
-    llama.cpp beside the base's own GGUF file.
+    llama.cpp beside the base's own GGUF file. `card`: the text of a model card, for folders.
 
     Raises:
         UserError: the format cannot hold this adapter or this model, or `out` is there already.
@@ -54,6 +54,8 @@ def export(persona: Persona, to: Target, out: Path, packing: Packing = "F16",
     match to:
         case "peft" | "vllm":
             peft.write(persona.adapter, base.model, base.origin, out, uniform=to == "vllm")
+            if card is not None:
+                write_text(out / "README.md", card)
             again = Persona(persona.name, base, peft.read(out, base.model))
             with again.on():
                 return Exported(to, out, _size(out), compared(persona, base.model, batches))

@@ -29,6 +29,7 @@ from deltaw.methods import method as make_method
 from deltaw.models import checkpoint
 from deltaw.settings import Training, build, names, plain
 from deltaw.train import memory
+from deltaw.train.card import write_card
 from deltaw.train.events import Event, Finished, Planned, Started, Warned
 from deltaw.train.job import Job
 from deltaw.train.loop import DISK_FULL, Trainer
@@ -112,7 +113,8 @@ class Prepared:
     def _recorded(self) -> Iterator[Event]:
         run = self.job.run
         log, board = EventFile(run.events), TensorBoard(run.folder / "tensorboard")
-        report = guarded(lambda: write_report(run.folder), "The disk is full: report.html was not written.")
+        report = guarded(lambda: (write_report(run.folder), write_card(run.folder)),
+                         "The disk is full: report.html was not written.")  # fmt: skip
         try:
             for event in self._all():
                 log(event)

@@ -48,7 +48,9 @@ def export(run: str | None = None, /, *, to: Target, out: Path | None = None, pa
     with busy(json) as say:
         persona = load(str(path), runs, base, **plain(machine or Machine()), say=say)
         say(f"Exporting {name}")
-        done = exported(persona, to, out or folder / NAMES[to].format(name=name), packing, known_rows(folder))
+        card = folder / "MODEL_CARD.md"
+        done = exported(persona, to, out or folder / NAMES[to].format(name=name), packing, known_rows(folder),
+                        card.read_text(encoding="utf-8") if card.exists() else None)  # fmt: skip
     for text in done.notices:
         notice(text)
     rows = {"written": f"{done.path} ({size(done.size_bytes)})"}

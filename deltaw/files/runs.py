@@ -4,6 +4,7 @@ config.yaml     the settings as resolved        plan.json       predicted and me
 events.jsonl    what happened, line by line     checkpoints/    what a run resumes from; the last two
 adapter/        the result                      report.html     the same for people
 manifest.json   fingerprints of base, tokenizer, template and data
+MODEL_CARD.md   what was made, from what, and what was measured
 """
 
 from __future__ import annotations

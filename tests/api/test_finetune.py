@@ -2,12 +2,14 @@
 
 import errno
 import json
+import math
 import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import yaml
 from small import ROW, told, write_rows
 
 import deltaw
@@ -17,7 +19,7 @@ from deltaw.data.batch import steps
 from deltaw.errors import Interrupted, UserError, WillNotFit
 from deltaw.files.runs import Run
 from deltaw.train import saving
-from deltaw.train.events import Started, Stepped
+from deltaw.train.events import Evaluated, Sampled, Started, Stepped
 
 QUICK = {"method": "full", "learning_rate": 0.01, "evaluations": 2}
 
@@ -152,7 +154,7 @@ def test_a_run_folder_holds_everything(ended):
     run, events = ended
     assert {p.name for p in run.folder.iterdir()} == {
         ".lock", "config.yaml", "plan.json", "events.jsonl", "manifest.json", "tensorboard", "checkpoints", "adapter",
-        "report.html"}  # fmt: skip
+        "report.html", "MODEL_CARD.md"}  # fmt: skip
     assert [p.name for p in run.adapter.parent.iterdir()] == ["adapter.safetensors"]
     plan = json.loads(run.plan.read_text())
     assert (plan["steps"], plan["actual"]["reason"], plan["actual"]["step"]) == (4, "done", 4)
@@ -162,6 +164,15 @@ def test_a_run_folder_holds_everything(ended):
     assert [json.loads(line) for line in run.events.read_text().splitlines()] == [
         json.loads(json.dumps(e.record())) for e in events]  # fmt: skip
     assert "<svg" in (run.folder / "report.html").read_text()
+    card = (run.folder / "MODEL_CARD.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert (head["tags"], head["library_name"]) == (["deltaw", "full"], "deltaw")
+    best = min((e for e in events if isinstance(e, Evaluated)), key=lambda e: e.loss)
+    samples = [e.answer for e in events if isinstance(e, Sampled)]
+    for said in (f"| loss of the held-out rows | {best.loss:.3f} (perplexity {math.exp(best.loss):.2f})",
+                 manifest["base"], next(iter(manifest["data"].values())), "| steps | 4 (done) |", "| targets | all |",
+                 "deltaw chat run", "> say 1", " ".join(samples[-1].split())[:20]):  # fmt: skip
+        assert said in card, said
     assert len(list((run.folder / "tensorboard").iterdir())) == 1
 
 
