@@ -8,6 +8,7 @@ from small import write_rows
 from deltaw.data import check as checking
 from deltaw.data.check import check, in_order
 from deltaw.data.files import read
+from deltaw.errors import UserError
 from deltaw.models.tokenizer import Tokenizer
 
 SYSTEM, USER = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who?"}
@@ -56,8 +57,10 @@ def test_each_finding_is_named_with_its_places(looked, rows, places, kept):
 
 
 def test_rows_of_the_validation_file_are_leaks(looked):
-    places, _, kept = looked(GOOD, {"messages": [USER, OTHER]}, val=[{"prompt": "Who?", "completion": "Nan."}, "{"])
+    places, _, kept = looked(GOOD, {"messages": [USER, OTHER]}, val=[{"prompt": "Who?", "completion": "Nan."}])
     assert (places[checking.LEAKED], kept) == ([2], [1])
+    with pytest.raises(UserError, match="not JSON"):
+        looked(GOOD, val=["{"])
 
 
 def test_lengths_and_trained_tokens_are_those_of_the_encoded_rows(looked, tokenizer):
@@ -129,6 +132,14 @@ def test_texts_of_which_nothing_is_learnt_get_the_remedy(here_with_faults, shown
     write_rows(here_with_faults / "text.jsonl", {"text": "once"}, {"text": "twice"})
     assert "remedy: rows need an assistant's answer, or take --train-on all" in shown_check("text.jsonl")[1]
     assert "found: nothing wrong" in shown_check("text.jsonl", "--train-on", "all")[1]
+
+
+def test_an_empty_file_a_table_to_fix_and_odd_limits_are_refused(here_with_faults, shown_check):
+    (here_with_faults / "empty.jsonl").write_text("")
+    assert "have no rows" in shown_check("empty.jsonl")[1]
+    assert "Take --fix out.jsonl" in shown_check("rows.jsonl", "--fix", "out.csv")[1]
+    assert shown_check("rows.jsonl", "--max-tokens", "-5")[0] == 2
+    assert "the model sees 512" in shown_check("rows.jsonl", "--max-tokens", "999")[1]
 
 
 def test_what_is_cut_is_struck_out(tokenizer):

@@ -254,6 +254,8 @@ BROKEN = {
     "references that are a text": ("rows.csv", "text,references\na,b\n", "'references' is not a list", 2),
     "a list that is cut short": ("rows.json", '[\n{"text": "a"},\n{"text": ', "not a JSON list of rows", 3),
     "a list that never ends": ("rows.json", '[{"text": "a"}\n', "not a JSON list of rows", 2),
+    "something after a list": ("rows.json", '[{"text": "a"}]\n[{"text": "b"}]', "Something follows the list", 1),
+    "two columns of a name": ("rows.csv", "text,text\na,b\n", "Two columns are called 'text'", 1),
     "a list of numbers": ("rows.json", "[\n1]", "not a JSON object", 2),
     "a bad row of a list": ("rows.json", '[{"text": "a"},\n\n{"txet": "b"}]', "it has: txet", 3),
     "UTF-16": ("rows.csv", "prompt,completion\na,b\n".encode("utf-16"), "not UTF-8 text.*UTF-16", 1),

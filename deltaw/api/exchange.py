@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -35,7 +37,7 @@ class Exported:
     notices: tuple[str, ...] = ()
 
 
-def export(persona: Persona, to: Target, out: Path, packing: Packing = "F16",
+def export(persona: Persona, to: Target, out: Path, packing: Packing | None = None,
            examples: Sequence[Example] = (), card: str | None = None) -> Exported:  # fmt: skip
     """Write the persona for other tools, read it back, and compare logits on `examples`.
 
@@ -50,6 +52,15 @@ def export(persona: Persona, to: Target, out: Path, packing: Packing = "F16",
         raise UserError("The base has no adapter to export.")
     if out.exists():
         raise UserError("It is there already.", where=str(out), remedy="Take another --out.")
+    if packing is not None and to not in ("gguf", "ollama"):
+        raise UserError(f"A packing is of GGUF models; --to {to} has none.")
+    with _gone_unless_done(out):
+        return _exported(persona, to, out, packing or "F16", examples, card)
+
+
+def _exported(persona: Persona, to: Target, out: Path, packing: Packing, examples: Sequence[Example],
+              card: str | None) -> Exported:  # fmt: skip
+    assert persona.adapter is not None
     base, batches = persona.base, check_batches(persona, examples)
     match to:
         case "peft" | "vllm":
@@ -81,12 +92,27 @@ def bring(folder: Path, base: Base, name: str, runs: Path) -> Path:
     Raises:
         UserError: it is no plain LoRA of this base, or there is such a run already.
     """
+    if not name or Path(name).name != name or not name.isprintable():
+        raise UserError(f"{name!r} is no name for a run.", remedy="Take another --name.")
     run = Run(runs / name)
     if run.folder.exists():
         raise UserError(f"There is a run '{name}' already.", where=str(run.folder), remedy="Take another --name.")
     adapter = peft.read(folder, base.model)
-    adapters.save(adapter, adapters.Header.of(adapter, base.origin, base.fingerprint), run.adapter)
+    with _gone_unless_done(run.folder):
+        adapters.save(adapter, adapters.Header.of(adapter, base.origin, base.fingerprint), run.adapter)
     return run.adapter
+
+
+@contextmanager
+def _gone_unless_done(path: Path) -> Iterator[None]:
+    """Remove what was begun at a path where nothing was, if the block does not end well, Ctrl-C included."""
+    try:
+        yield
+    except BaseException:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:

@@ -18,6 +18,7 @@ from deltaw.data.rows import Example
 from deltaw.errors import UserError
 from deltaw.files.atomic import replacing
 from deltaw.models.tokenizer import Tokenizer
+from deltaw.settings import Count
 from deltaw.words import sparkline
 
 LONGEST_SHOWN = 700
@@ -25,7 +26,7 @@ LONGEST_SHOWN = 700
 
 
 def check(*files: Path, base: str = "smollm2-135m", val: Path | None = None, train_on: TrainOn = "answers",
-          max_tokens: int | None = None, fix: Path | None = None, json: bool = False) -> int:  # fmt: skip
+          max_tokens: Count | None = None, fix: Path | None = None, json: bool = False) -> int:  # fmt: skip
     """Show what the model would learn from the rows, and what is wrong with them; exit code 2 if rows are faulty.
 
     Parameters
@@ -52,6 +53,10 @@ def check(*files: Path, base: str = "smollm2-135m", val: Path | None = None, tra
 
     if not files:
         raise UserError("There is no data to check.", remedy="deltaw data check FILE.jsonl")
+    if fix is not None and fix.suffix != ".jsonl":
+        raise UserError(
+            "Rows are written as .jsonl.", where=str(fix), remedy=f"Take --fix {fix.with_suffix('.jsonl')}."
+        )
     if fix is not None and fix.exists():
         raise UserError("It is there already.", where=str(fix), remedy="Take another --fix.")
     with busy(json) as say, ExitStack() as stack:
@@ -68,7 +73,7 @@ def check(*files: Path, base: str = "smollm2-135m", val: Path | None = None, tra
             if out is not None:
                 out.write(encoding.dumps(_row(row), ensure_ascii=False) + "\n")
 
-        limit = max_tokens or config.context
+        limit = min(max_tokens or config.context, config.context)
         found = looked_at(files, val, tokenizer, train_on, limit, keep)
     _report(found, tokenizer, limit, json, f"{len(kept):,} rows to {fix}" if fix else "")
     return UserError.code if FAULTY in found.places and not fix else 0
@@ -85,6 +90,8 @@ def _report(found: Checked, tokenizer: Tokenizer, limit: int, as_json: bool, fix
     for finding, places in found.places.items():
         more = f" and {len(places) - SHOWN:,} more" if len(places) > SHOWN else ""
         rows[finding] = f"{len(places):,}: {'; '.join(places[:SHOWN])}{more}"
+    if not found.rows:
+        raise UserError("The data files have no rows.")
     if not found.places:
         rows["found"] = "nothing wrong"
     elif not found.trained_tokens and UNLEARNT in found.places:

@@ -16,7 +16,7 @@ from deltaw.words import size
 NAMES = {"peft": "peft", "vllm": "vllm", "ollama": "ollama", "gguf": "{name}.gguf", "gguf-lora": "{name}-lora.gguf"}
 
 
-def export(run: str | None = None, /, *, to: Target, out: Path | None = None, packing: Packing = "F16",
+def export(run: str | None = None, /, *, to: Target, out: Path | None = None, packing: Packing | None = None,
            base: str | None = None, runs: Path = Path("runs"),
            machine: Annotated[Machine | None, Parameter(name="*")] = None, json: bool = False) -> None:  # fmt: skip
     """Write a persona for other tools, read it back, and compare both on the run's own data.
@@ -31,7 +31,7 @@ def export(run: str | None = None, /, *, to: Target, out: Path | None = None, pa
     out
         Folder or file to write. By default: in the run's folder.
     packing
-        How a merged GGUF file stores matrices.
+        How a merged GGUF file stores matrices. By default: F16.
     base
         The base model, if it is not where the adapter was trained on it.
     runs

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from deltaw.words import one_line
@@ -31,11 +32,11 @@ def facts(title: str, rows: Mapping[str, Any], as_json: bool, record: Mapping[st
         for name, value in rows.items():
             console.print(f"{name}: {value}", soft_wrap=True, highlight=False, markup=False)
         return None
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=box.SIMPLE)
+    table = Table(title=escape(title), title_justify="left", title_style="bold", show_header=False, box=box.SIMPLE)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, str(value))
+        table.add_row(escape(name), escape(str(value)))
     return console.print(table)
 
 

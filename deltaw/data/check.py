@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from deltaw.data.encode import Encoded, TrainOn, encode, pieces
-from deltaw.data.files import each
+from deltaw.data.files import each, stream
 from deltaw.data.rows import Example
 from deltaw.errors import UserError
 from deltaw.models.tokenizer import Tokenizer
@@ -55,7 +56,7 @@ class Checked:
 
     def quantile(self, share: float) -> int:
         """The length that this share of the rows does not exceed."""
-        return sorted(self.lengths)[min(len(self.lengths) - 1, int(share * len(self.lengths)))] if self.lengths else 0
+        return sorted(self.lengths)[max(0, math.ceil(share * len(self.lengths)) - 1)] if self.lengths else 0
 
     def histogram(self) -> list[int]:
         """Rows in each of `BINS` equal stretches of length, up to the longest."""
@@ -69,10 +70,10 @@ def check(files: Sequence[Path], val: Path | None, tokenizer: Tokenizer, train_o
     """Look at every row of the files; `keep` is given those that `--fix` writes.
 
     Raises:
-        UserError: a file cannot be read on.
+        UserError: a file cannot be read on, or a validation row is faulty.
     """
     found = Checked()
-    held = {_digest(_content(e)) for e in each(val) if isinstance(e, Example)} if val else set()
+    held = {_digest(_content(e)) for e in stream(val)} if val else set()
     seen: set[bytes] = set()
     answers: dict[bytes, bytes] = {}
     for row in (row for file in files for row in each(file)):

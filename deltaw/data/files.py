@@ -168,6 +168,8 @@ def _list(lines: Iterator[str], path: Path) -> Iterator[Example | UserError]:
         counted, line = at, line + text.count("\n", counted, at)
         where = f"{path}:{line}"
         if text[at : at + 1] == "]":
+            if rest := text[at + 1 :].strip():
+                raise UserError("Something follows the list of rows.", where=where, why=f"It begins {rest[:40]!r}.")
             return
         try:
             row, at = decoder.raw_decode(text, at)
@@ -192,6 +194,8 @@ def _table(lines: Iterator[str], path: Path, delimiter: str) -> Iterator[Example
                 continue
             if names is None:
                 names = [cell.strip() for cell in cells]
+                if double := next((name for name in names if names.count(name) > 1), None):
+                    raise UserError(f"Two columns are called '{double}'.", where=where)
                 continue
             if len(cells) != len(names):
                 yield UserError(f"This row has {len(cells)} cells, and there are {len(names)} columns.", where=where,
@@ -205,7 +209,7 @@ def _table(lines: Iterator[str], path: Path, delimiter: str) -> Iterator[Example
 
 def _cell(name: str, cell: str) -> Any:
     """A cell's text; lists are written as JSON."""
-    if name in ("messages", "conversations", "references", "facts"):
+    if name in ("messages", "conversations", "references", "facts") or cell.lstrip().startswith('[{"role"'):
         try:
             return json.loads(cell) if cell.strip() else []
         except (ValueError, RecursionError):

@@ -23,6 +23,10 @@ def replacing(path: Path) -> Iterator[Path]:
         _flush(scratch)
         scratch.replace(path)
         _flush(path.parent)
+    except Exception as e:
+        if disk_is_full(e) and not isinstance(e, OSError):  # safetensors has an error of its own
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from e
+        raise
     finally:
         scratch.unlink(missing_ok=True)
 

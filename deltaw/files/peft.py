@@ -13,35 +13,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
 from deltaw.adapters.adapter import Adapter
+from deltaw.adapters.protocol import HEAD, matches
 from deltaw.adapters.whole import PART, Whole
 from deltaw.errors import UserError
 from deltaw.files.adapters import put, refuse_nan
 from deltaw.files.atomic import replacing, write_text
+from deltaw.files.foreign import CONFIG, WEIGHTS, Said, understood
 from deltaw.methods import method
-from deltaw.models.checkpoint import get, read_json
+from deltaw.models.checkpoint import get
 from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Linear, Slot
 
 PREFIX = "base_model.model."
-CONFIG, WEIGHTS, MLX_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"
-CHANGES = {
-    "use_dora": "it is a DoRA", "lora_bias": "B has a bias", "fan_in_fan_out": "its matrices are transposed",
-    "trainable_token_indices": "single tokens were trained", "layer_replication": "layers are repeated",
-    "target_parameters": "bare parameters are adapted", "alora_invocation_tokens": "it is switched on by tokens",
-    "use_bdlora": "it is block-diagonal", "kasa_config": "it is a KaSA", "monteclora_config": "it is sampled",
-    "arrow_config": "it routes between adapters", "use_qalora": "it is a QA-LoRA", "corda_config": "it is a CorDA",
-}  # fmt: skip
-"""Keys under which an adapter is no plain LoRA, and what they say."""
 VLLM_RANK = 512
 """The largest `max_lora_rank` that vLLM takes."""
-MOVED = ("pissa", "olora", "corda", "lora_ga", "loftq")
-"""Ways to begin that changed the base: the tensors are no LoRA of the base as it was."""
 
 
 def write(adapter: Adapter, model: Decoder, base: str, folder: Path, uniform: bool = False) -> None:
@@ -116,26 +106,22 @@ def read(folder: Path, model: Decoder) -> Adapter:
     Raises:
         UserError: no such folder, a pickle, something that is no plain LoRA, or tensors that do not fit the model.
     """
-    config = read_json(folder / CONFIG)
-    if "fine_tune_type" in config or "lora_parameters" in config:
-        config, tensors = _from_mlx(config, folder)
-    else:
-        _refuse(config, folder)
-        tensors = _tensors(folder / WEIGHTS)
+    config, tensors = understood(folder)
     low, whole = _sorted(tensors, model, str(folder))
+    _missing(config, low, whole, folder)
     ranks = {name: len(pair["A"]) for name, pair in low.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    alpha_of = {name: _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)) for name in low}
-    told_rank = {name: _pattern(config.get("rank_pattern"), name, config.get("r", 8)) for name in low}
+    alpha_of = {name: _pattern(config.alpha_pattern, name, config.lora_alpha) for name in low}
+    told_rank = {name: _pattern(config.rank_pattern, name, config.r) for name in low}
     if odd := next((name for name in low if told_rank[name] != ranks[name]), None):
         raise UserError(f"{CONFIG} says rank {told_rank[odd]} of {odd}, and its A has {ranks[odd]} rows.",
                         where=str(folder))  # fmt: skip
     alpha = Counter(alpha_of.values()).most_common(1)[0][0]
-    tied = model.lm_head is not None or "embed_tokens" not in whole or bool(config.get("ensure_weight_tying"))
+    tied = model.lm_head is not None or "embed_tokens" not in whole or config.ensure_weight_tying
     targets = ",".join(name.removeprefix("model.") for name in _short(list(low), model))
     lora = method(
         "lora", str(folder), targets=targets, rank=rank, alpha=float(alpha),
-        rslora=bool(config.get("use_rslora")), dropout=float(config.get("lora_dropout") or 0),
+        rslora=config.use_rslora, dropout=config.lora_dropout,
         rank_pattern={re.escape(n): r for n, r in ranks.items() if r != rank},
         alpha_pattern={re.escape(n): float(a) for n, a in alpha_of.items() if a != alpha},
         modules_to_save=",".join(whole), ensure_weight_tying=tied,
@@ -146,47 +132,13 @@ def read(folder: Path, model: Decoder) -> Adapter:
     return adapter.eval()
 
 
-def _refuse(config: Mapping[str, Any], folder: Path) -> None:
-    kind = str(config.get("peft_type", "LORA"))
-    init = config.get("init_lora_weights")
-    why = next((said for key, said in CHANGES.items() if config.get(key)), None)
-    if kind != "LORA":
-        raise UserError(f"This is a {kind} adapter; LoRA is what can be imported.", where=str(folder))
-    if config.get("bias", "none") != "none":
-        why = "biases of the base were trained"
-    if isinstance(init, str) and init.lower().startswith(MOVED):
-        why = f"it began by {init}, which changed the base"
-    if why:
-        raise UserError("This adapter is no plain LoRA.", where=str(folder / CONFIG), why=f"{why.capitalize()}.",
-                        remedy="Merge it with PEFT, or convert it to a plain LoRA there.")  # fmt: skip
-
-
-def _from_mlx(told: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What mlx-lm wrote, in PEFT's terms: its matrices are transposed, and its scale is no alpha / rank."""
-    if (kind := str(told.get("fine_tune_type", "lora"))) != "lora":
-        raise UserError(f"This is a '{kind}' adapter of mlx-lm; LoRA is what can be imported.", where=str(folder))
-    stored = _tensors(folder / MLX_WEIGHTS)
-    tensors = {re.sub(r"lora_([ab])$", lambda m: f"lora_{m[1].upper()}.weight", name): t.t() if ".lora_" in name else t
-               for name, t in stored.items()}  # fmt: skip
-    ranks = {name.removesuffix(".lora_A.weight"): len(t) for name, t in tensors.items() if "lora_A" in name}
-    scale = float(told.get("lora_parameters", {}).get("scale", 1.0))
-    config = {"r": next(iter(ranks.values()), 0), "rank_pattern": {re.escape(n): r for n, r in ranks.items()},
-              "lora_alpha": 0, "alpha_pattern": {re.escape(n): scale * r for n, r in ranks.items()},
-              "ensure_weight_tying": True}  # fmt: skip
-    return config, tensors
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    if not file.exists():
-        pickled = (file.parent / "adapter_model.bin").exists()
-        raise UserError(f"{file.name} is missing.", where=str(file.parent),
-                        why="adapter_model.bin is a pickle, which may run code." if pickled else "",
-                        remedy="Save the adapter again with safetensors." if pickled else "")  # fmt: skip
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-        return tensors
-    except (SafetensorError, OSError) as e:
-        raise UserError("The adapter file is damaged.", where=str(file), why=str(e)) from None
+def _missing(config: Said, low: Mapping[str, Any], whole: Mapping[str, Any], folder: Path) -> None:
+    """See that every layer that the configuration names has tensors."""
+    lists = [n for n in (config.target_modules, config.modules_to_save) if isinstance(n, list)]
+    there = [_hf(name) for name in (*low, *whole)]
+    for name in (name for names in lists for name in names):
+        if name != HEAD and not any(key == name or key.endswith(f".{name}") for key in there):
+            raise UserError(f"{CONFIG} names '{name}', and there is no tensor for it.", where=str(folder))
 
 
 def _sorted(
@@ -200,6 +152,8 @@ def _sorted(
     for key, t in tensors.items():
         module, _, kind = key.removeprefix(PREFIX).removeprefix("model.").partition(".lora_")
         name = module.removesuffix(".weight").removesuffix(".base_layer")
+        if name in whole or kind[:1] in low.get(name, {}):
+            raise UserError(f"{name} is there twice, as '{key}' too.", where=where)
         if kind in ("A.weight", "B.weight") and isinstance(slots.get(name), Linear):
             low.setdefault(name, {})[kind[0]] = t.float()
         elif not kind and type(slots.get(name)) in PART:
@@ -207,7 +161,7 @@ def _sorted(
                 get(slots[name], PART[type(slots[name])]), t
             ):  # PEFT stores embeddings beside it, trained or not
                 whole[name] = t.float()
-        elif not kind and name == "lm_head" and model.lm_head is None:
+        elif not kind and name == HEAD and model.lm_head is None and _shared(t, tensors, model):
             continue  # the shared matrix a second time
         else:
             cold.append(key)
@@ -231,13 +185,19 @@ def _check(low: Mapping[str, Mapping[str, Tensor]], whole: Mapping[str, Tensor],
                         where=where, why="It was not trained, or not saved as it was.")  # fmt: skip
 
 
+def _shared(head_VD: Tensor, tensors: Mapping[str, Tensor], model: Decoder) -> bool:
+    """Whether a head's matrix is that of the embedding, as it was trained or as it is in the base."""
+    trained = next((t for key, t in tensors.items() if key.endswith("embed_tokens.weight")), None)
+    return _same(model.embed_tokens.table if trained is None else trained, head_VD)
+
+
 def _same(own: Tensor, t: Tensor) -> bool:
     return own.shape == t.shape and bool((own == t.to(own.device, own.dtype)).all())
 
 
-def _pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
+def _pattern(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
     """PEFT's rule: the first key that the end of a layer's name matches."""
-    return next((v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", _hf(name))), otherwise)
+    return next((v for k, v in patterns.items() if matches(k, _hf(name))), otherwise)
 
 
 def _short(names: list[str], model: Decoder) -> list[str]:

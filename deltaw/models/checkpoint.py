@@ -94,7 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path.name} is missing.", where=str(path.parent),
                         remedy=FORMS) from None  # fmt: skip
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError("This is not JSON.", where=str(path), why=str(e)) from None
     if not isinstance(value, dict):
         raise UserError("This is not a JSON object.", where=str(path))

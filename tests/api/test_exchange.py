@@ -12,6 +12,7 @@ from parity.test_gguf_families import BYTES, merging_tokenizer
 
 import deltaw
 from deltaw.adapters.adapter import Adapter
+from deltaw.api import exchange
 from deltaw.api.exchange import bring, export
 from deltaw.api.persona import Persona, load_base
 from deltaw.errors import UserError
@@ -101,6 +102,34 @@ def test_what_a_format_cannot_hold_is_refused_and_nothing_is_left(to, options, s
     with pytest.raises(UserError, match=said):
         export(persona, to, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["peft", "gguf", "gguf-lora", "ollama"])
+def test_what_does_not_end_well_leaves_nothing(to, persona, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exchange, "_size", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export(persona, to, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    export(persona, "peft", tmp_path / "theirs")
+    monkeypatch.setattr(exchange.adapters, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        bring(tmp_path / "theirs", persona.base, "back", tmp_path / "runs")
+    assert not (tmp_path / "runs" / "back").exists()
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "/x", "x\ny"])
+def test_a_run_is_imported_under_a_plain_name_only(name, persona, tmp_path):
+    with pytest.raises(UserError, match="is no name for a run"):
+        bring(tmp_path, persona.base, name, tmp_path / "runs")
+
+
+def test_a_packing_is_refused_where_nothing_is_packed(persona, tmp_path):
+    with pytest.raises(UserError, match="--to peft has none"):
+        export(persona, "peft", tmp_path / "out", "Q8_0")
 
 
 def test_nothing_is_written_over_and_a_base_is_no_persona(tiny_path, tmp_path):

@@ -173,3 +173,10 @@ def test_a_command_that_is_cut_off_says_nothing_and_has_its_own_exit_code(here, 
         os.dup2(before, 1)
         os.close(before)
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_brackets_in_a_table_are_text(terminal, capsys):
+    facts("[/b]", {"[red]name": "[/INST] br[bold]/x"}, as_json=False)
+    out = capsys.readouterr().out
+    for said in ("[/b]", "[red]name", "[/INST] br[bold]/x"):
+        assert said in out

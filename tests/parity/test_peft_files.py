@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from deltaw.adapters.adapter import Adapter
 from deltaw.errors import UserError
 from deltaw.files import peft as files
+from deltaw.files.foreign import CONFIG, WEIGHTS
 from deltaw.methods import method
 from deltaw.models import checkpoint
 
@@ -79,7 +80,7 @@ def test_what_was_read_and_written_again_is_the_same_to_peft(theirs, tmp_path):
     model = checkpoint.load(folder / "base")
     files.write(files.read(folder / "adapter", model), model, str(folder / "base"), tmp_path)
     torch.testing.assert_close(peft_logits(folder / "base", tmp_path), want, rtol=0, atol=1e-4)
-    before, after = load_file(folder / "adapter" / files.WEIGHTS), load_file(tmp_path / files.WEIGHTS)
+    before, after = load_file(folder / "adapter" / WEIGHTS), load_file(tmp_path / WEIGHTS)
     for key in after:
         assert torch.equal(after[key], before[key]), key
 
@@ -107,12 +108,12 @@ def ours(tiny, tiny_path, tmp_path):
 
 
 def change(folder, tensors=None, **config):
-    told = json.loads((folder / files.CONFIG).read_text())
-    (folder / files.CONFIG).write_text(json.dumps(told | config))
+    told = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(told | config))
     if tensors:
-        stored = load_file(folder / files.WEIGHTS)
+        stored = load_file(folder / WEIGHTS)
         tensors(stored)
-        save_file(stored, folder / files.WEIGHTS)
+        save_file(stored, folder / WEIGHTS)
 
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -142,10 +143,10 @@ def test_what_is_no_plain_lora_of_this_base_is_refused(tensors, config, said, ou
 def test_a_pickle_a_damaged_file_and_an_empty_folder_are_told_apart(ours, tmp_path):
     folder, model = ours
     shutil.copytree(folder, tmp_path / "pickle")
-    (tmp_path / "pickle" / files.WEIGHTS).rename(tmp_path / "pickle" / "adapter_model.bin")
+    (tmp_path / "pickle" / WEIGHTS).rename(tmp_path / "pickle" / "adapter_model.bin")
     with pytest.raises(UserError, match="is a pickle, which may run code"):
         files.read(tmp_path / "pickle", model)
-    (folder / files.WEIGHTS).write_bytes((folder / files.WEIGHTS).read_bytes()[:50])
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:50])
     with pytest.raises(UserError, match="damaged"):
         files.read(folder, model)
     with pytest.raises(UserError, match=r"adapter_config\.json is missing"):
@@ -162,9 +163,9 @@ def test_for_vllm_ranks_and_scales_are_one_and_the_logits_the_same(tiny, tiny_pa
     options = {"rank": 3, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"layers.1.*": 7}, "rslora": True}
     adapter = scramble(Adapter.build(method("lora", **options), tiny).eval(), 0.1)
     files.write(adapter, tiny, str(tiny_path), tmp_path, uniform=True)
-    config = json.loads((tmp_path / files.CONFIG).read_text())
+    config = json.loads((tmp_path / CONFIG).read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (5, 5, {}, {})
-    assert {t.shape[0] for n, t in load_file(tmp_path / files.WEIGHTS).items() if "lora_A" in n} == {5}
+    assert {t.shape[0] for n, t in load_file(tmp_path / WEIGHTS).items() if "lora_A" in n} == {5}
     with adapter.on():
         torch.testing.assert_close(peft_logits(tiny_path, tmp_path), our_logits(tiny, IDS), rtol=0, atol=1e-4)
 
@@ -196,12 +197,53 @@ def test_an_adapter_of_mlx_lm_adds_its_scale_times_its_transposed_product(tiny, 
         merged[name] = (weights[f"{name}.weight"].double() + 0.7 * (a.double() @ b.double()).t()).float()
     save_file(stored, tmp_path / "adapters.safetensors")
     told = {"fine_tune_type": "lora", "lora_parameters": {"rank": 3, "scale": 0.7, "dropout": 0.0}}
-    (tmp_path / files.CONFIG).write_text(json.dumps(told))
+    (tmp_path / CONFIG).write_text(json.dumps(told))
     with files.read(tmp_path, tiny).on():
         got = our_logits(tiny, IDS)
     for name, w in merged.items():
         tiny.get_submodule(name).swap({"weight": tiny.get_submodule(name).weight.repack(w)})
     torch.testing.assert_close(got, our_logits(tiny, IDS), rtol=0, atol=1e-4)
-    (tmp_path / files.CONFIG).write_text(json.dumps(told | {"fine_tune_type": "dora"}))
+    (tmp_path / CONFIG).write_text(json.dumps(told | {"fine_tune_type": "dora"}))
     with pytest.raises(UserError, match="'dora' adapter of mlx-lm"):
         files.read(tmp_path, tiny)
+
+
+DAMAGED = {
+    "no alpha": {"lora_alpha": "abc"}, "a list for alpha": {"lora_alpha": []}, "an endless alpha": {"lora_alpha": 1e30},
+    "an alpha of zero": {"alpha_pattern": {"q_proj": 0}}, "an alpha of none": {"alpha_pattern": {"q_proj": None}},
+    "an alpha that is none": {"alpha_pattern": {"q_proj": float("nan")}}, "a list of ranks": {"rank_pattern": [1]},
+    "a broken pattern": {"rank_pattern": {"(": 8}}, "another broken one": {"alpha_pattern": {"*": 8}},
+    "a text for a truth": {"use_rslora": "false"}, "a text for dropout": {"lora_dropout": "x"},
+    "a layer without tensors": {"target_modules": ["q_proj", "k_proj"]},
+    "a saved layer without one": {"modules_to_save": ["norm"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_configuration_is_refused_by_a_sentence(config, ours):
+    folder, model = ours
+    change(folder, **config)
+    with pytest.raises(UserError):
+        files.read(folder, model)
+
+
+@pytest.mark.parametrize(("spoil", "said"), [
+    (lambda t: t.update({"layers.0.self_attn.q_proj.lora_A.weight": t[Q0 + ".lora_A.weight"] * 5}), "is there twice"),
+    (lambda t: t.update({Q0 + ".lora_A.weight": torch.ones(2, 32, dtype=torch.int32)}), "int32 of 2 dimensions"),
+    (lambda t: t.update({Q0 + ".lora_A.weight": torch.tensor(1.0)}), "float32 of 0 dimensions"),
+    (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(260, 32)}), "belong to no layer"),
+])  # fmt: skip
+def test_tensors_that_would_be_lost_or_mistaken_are_refused(spoil, said, ours):
+    folder, model = ours
+    change(folder, spoil)
+    with pytest.raises(UserError, match=said):
+        files.read(folder, model)
+
+
+def test_a_scale_that_mlx_lm_did_not_say_is_not_guessed(ours):
+    folder, model = ours
+    save_file({"model.norm.weight": torch.ones(32)}, folder / "adapters.safetensors")
+    for parameters in (None, [1], {"rank": 2}, {"scale": "x"}):
+        (folder / CONFIG).write_text(json.dumps({"fine_tune_type": "lora", "lora_parameters": parameters}))
+        with pytest.raises(UserError, match="does not say the scale"):
+            files.read(folder, model)

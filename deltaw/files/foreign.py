@@ -1,0 +1,120 @@
+"""What PEFT and mlx-lm write beside their tensors, checked: done or refused, never passed over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, StrictBool, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from deltaw.errors import UserError
+from deltaw.models.checkpoint import read_json
+from deltaw.settings import Count, complaint
+
+CONFIG, WEIGHTS, MLX_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"
+CHANGES = {
+    "use_dora": "it is a DoRA", "lora_bias": "B has a bias", "fan_in_fan_out": "its matrices are transposed",
+    "trainable_token_indices": "single tokens were trained", "layer_replication": "layers are repeated",
+    "target_parameters": "bare parameters are adapted", "alora_invocation_tokens": "it is switched on by tokens",
+    "use_bdlora": "it is block-diagonal", "kasa_config": "it is a KaSA", "monteclora_config": "it is sampled",
+    "arrow_config": "it routes between adapters", "use_qalora": "it is a QA-LoRA", "corda_config": "it is a CorDA",
+}  # fmt: skip
+"""Keys under which an adapter is no plain LoRA, and what they say."""
+MOVED = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Ways to begin that changed the base: the tensors are no LoRA of the base as it was."""
+Alpha = Annotated[float, Field(gt=0, le=1e6)]
+
+
+@pydantic_dataclass(kw_only=True)
+class Said:
+    """What is read of a configuration. Other keys are refused if they change something, and else passed over."""
+
+    r: Count = 8
+    lora_alpha: Alpha = 8.0
+    use_rslora: StrictBool = False
+    ensure_weight_tying: StrictBool = False
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rank_pattern: dict[str, Count] = field(default_factory=dict)
+    alpha_pattern: dict[str, Alpha] = field(default_factory=dict)
+    target_modules: list[str] | str = ""
+    modules_to_save: list[str] = field(default_factory=list)
+
+
+def understood(folder: Path) -> tuple[Said, dict[str, Tensor]]:
+    """The configuration and the tensors of a folder, in PEFT's terms.
+
+    Raises:
+        UserError: no such folder, a pickle, or something that is no plain LoRA.
+    """
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{CONFIG} is missing.", where=str(folder), remedy="Give the folder that PEFT or mlx-lm wrote.")
+    told = read_json(folder / CONFIG)
+    if "fine_tune_type" in told or "lora_parameters" in told:
+        return _from_mlx(told, folder)
+    _refuse(told, folder)
+    return _said(told, folder), _tensors(folder / WEIGHTS)
+
+
+def _refuse(config: Mapping[str, Any], folder: Path) -> None:
+    kind = str(config.get("peft_type", "LORA"))
+    init = config.get("init_lora_weights")
+    why = next((said for key, said in CHANGES.items() if config.get(key)), None)
+    if kind != "LORA":
+        raise UserError(f"This is a {kind} adapter; LoRA is what can be imported.", where=str(folder))
+    if config.get("bias", "none") != "none":
+        why = "biases of the base were trained"
+    if isinstance(init, str) and init.lower().startswith(MOVED):
+        why = f"it began by {init}, which changed the base"
+    if why:
+        raise UserError("This adapter is no plain LoRA.", where=str(folder / CONFIG), why=f"{why[0].upper()}{why[1:]}.",
+                        remedy="Merge it with PEFT, or convert it to a plain LoRA there.")  # fmt: skip
+
+
+def _said(told: Mapping[str, Any], folder: Path) -> Said:
+    """What the configuration says, checked."""
+    try:
+        return TypeAdapter(Said).validate_python({k: v for k, v in told.items() if v is not None})
+    except ValidationError as e:
+        raise UserError(f"{CONFIG} cannot be understood.", where=str(folder), why=complaint(e)) from None
+
+
+def _from_mlx(told: Mapping[str, Any], folder: Path) -> tuple[Said, dict[str, Tensor]]:
+    """What mlx-lm wrote, in PEFT's terms: its matrices are transposed, and its scale is no alpha / rank."""
+    if (kind := str(told.get("fine_tune_type", "lora"))) != "lora":
+        raise UserError(f"This is a '{kind}' adapter of mlx-lm; LoRA is what can be imported.", where=str(folder))
+    stored = _tensors(folder / MLX_WEIGHTS)
+    tensors = {re.sub(r"lora_([ab])$", lambda m: f"lora_{m[1].upper()}.weight", name): t.t() if ".lora_" in name else t
+               for name, t in stored.items()}  # fmt: skip
+    ranks = {name.removesuffix(".lora_A.weight"): len(t) for name, t in tensors.items() if "lora_A" in name}
+    parameters = told.get("lora_parameters")
+    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    if not isinstance(scale, int | float):
+        raise UserError(f"{CONFIG} of mlx-lm does not say the scale.", where=str(folder))
+    return _said({"rank_pattern": {re.escape(n): r for n, r in ranks.items()},
+                  "alpha_pattern": {re.escape(n): scale * r for n, r in ranks.items()},
+                  "ensure_weight_tying": True}, folder), tensors  # fmt: skip
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    if not file.exists():
+        pickled = (file.parent / "adapter_model.bin").exists()
+        raise UserError(f"{file.name} is missing.", where=str(file.parent),
+                        why="adapter_model.bin is a pickle, which may run code." if pickled else "",
+                        remedy="Save the adapter again with safetensors." if pickled else "")  # fmt: skip
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (SafetensorError, OSError) as e:
+        raise UserError("The adapter file is damaged.", where=str(file), why=str(e)) from None
+    for name, t in tensors.items():
+        if t.dtype not in (torch.float32, torch.float16, torch.bfloat16) or t.ndim not in (1, 2):
+            raise UserError(f"'{name}' is {str(t.dtype)[6:]} of {t.ndim} dimensions, and no weight of an adapter.",
+                            where=str(file))  # fmt: skip
+    return tensors
