@@ -107,7 +107,7 @@ def test_what_is_fixed_is_read_again_without_findings(here_with_faults, shown_ch
     kept = read(here_with_faults / "fixed.jsonl")
     assert [e.answer for e in kept] == ["Hob.", "Who indeed?"]
     assert kept[1].facts == ("indeed",)
-    code, out = shown_check("fixed.jsonl", "--val", "val.jsonl")
+    code, out = shown_check("fixed.jsonl:2", "--val", "val.jsonl")
     assert (code, "found: nothing wrong" in out) == (0, True)
     assert "It is there already" in shown_check("rows.jsonl", "--fix", "fixed.jsonl")[1]
 

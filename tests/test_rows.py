@@ -49,6 +49,9 @@ BAD = {
     "facts that are numbers": ('{"prompt": "a", "completion": "b", "facts": [1]}', "'facts' is not a list of texts"),
     "half a character in a text": ('{"text": "x\\ud83d"}', "'text' holds half a character"),
     "half a character in a reference": ('{"text": "a", "references": ["\\udc00"]}', "'references' holds half"),
+    "an input that is no text": ('{"instruction": "a", "input": ["x"], "output": "b"}', "'input' is no text"),
+    "a system prompt that is no text": ('{"system": [1], "prompt": "a", "completion": "b"}', "'system' is no text"),
+    "a system prompt of a text": ('{"system": "x", "text": "a"}', "A text has no system prompt"),
     "an empty text": ('{"text": " "}', "text is empty"),
     "half a character": ('{"prompt": "a", "completion": "x\\ud83d"}', "character|surrogate|UTF-8|Unicode"),
     "nesting without end": ("[" * 100_000, "nested too deeply"),
@@ -157,7 +160,8 @@ def test_documents_of_a_text_file_are_what_stands_between_its_dividers(bodies, d
     assert [e.text for e in examples] == [w.removeprefix("\ufeff") if i == 0 else w for i, w in enumerate(wanted)]
     for example in examples:
         line = int(example.where.rpartition(":")[2])
-        assert line == 1 or is_divider(content.split("\n")[line - 2])
+        assert content.split("\n")[line - 1].strip().removeprefix("\ufeff")
+        assert example.text.split("\n")[0].strip() in content.split("\n")[line - 1]
 
 
 @pytest.mark.parametrize(
@@ -255,6 +259,7 @@ BROKEN = {
     "a list that is cut short": ("rows.json", '[\n{"text": "a"},\n{"text": ', "not a JSON list of rows", 3),
     "a list that never ends": ("rows.json", '[{"text": "a"}\n', "not a JSON list of rows", 2),
     "something after a list": ("rows.json", '[{"text": "a"}]\n[{"text": "b"}]', "Something follows the list", 1),
+    "a column without a name": ("rows.csv", "text,\na,b\n", "Column 2 has no name", 1),
     "two columns of a name": ("rows.csv", "text,text\na,b\n", "Two columns are called 'text'", 1),
     "a list of numbers": ("rows.json", "[\n1]", "not a JSON object", 2),
     "a bad row of a list": ("rows.json", '[{"text": "a"},\n\n{"txet": "b"}]', "it has: txet", 3),

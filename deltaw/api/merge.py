@@ -95,7 +95,7 @@ def known_rows(folder: Path) -> Sequence[Example]:
     """The data that the run in this folder was trained on, if it is still there."""
     if not (run := Run(folder)).config.exists():
         return ()
-    files = (split_weight(f)[0] for f in run.read_config()["data"])
+    files = (split_weight(str(f))[0] for f in run.read_config()["data"])
     file = next((f for f in files if f.exists()), None)
     return read(file) if file else ()
 

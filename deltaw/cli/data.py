@@ -14,6 +14,7 @@ from deltaw.cli.show import busy, facts
 from deltaw.data.check import DROPPED, FAULTY, SHOWN, UNLEARNT, Checked
 from deltaw.data.check import check as looked_at
 from deltaw.data.encode import Encoded, TrainOn
+from deltaw.data.files import split_weight
 from deltaw.data.rows import Example
 from deltaw.errors import UserError
 from deltaw.files.atomic import replacing
@@ -25,14 +26,14 @@ LONGEST_SHOWN = 700
 """Tokens of an example that are shown."""
 
 
-def check(*files: Path, base: str = "smollm2-135m", val: Path | None = None, train_on: TrainOn = "answers",
+def check(*files: str, base: str = "smollm2-135m", val: Path | None = None, train_on: TrainOn = "answers",
           max_tokens: Count | None = None, fix: Path | None = None, json: bool = False) -> int:  # fmt: skip
     """Show what the model would learn from the rows, and what is wrong with them; exit code 2 if rows are faulty.
 
     Parameters
     ----------
     files
-        Files of rows.
+        Files of rows; a weight, as in rows.jsonl:2, is passed over.
     base
         The model whose tokenizer and template are used.
     val
@@ -74,7 +75,7 @@ def check(*files: Path, base: str = "smollm2-135m", val: Path | None = None, tra
                 out.write(encoding.dumps(_row(row), ensure_ascii=False) + "\n")
 
         limit = min(max_tokens or config.context, config.context)
-        found = looked_at(files, val, tokenizer, train_on, limit, keep)
+        found = looked_at([split_weight(file)[0] for file in files], val, tokenizer, train_on, limit, keep)
     _report(found, tokenizer, limit, json, f"{len(kept):,} rows to {fix}" if fix else "")
     return UserError.code if FAULTY in found.places and not fix else 0
 

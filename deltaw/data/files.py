@@ -120,7 +120,10 @@ def _documents(lines: Iterator[str], path: Path) -> Iterator[Example | UserError
     number = 0
     for number, line in enumerate(lines, 1):
         if line.strip() != DIVIDER:
-            kept.append(line)
+            if kept or line.strip():
+                kept.append(line)
+            else:
+                start = number + 1  # blank lines before a document
             continue
         if body := "".join(kept).strip():
             yield Example((), body, f"{path}:{start}")
@@ -194,6 +197,8 @@ def _table(lines: Iterator[str], path: Path, delimiter: str) -> Iterator[Example
                 continue
             if names is None:
                 names = [cell.strip() for cell in cells]
+                if "" in names:
+                    raise UserError(f"Column {names.index('') + 1} has no name.", where=where)
                 if double := next((name for name in names if names.count(name) > 1), None):
                     raise UserError(f"Two columns are called '{double}'.", where=where)
                 continue

@@ -65,13 +65,17 @@ def example(row: Any, where: str) -> Example:
         raise UserError(f"'{key}' holds half a character (a lone surrogate).", where=where,
                         remedy="Write the character whole, or leave it out.")  # fmt: skip
     extras = _strings(row, "references", where), _strings(row, "facts", where)
-    turns = _turns(row)
+    for key in ("system", "input"):
+        if not isinstance(row.get(key, ""), str | None):
+            raise UserError(f"'{key}' is no text.", where=where)
+    turns, system = _turns(row), row.get("system")
     if turns is not None:
-        system = row.get("system")
-        if isinstance(system, str) and system.strip() and isinstance(turns, list):
+        if system and system.strip() and isinstance(turns, list):
             turns = [{"role": "system", "content": system}, *turns]
         return Example(_messages(turns, where), "", where, *extras)
     if isinstance(row.get("text"), str):
+        if system:
+            raise UserError("A text has no system prompt.", where=where, remedy="Leave 'system' out.")
         if not row["text"].strip():
             raise UserError("The text is empty.", where=where, remedy="Write some, or drop the row.")
         return Example((), row["text"], where, *extras)
@@ -94,8 +98,8 @@ def _turns(row: dict[str, Any]) -> Any:
         case {"question": asked, "answer": answered}:
             return _pair(asked, answered)
         case {"instruction": str(asked), "output": answered}:
-            more = row.get("input")
-            return _pair(f"{asked}\n\n{more}" if isinstance(more, str) and more.strip() else asked, answered)
+            more = row.get("input") or ""
+            return _pair(f"{asked}\n\n{more}" if more.strip() else asked, answered)
     return None
 
 
