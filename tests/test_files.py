@@ -1,5 +1,6 @@
 """Files are whole or absent, say what they are, and refuse what does not fit; a run folder is found again."""
 
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import scramble
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import deltaw
@@ -262,3 +263,10 @@ def test_what_no_run_can_be_taken_for_is_said_with_what_to_do(tmp_path):
     run.adapter.parent.mkdir()
     run.adapter.write_bytes(b"")
     assert refused(lambda run: not run.adapter.exists()) == f"Every run has ended. deltaw chat mine --runs {tmp_path}"
+
+
+def test_a_full_disk_that_safetensors_tells_in_words_is_an_error_of_the_system(tmp_path):
+    with pytest.raises(OSError, match="No space left") as e, replacing(tmp_path / "x"):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    assert e.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []

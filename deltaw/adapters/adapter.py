@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from deltaw.adapters.protocol import Method
-from deltaw.models.slots import Delta, Parts, Slot
+from deltaw.models.slots import Affine, Delta, Parts, Slot
 
 
 class Adapter(nn.Module):
@@ -48,6 +48,12 @@ class Adapter(nn.Module):
         """Slots and the deltas made for them."""
         for name, delta in self.named_deltas():
             yield self._slots[name], delta
+
+    def low_rank(self) -> dict[str, Affine | None]:
+        """What every delta adds as scale * B A, by slot name; None where it does more than that."""
+        forms = {name: delta.served(self._slots[name]) for name, delta in self.named_deltas()}
+        return {name: None if f is None or f.gain_O is not None or f.bias_O is not None else f
+                for name, f in forms.items()}  # fmt: skip
 
     @property
     def parameter_count(self) -> int:

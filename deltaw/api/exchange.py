@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -109,17 +109,16 @@ def _gone_unless_done(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        path.unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):  # what went wrong is told, not that nothing is there to remove
+            path.unlink(missing_ok=True)
         raise
 
 
 def _pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
     pairs = {}
-    for (slot, delta), (name, _) in zip(adapter.items(), adapter.named_deltas(), strict=True):
-        form = delta.served(slot)
-        if form is None or form.gain_O is not None or form.bias_O is not None:
+    for name, form in adapter.low_rank().items():
+        if form is None:
             raise UserError(f"The adapter does more at {name} than a GGUF LoRA can.", remedy="Take --to gguf.")
         pairs[name] = (form.A_RI.detach(), form.scale * form.B_OR.detach())
     return pairs

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +49,18 @@ def write(adapter: Adapter, model: Decoder, base: str, folder: Path, uniform: bo
     alphas: dict[str, float] = {}
     saved: list[str] = []
     names = dict(adapter.named_deltas())
-    most = max((len(f.A_RI) for slot, d in adapter.items() if (f := d.served(slot)) is not None), default=0)
+    forms = adapter.low_rank()
+    most = max((len(form.A_RI) for form in forms.values() if form is not None), default=0)
     if uniform:
         _refuse_for_vllm(names, most)
-    for (slot, delta), name in zip(adapter.items(), names, strict=True):
+    for name, delta in names.items():
         key = PREFIX + _hf(name)
         if isinstance(delta, Whole):
             tensors[f"{key}.weight"] = delta.value
             saved.append(name)
             continue
-        form = delta.served(slot)
-        if form is None or form.gain_O is not None or form.bias_O is not None:
+        form = forms[name]
+        if form is None:
             raise UserError(f"The adapter does more at {name} than PEFT's LoRA can.",
                             remedy="Merge it: deltaw merge.")  # fmt: skip
         A_RI, B_OR, rank = form.A_RI, form.B_OR, len(form.A_RI)
@@ -107,8 +108,8 @@ def read(folder: Path, model: Decoder) -> Adapter:
         UserError: no such folder, a pickle, something that is no plain LoRA, or tensors that do not fit the model.
     """
     config, tensors = understood(folder)
-    low, whole = _sorted(tensors, model, str(folder))
-    _missing(config, low, whole, folder)
+    low, whole = _sorted(tensors, model, config.modules_to_save, str(folder))
+    _missing(config, model, {*low, *whole}, folder)
     ranks = {name: len(pair["A"]) for name, pair in low.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha_of = {name: _pattern(config.alpha_pattern, name, config.lora_alpha) for name in low}
@@ -132,17 +133,18 @@ def read(folder: Path, model: Decoder) -> Adapter:
     return adapter.eval()
 
 
-def _missing(config: Said, low: Mapping[str, Any], whole: Mapping[str, Any], folder: Path) -> None:
-    """See that every layer that the configuration names has tensors."""
+def _missing(config: Said, model: Decoder, there: set[str], folder: Path) -> None:
+    """See that every name in the configuration that fits layers of the model has tensors of one."""
     lists = [n for n in (config.target_modules, config.modules_to_save) if isinstance(n, list)]
-    there = [_hf(name) for name in (*low, *whole)]
+    layers = [name for name, slot in model.named_modules() if isinstance(slot, Slot)]
     for name in (name for names in lists for name in names):
-        if name != HEAD and not any(key == name or key.endswith(f".{name}") for key in there):
+        fitting = {layer for layer in layers if f".{_hf(layer)}".endswith(f".{name}")}
+        if name != HEAD and fitting and not fitting & there:
             raise UserError(f"{CONFIG} names '{name}', and there is no tensor for it.", where=str(folder))
 
 
 def _sorted(
-    tensors: Mapping[str, Tensor], model: Decoder, where: str
+    tensors: Mapping[str, Tensor], model: Decoder, saved: Sequence[str], where: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Pairs of A and B by layer, and tensors that replace a layer's own."""
     slots = {name: slot for name, slot in model.named_modules() if isinstance(slot, Slot)}
@@ -157,9 +159,9 @@ def _sorted(
         if kind in ("A.weight", "B.weight") and isinstance(slots.get(name), Linear):
             low.setdefault(name, {})[kind[0]] = t.float()
         elif not kind and type(slots.get(name)) in PART:
-            if not _same(
-                get(slots[name], PART[type(slots[name])]), t
-            ):  # PEFT stores embeddings beside it, trained or not
+            own = get(slots[name], PART[type(slots[name])])
+            # PEFT also stores embeddings that were not trained.
+            if any(f".{_hf(name)}".endswith(f".{module}") for module in saved) or not _same(own, t):
                 whole[name] = t.float()
         elif not kind and name == HEAD and model.lm_head is None and _shared(t, tensors, model):
             continue  # the shared matrix a second time

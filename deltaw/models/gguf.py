@@ -145,7 +145,8 @@ class GGUF:
         factor, context = self._told("rope.scaling.factor"), self._told("rope.scaling.original_context_length")
         if factor is None:
             raise UserError(f"RoPE scaling '{kind}' of this GGUF file has no factor.", where=str(self.path))
-        return {"rope_type": kind, "factor": _decimal(factor), "original_max_position_embeddings": context}
+        original = {} if context is None else {"original_max_position_embeddings": context}
+        return {"rope_type": kind, "factor": _decimal(factor), **original}
 
     def _llama3(self, tensor: Any, config: ModelConfig) -> Llama3:
         stored = torch.from_numpy(np.array(tensor.data, dtype=np.float32))

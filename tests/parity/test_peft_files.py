@@ -247,3 +247,16 @@ def test_a_scale_that_mlx_lm_did_not_say_is_not_guessed(ours):
         (folder / CONFIG).write_text(json.dumps({"fine_tune_type": "lora", "lora_parameters": parameters}))
         with pytest.raises(UserError, match="does not say the scale"):
             files.read(folder, model)
+
+
+def test_a_saved_module_that_did_not_move_is_still_there(ours):
+    folder, model = ours
+    change(folder, lambda t: t.update({"base_model.model.model.norm.weight": model.norm.gain.clone()}),
+           modules_to_save=["norm"])  # fmt: skip
+    assert "norm" in dict(files.read(folder, model).named_deltas())
+
+
+def test_a_name_that_fits_no_layer_of_the_model_is_no_loss(ours):
+    folder, model = ours
+    change(folder, target_modules=["q_proj", "v_proj", "query_key_value"])
+    assert len(dict(files.read(folder, model).named_deltas())) == 4
