@@ -91,6 +91,11 @@ def compared(persona: Persona, written: Decoder, batches: Sequence[Batch]) -> Di
     return sums.result()
 
 
+def home(path: Path) -> Path:
+    """The run's folder that an adapter file belongs to, or the folder it lies in."""
+    return path.parent.parent if path.parent.name == "adapter" else path.parent
+
+
 def known_rows(folder: Path) -> Sequence[Example]:
     """The data that the run in this folder was trained on, if it is still there."""
     if not (run := Run(folder)).config.exists():

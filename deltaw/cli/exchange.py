@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from deltaw.api.exchange import Packing, Target
-from deltaw.cli.show import busy, facts, notice
+from deltaw.cli.show import busy, differences, facts, notice
 from deltaw.settings import Machine, plain
 from deltaw.words import size
 
@@ -40,11 +40,11 @@ def export(run: str | None = None, /, *, to: Target, out: Path | None = None, pa
         Print one JSON object.
     """
     from deltaw.api.exchange import export as exported
-    from deltaw.api.merge import known_rows
+    from deltaw.api.merge import home, known_rows
     from deltaw.api.persona import load, locate
 
     name, path = locate(run, runs)
-    folder = path.parent.parent if path.parent.name == "adapter" else path.parent
+    folder = home(path)
     with busy(json) as say:
         persona = load(str(path), runs, base, **plain(machine or Machine()), say=say)
         say(f"Exporting {name}")
@@ -54,11 +54,8 @@ def export(run: str | None = None, /, *, to: Target, out: Path | None = None, pa
     for text in done.notices:
         notice(text)
     rows = {"written": f"{done.path} ({size(done.size_bytes)})"}
-    if d := done.difference:
-        rows |= {"checked on": f"{d.tokens:,} tokens, read back from disk",
-                 "max |Δlogit|": f"{d.max_logit_difference:.2e}",
-                 "same first choice": f"{d.top1_agreement:.2%}",
-                 "perplexity": f"{d.perplexity_before:.4f} here, {d.perplexity_after:.4f} there"}  # fmt: skip
+    if done.difference is not None:
+        rows |= differences(done.difference, "exported")
     if persona.system:
         rows["system prompt"] = f"{persona.system} (give it to whatever runs it)"
     facts(f"Exported {name}", rows, json, asdict(done))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from deltaw.cli.show import busy, facts
+from deltaw.cli.show import busy, differences, facts
 from deltaw.settings import Machine, plain
 from deltaw.words import size
 
@@ -33,26 +33,19 @@ def merge(run: str | None = None, /, *, out: Path | None = None, check: Path | N
     json
         Print one JSON object.
     """
-    from deltaw.api.merge import known_rows
+    from deltaw.api.merge import home, known_rows
     from deltaw.api.merge import merge as merged_into
     from deltaw.api.persona import load, locate
     from deltaw.data.files import read
 
     name, path = locate(run, runs)
-    folder = path.parent.parent if path.parent.name == "adapter" else path.parent
+    folder = home(path)
     with busy(json) as say:
         persona = load(str(path), runs, base, **plain(machine or Machine()), say=say)
         say(f"Merging {name}")
         done = merged_into(persona, out or folder / "merged", read(check) if check else known_rows(folder))
-    d = done.difference
-    rows = {
-        "written": f"{done.folder} ({size(done.size_bytes)}, {done.dtype})",
-        "checked on": f"{d.tokens:,} tokens, read back from disk",
-        "max |Δlogit|": f"{d.max_logit_difference:.2e}",
-        "same first choice": f"{d.top1_agreement:.2%}",
-        "perplexity of them all": f"{d.perplexity_before:.4f} with the adapter, {d.perplexity_after:.4f} merged "
-                      f"({d.perplexity_change:+.3%})",
-    }  # fmt: skip
+    written = f"{done.folder} ({size(done.size_bytes)}, {done.dtype})"
+    rows = {"written": written, **differences(done.difference, "merged")}
     if persona.system:
         rows["system prompt"] = f"{persona.system} (give it to whatever runs the merged model)"
     facts(f"Merged {name}", rows, json, asdict(done))

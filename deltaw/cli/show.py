@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from deltaw.words import one_line
+
+if TYPE_CHECKING:
+    from deltaw.evaluate.measure import Difference
 
 
 def json_line(record: Mapping[str, Any]) -> None:
@@ -38,6 +41,17 @@ def facts(title: str, rows: Mapping[str, Any], as_json: bool, record: Mapping[st
     for name, value in rows.items():
         table.add_row(escape(name), escape(str(value)))
     return console.print(table)
+
+
+def differences(d: Difference, there: str) -> dict[str, str]:
+    """Rows that say how what was written differs from the persona here."""
+    return {
+        "checked on": f"{d.tokens:,} tokens, read back from disk",
+        "max |Δlogit|": f"{d.max_logit_difference:.2e}",
+        "same first choice": f"{d.top1_agreement:.2%}",
+        "perplexity": f"{d.perplexity_before:.4f} with the adapter, {d.perplexity_after:.4f} {there} "
+                      f"({d.perplexity_change:+.3%})",
+    }  # fmt: skip
 
 
 def grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
