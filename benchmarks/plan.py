@@ -29,7 +29,7 @@ def cases(scratch):
     yield "restaurant", [sft / "restaurant_train.jsonl", "--epochs", "1"]
     yield "sql", [sft / "sql_train.jsonl", "--epochs", "1"]
     text = ["--train-on", "all", "--epochs", "1", "--val", "0"]
-    yield "16 x 2,048 tokens", [documents(scratch / "long.jsonl", [2048] * 16), *text, "--batch-rows", "4"]
+    yield "16 x 2,048 tokens", [documents(scratch / "long.jsonl", [2048] * 16), *text]
     short = [60 + i % 50 for i in range(64)]
     yield "one of 8,000 among short", [documents(scratch / "mixed.jsonl", [*short[:20], 8000, *short[20:]]), *text]
 

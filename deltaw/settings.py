@@ -56,8 +56,8 @@ class Training:
     """Stop after this many optimizer steps, whatever `epochs` says."""
     minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Fit the whole schedule into this many minutes, as measured on this machine, whatever `epochs` says."""
-    batch_rows: Count = 8
-    """Rows per optimizer step."""
+    batch_rows: Count | None = None
+    """Rows per optimizer step. By default: 8, or fewer if they are so long that a step had over 2,048 tokens."""
     micro_tokens: Count = 2048
     """Tokens per forward pass: a step with more is split, with the same result and less memory."""
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oracles import our_logits, scramble
 
 from deltaw.adapters.adapter import Adapter
-from deltaw.data.batch import IGNORED, lay, micro_batches, per_epoch, steps
+from deltaw.data.batch import IGNORED, lay, micro_batches, per_epoch, rows_per_step, steps
 from deltaw.data.encode import Encoded
 from deltaw.methods import method
 from deltaw.models import checkpoint
@@ -146,6 +146,22 @@ def test_pairs_are_the_tokens_that_tokens_see(rows, share):
         (s.stem_stop - s.stem_start) + (t - s.start + 1) for s in batch.seen.spans for t in range(s.start, s.stop)
     )
     assert batch.pairs == seen
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([10] * 30, 8),
+        ([256] * 3, 8),
+        ([257] * 3, 7),
+        ([1024] * 5, 2),
+        ([2048] * 16, 1),
+        ([9000], 1),
+        ([60] * 40 + [8000], 8),
+    ],
+)
+def test_a_step_has_eight_rows_or_as_many_as_make_two_thousand_tokens(lengths, expected):
+    assert rows_per_step([Encoded((1,) * n, (True,) * n) for n in lengths]) == expected
 
 
 def drawn(weights, batch_rows, seed, epochs):

@@ -19,8 +19,8 @@ from deltaw.train.record import EventFile, TensorBoard, fold, read
 def started(**changes: Any) -> Started:
     return replace(
         Started(run="toy", base="tiny", method="lora", trained_parameters=4_884_480, base_parameters=134_515_008,
-                rows=950, val_rows=50, tokens=183_412, trained_tokens=92_117, dtype="bfloat16", device="cpu", threads=2,
-                learning_rate=2e-4), **changes)  # fmt: skip
+                rows=950, val_rows=50, tokens=183_412, trained_tokens=92_117, batch_rows=8, dtype="bfloat16",
+                device="cpu", threads=2, learning_rate=2e-4), **changes)  # fmt: skip
 
 
 def planned(**changes: Any) -> Planned:

@@ -150,8 +150,8 @@ def operations(batch: Batch, job: Job) -> float:
 
 
 def _first_epoch(job: Job) -> list[list[Batch]]:
-    order = steps(job.weights, job.settings.batch_rows, job.settings.seed)
-    count = min(job.steps, per_epoch(job.weights, job.settings.batch_rows))
+    order = steps(job.weights, job.batch_rows, job.settings.seed)
+    count = min(job.steps, per_epoch(job.weights, job.batch_rows))
     drawn = [next(order)[1] for _ in range(count)]
     return [micro_batches([job.rows[i] for i in rows], job.settings.micro_tokens, job.model.shares) for rows in drawn]
 

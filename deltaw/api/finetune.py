@@ -20,7 +20,7 @@ from deltaw.advise.plan import SPREAD, Plan
 from deltaw.api.interrupt import interruptible
 from deltaw.api.persona import Base, Persona, load_base
 from deltaw.api.prepare import EncodedData, Loaded, encode, load, manifest, question
-from deltaw.data.batch import per_epoch
+from deltaw.data.batch import per_epoch, rows_per_step
 from deltaw.errors import Diverged, Interrupted, UserError, WillNotFit, nearest
 from deltaw.files import adapters, runs
 from deltaw.files.runs import Run
@@ -163,7 +163,7 @@ def prepare(data: Sequence[str], values: Mapping[str, Any], stop: Callable[[], b
     loaded = load(data, settings)  # before the model: a fault in the data is found at once
     base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say)
     encoded = encode(loaded, base, settings)
-    settings = _resolved(settings, method, base)
+    settings = _resolved(settings, method, base, encoded)
     adapter = Adapter.build(method, base.model, settings.seed).to(base.model.device)
     run = runs.create(settings.runs, settings.name, called(loaded.files[0][0]), settings.method)
     _check_disk(run, adapter)
@@ -218,12 +218,12 @@ def called(file: Path) -> str:
     return folder if file.stem in ("train", "data") and folder else file.stem
 
 
-def _resolved(settings: Training, method: Method, base: Base) -> Training:
+def _resolved(settings: Training, method: Method, base: Base, encoded: EncodedData) -> Training:
     """The settings with what was chosen here in the place of `auto` and nothing: what a resumed run goes by."""
     width = base.model.config.width
     chosen: dict[str, Any] = {
         "dtype": str(base.model.dtype).removeprefix("torch."), "device": str(base.model.device),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(), "batch_rows": settings.batch_rows or rows_per_step(encoded.rows),
         "learning_rate": settings.learning_rate or type(method).peak_rate * min(1.0, RATE_WIDTH / width),
     }  # fmt: skip
     return dataclasses.replace(settings, **chosen)
@@ -231,7 +231,8 @@ def _resolved(settings: Training, method: Method, base: Base) -> Training:
 
 def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loaded, encoded: EncodedData,
          stop: Callable[[], bool]) -> tuple[Job, Started]:  # fmt: skip
-    steps = settings.steps or max(1, round(settings.epochs * per_epoch(encoded.weights, settings.batch_rows)))
+    batch_rows = settings.batch_rows or rows_per_step(encoded.rows)
+    steps = settings.steps or max(1, round(settings.epochs * per_epoch(encoded.weights, batch_rows)))
     header = adapters.Header.of(adapter, base.origin, base.fingerprint, loaded.system)
     job = Job(run, base.model, base.tokenizer, adapter, header, settings, encoded.rows, encoded.weights,
               encoded.val, steps, settings.learning_rate or 0.0,
@@ -240,8 +241,9 @@ def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loa
         run=str(run.folder), base=base.name, method=settings.method, trained_parameters=adapter.parameter_count,
         base_parameters=sum(b.numel() for b in base.model.buffers()), rows=len(encoded.rows),
         val_rows=encoded.val_rows, tokens=sum(len(r.ids) for r in encoded.rows),
-        trained_tokens=sum(r.targets for r in encoded.rows), dtype=str(base.model.dtype).removeprefix("torch."),
-        device=str(base.model.device), threads=torch.get_num_threads(), learning_rate=job.learning_rate,
+        trained_tokens=sum(r.targets for r in encoded.rows), batch_rows=batch_rows,
+        dtype=str(base.model.dtype).removeprefix("torch."), device=str(base.model.device),
+        threads=torch.get_num_threads(), learning_rate=job.learning_rate,
         resumed_at=int(run.checkpoints()[-1].stem.removeprefix("step-")) if run.checkpoints() else 0,
         notices=(*loaded.notices, *encoded.notices))  # fmt: skip
     return job, started

@@ -12,6 +12,8 @@ from torch import Tensor
 from deltaw.data.encode import Encoded
 from deltaw.models.seen import Documents, Span
 
+MOST_ROWS, STEP_TOKENS = 8, 2048
+"""Of a step, where the user says nothing: few long rows are learnt in more and smaller steps, each soon done."""
 IGNORED = -100
 """Label of a token from which nothing is learnt."""
 
@@ -68,6 +70,11 @@ def steps(weights: Sequence[tuple[int, float]], batch_rows: int, seed: int) -> I
 def per_epoch(weights: Sequence[tuple[int, float]], batch_rows: int) -> int:
     """Steps in an epoch."""
     return max(1, -(-sum(int(n * weight) for n, weight in weights) // batch_rows))
+
+
+def rows_per_step(rows: Sequence[Encoded]) -> int:
+    """How many of such rows make a step that is neither too small to learn from nor long in coming."""
+    return max(1, min(MOST_ROWS, STEP_TOKENS * len(rows) // sum(len(row.ids) for row in rows)))
 
 
 def micro_batches(

@@ -30,6 +30,7 @@ class Started(Event):
     val_rows: int
     tokens: int
     trained_tokens: int
+    batch_rows: int
     dtype: str
     device: str
     threads: int

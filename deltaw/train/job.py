@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from deltaw.adapters.adapter import Adapter
-from deltaw.data.batch import Batch
+from deltaw.data.batch import Batch, rows_per_step
 from deltaw.data.encode import Encoded
 from deltaw.files import adapters
 from deltaw.files.runs import Run
@@ -45,6 +45,11 @@ class Job:
     question: Question | None = None
     stop: Callable[[], bool] = field(default=lambda: False)
     """Asked after each micro-step; true: save and end."""
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of an optimizer step."""
+        return self.settings.batch_rows or rows_per_step(self.rows)
 
     @property
     def evaluations(self) -> int:

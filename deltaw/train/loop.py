@@ -83,7 +83,7 @@ class Trainer:
         if progress.step == 0:
             yield from self._sample()
             yield from self._save()
-        order = steps(job.weights, job.settings.batch_rows, job.settings.seed)
+        order = steps(job.weights, job.batch_rows, job.settings.seed)
         for _ in range(progress.step):
             next(order)
         while progress.step < job.steps and not self._given_up():

@@ -190,10 +190,11 @@ def _lines(event: Event) -> list[str]:
 def _facts(event: Started) -> list[tuple[str, str]]:
     share = words.share(event.trained_parameters, event.base_parameters)
     tokens, trained_tokens = words.count(event.tokens), words.count(event.trained_tokens)
+    batch = words.some(event.batch_rows, "row")
     return [
         ("base", event.base),
         ("method", f"{event.method}, {words.count(event.trained_parameters)} trained ({share})"),
-        ("data", f"{event.rows:,} rows, {tokens} tokens ({trained_tokens} trained)"),
+        ("data", f"{event.rows:,} rows, {tokens} tokens ({trained_tokens} trained), {batch} a step"),
         ("validation", f"{event.val_rows:,} rows"),
         ("compute", f"{event.dtype} on {event.device}, {event.threads} thread{'s' * (event.threads != 1)}"),
         ("rate", f"{event.learning_rate:.1e}"),

@@ -192,6 +192,19 @@ def test_the_written_configuration_says_what_was_chosen_for_the_machine(tiny_pat
     assert (config["threads"], config["learning_rate"]) == (torch.get_num_threads(), made.job.learning_rate)
 
 
+def test_few_long_rows_are_learnt_in_more_and_smaller_steps(tiny_path, tmp_path, rows_file):
+    long = tmp_path / "long.jsonl"
+    write_rows(long, *({"text": "ab" * 200} for _ in range(9)))
+    short, few = (started(tiny_path, tmp_path / f"of-{file.stem}", file, train_on="all", val="0", epochs=2)
+                  for file in (rows_file, long))  # fmt: skip
+    assert (short.started.batch_rows, short.job.steps) == (8, 12)
+    assert [len(row.ids) for row in few.job.rows] == [401] * 9
+    assert (few.started.batch_rows, few.job.steps) == (5, 4)
+    assert few.job.run.read_config()["batch_rows"] == 5
+    told = started(tiny_path, tmp_path / "told", long, train_on="all", val="0", epochs=2, batch_rows=3)
+    assert (told.started.batch_rows, told.job.steps) == (3, 6)
+
+
 def test_without_a_name_runs_are_numbered(tiny_path, tmp_path, rows_file):
     names = [started(tiny_path, tmp_path, rows_file, name=None).job.run.name for _ in range(3)]
     assert names == ["rows-lora-1", "rows-lora-2", "rows-lora-3"]

@@ -50,7 +50,7 @@ def test_the_first_loss_is_the_token_weighted_mean_that_transformers_gives(ready
     job = made.job
     hf = AutoModelForCausalLM.from_pretrained(tiny_path, dtype=torch.float32)
     (first,) = [e for e in made.events() if isinstance(e, Stepped)]
-    _, picked = next(steps(job.weights, job.settings.batch_rows, job.settings.seed))
+    _, picked = next(steps(job.weights, job.batch_rows, job.settings.seed))
     assert first.loss == pytest.approx(brute_force(hf, [job.rows[i] for i in picked]), abs=1e-5)
     assert first.trained_tokens == sum(job.rows[i].targets for i in picked)
     assert first.tokens == sum(len(job.rows[i].ids) for i in picked)
