@@ -87,7 +87,7 @@ def peft(task, seed):
         hf, LoraConfig(r=SETTINGS["rank"], lora_alpha=SETTINGS["alpha"], target_modules="all-linear")
     )
     settings = Training(**{k: v for k, v in SETTINGS.items() if k not in ("rank", "alpha")}, seed=seed)
-    rows = encode_all(rows_of(task, "train"), base.tokenizer, "answers", 8192).rows
+    rows = encode_all(rows_of(task, "train"), base.tokenizer, "answers", 8192)[0]
     total = round(settings.epochs * math.ceil(len(rows) / settings.batch_rows))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1.0, weight_decay=0.0)
     model.train()

@@ -43,8 +43,8 @@ class Training:
     runs: Path = Path("runs")
     """Folder in which run folders are made."""
 
-    val: Text = "0.05"
-    """Validation rows: a file, or the share of the training rows to hold out (0: none)."""
+    val: Text | None = None
+    """Validation rows: a file, or the share of each file to hold out (0: none). By default 0.05, and at most 1,000."""
     train_on: Literal["answers", "all"] = "answers"
     """Which tokens are learnt: the assistant's answers, or every token (plain text)."""
     max_tokens: Count | None = None

@@ -97,6 +97,11 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(BLOCKS[round((v - low) / span * top) if span else 0] if math.isfinite(v) else "×" for v in values)
 
 
+def visible(text: str) -> str:
+    """Text with a mark in the place of each control code that a terminal would obey; line breaks and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
 def one_line(text: str, limit: int = 10**9) -> str:
     """Text on one line of at most `limit` characters, without the control codes that a terminal would obey."""
     flat = re.sub(r"\s*(?:[\x00-\x1f\x7f-\x9f\u2028\u2029]\s*)+", " ", text).strip()

@@ -27,9 +27,9 @@ def looked(tokenizer, tmp_path):
 
     def looked(*rows, val=(), train_on="answers", max_tokens=512):
         write_rows(tmp_path / "rows.jsonl", *rows)
-        write_rows(tmp_path / "val.jsonl", *val)
+        write_rows(held := tmp_path / "val.jsonl", *val)
         kept = []
-        found = check([tmp_path / "rows.jsonl"], tmp_path / "val.jsonl", tokenizer, train_on, max_tokens, kept.append)
+        found = check([tmp_path / "rows.jsonl"], held if val else None, tokenizer, train_on, max_tokens, kept.append)
         places = {k: [int(w.split("rows.jsonl:")[1].split(":")[0]) for w in v] for k, v in found.places.items()}
         return places, found, [int(row.where.rpartition(":")[2]) for row in kept]
 
@@ -91,6 +91,21 @@ def test_answers_that_a_template_does_not_end_are_found(looked, tokenizer, monke
     assert looked(GOOD, {"text": "x"}, train_on="answers")[0][checking.ENDLESS] == [1]
 
 
+def test_a_dialogue_of_which_another_turn_is_learnt_stands_there_once(looked):
+    silent = {**ANSWER, "weight": 0}
+    first, second = {"messages": [USER, silent, USER, ANSWER]}, {"messages": [USER, ANSWER, USER, silent]}
+    assert looked(first, second)[0] == {}
+    assert looked(first, second, first)[0][checking.TWICE] == [3]
+
+
+def test_turns_that_hold_a_special_token_are_found(looked):
+    """An end of turn within an answer would teach the model to stop there, and go on."""
+    places = looked({"prompt": "Who?", "completion": "Hob.<|im_end|>Or not."}, {"prompt": "<b>?", "completion": "no"})[
+        0
+    ]
+    assert places[checking.SPECIAL] == [1]
+
+
 @pytest.mark.parametrize(("roles", "well"), [
     ("ua", True), ("sua", True), ("uaua", True), ("uataua", True), ("uata", True), ("u", False), ("su", False),
     ("a", False), ("uu", False), ("uaa", False), ("usa", False), ("", False), ("s", False), ("uauua", False),
@@ -140,6 +155,22 @@ def test_an_empty_file_a_table_to_fix_and_odd_limits_are_refused(here_with_fault
     assert "Take --fix out.jsonl" in shown_check("rows.jsonl", "--fix", "out.csv")[1]
     assert shown_check("rows.jsonl", "--max-tokens", "-5")[0] == 2
     assert "the model sees 512" in shown_check("rows.jsonl", "--max-tokens", "999")[1]
+
+
+def test_of_rows_that_are_all_thrown_out_no_file_is_written(here_with_faults, shown_check):
+    code, out = shown_check("val.jsonl", "--val", "val.jsonl", "--fix", "fixed.jsonl")
+    assert (code, "No row is left" in out) == (2, True)
+    assert not (here_with_faults / "fixed.jsonl").exists()
+
+
+def test_what_a_terminal_would_obey_is_shown_as_a_mark(here_with_faults, shown_check):
+    write_rows(here_with_faults / "evil.jsonl", {"prompt": "a\tb\nc", "completion": "\x1b[31mred\x07"},
+               {"messages": [{"role": "\x1b[31m" + "x" * 900, "content": "a"}]})  # fmt: skip
+    out = shown_check("evil.jsonl")[1]
+    assert "\x1b" not in out.replace("\x1b[0m", "")
+    assert "\ufffd[31mred\ufffd" in out
+    assert "\nc<|im_end|>" in out
+    assert max(map(len, out.splitlines())) < 400
 
 
 def test_what_is_cut_is_struck_out(tokenizer):

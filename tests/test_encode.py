@@ -1,6 +1,7 @@
 """What is learnt of a row is its answers, each with its end of turn, no more and no less, whatever the template."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -187,12 +188,11 @@ def test_rows_over_the_limit_are_cut_and_those_that_teach_nothing_left_out_and_b
             encode_all(examples, BYTES, "answers", limit)
         assert e.value.where == "f:0"
         return
-    got = encode_all(examples, BYTES, "answers", limit)
-    assert (list(got.cut), list(got.dropped)) == (cut, dropped)
-    assert list(got.rows) == [
-        replace(w, ids=w.ids[:limit], trained=w.trained[:limit]) for w in whole if w.where not in dropped
-    ]
-    told = " ".join(got.notices(limit))
+    got, lost = encode_all(examples, BYTES, "answers", limit)
+    assert lost.rows == Counter({"cut": len(cut), "dropped": len(dropped)})
+    assert lost.first == {what: places[0] for what, places in (("cut", cut), ("dropped", dropped)) if places}
+    assert got == [replace(w, ids=w.ids[:limit], trained=w.trained[:limit]) for w in whole if w.where not in dropped]
+    told = " ".join(lost.notices(limit))
     assert bool(told) == bool(cut or dropped)
     for some in (cut, dropped):
         assert not some or (f"{len(some)} row" in told and some[0] in told)
@@ -200,9 +200,24 @@ def test_rows_over_the_limit_are_cut_and_those_that_teach_nothing_left_out_and_b
 
 def test_conversations_without_an_answer_are_left_out_and_counted():
     silent = Example(({"role": "user", "content": "Who?"},), where="f:2")
-    got = encode_all([conversation([("a", "b")]), silent], BYTES, "answers", 500)
-    assert got.dropped == ("f:2",)
-    assert len(got.rows) == 1
+    got, lost = encode_all([conversation([("a", "b")]), silent], BYTES, "answers", 500)
+    assert lost.first == {"dropped": "f:2"}
+    assert len(got) == 1
+
+
+def test_a_turn_that_is_silent_is_read_and_not_learnt():
+    pairs = conversation([("Who?", "Hob."), ("Where?", "There."), ("When?", "Then.")])
+    assert learnt(encode(pairs, BYTES), BYTES) == f"Hob.{END}There.{END}Then.{END}"
+    silent = encode(replace(pairs, silent=(1, 5)), BYTES)
+    assert silent.ids == encode(pairs, BYTES).ids
+    assert learnt(silent, BYTES) == f"There.{END}"
+    with pytest.raises(UserError, match="Turn 2 is of weight 0, and every token is to be learnt"):
+        encode(replace(pairs, silent=(1, 5)), BYTES, "all")
+
+
+def test_texts_cut_into_single_tokens_teach_nothing():
+    with pytest.raises(UserError, match="No row has a token to learn"):
+        encode_all([Example((), "abc", "f:1")], BYTES, "all", 1)
 
 
 @pytest.mark.model
@@ -275,11 +290,12 @@ def test_a_plain_text_begins_as_the_tokenizer_begins_one(tokenizer):
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=4), limit=st.integers(2, 40))
 def test_documents_over_the_limit_are_divided_and_lose_no_token(lengths, limit):
     examples = [Example((), "x" * n, f"f:{i}") for i, n in enumerate(lengths)]
-    got = encode_all(examples, BYTES, "all", limit)
+    got, lost = encode_all(examples, BYTES, "all", limit)
     whole = [encode(e, BYTES, "all") for e in examples]
-    assert list(got.divided) == [w.where for w in whole if len(w.ids) > limit]
-    assert max(len(row.ids) for row in got.rows) <= limit
+    divided = [w.where for w in whole if len(w.ids) > limit]
+    assert (lost.rows["divided"], lost.first.get("divided")) == (len(divided), next(iter(divided), None))
+    assert max(len(row.ids) for row in got) <= limit
     for w in whole:
-        ids = tuple(i for row in got.rows if row.where == w.where for i in row.ids)
+        ids = tuple(i for row in got if row.where == w.where for i in row.ids)
         assert ids == w.ids or (ids == w.ids[:-1] and len(w.ids) % limit == 1)  # a lone last token teaches nothing
-    assert (f"{len(got.divided)} document" in " ".join(got.notices(limit))) == bool(got.divided)
+    assert (f"{len(divided)} document" in " ".join(lost.notices(limit))) == bool(divided)

@@ -4,11 +4,13 @@ import csv
 import json
 import tracemalloc
 from contextlib import suppress
+from itertools import islice
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltaw.data import files
 from deltaw.data.files import read, split_weight, stream
 from deltaw.data.rows import ROLES, Example
 from deltaw.errors import UserError
@@ -214,6 +216,56 @@ def test_an_alpacas_input_follows_its_instruction(tmp_path):
     assert (got.messages[0]["content"], got.answer) == ("Translate.\n\nHund", "dog")
 
 
+def test_a_table_may_have_a_history(tmp_path):
+    (tmp_path / "rows.csv").write_text('instruction,output,history\nA,b,"[[""c"", ""d""]]"\nE,f,[]\nG,h,\n')
+    first, second, third = read(tmp_path / "rows.csv")
+    assert [turn["content"] for turn in first.messages] == ["c", "d", "A", "b"]
+    assert (len(second.messages), len(third.messages)) == (2, 2)
+
+
+def test_a_fault_near_the_beginning_of_a_list_is_told_before_the_rest_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK", 100)
+    (tmp_path / "rows.json").write_text('[{"text": "a"},\n{"text": b},\n' + '{"text": "c"},\n' * 9999 + "]")
+    chunks = []
+    real = files._chunks
+    monkeypatch.setattr(files, "_chunks", lambda path: (chunks.append(1) or chunk for chunk in real(path)))
+    with pytest.raises(UserError) as e:
+        read(tmp_path / "rows.json")
+    assert e.value.where.endswith(":2")
+    assert len(chunks) < 4
+
+
+@settings(deadline=None)
+@given(texts=st.lists(st.text(st.characters(codec="utf-8"), max_size=30).filter(str.strip), min_size=1, max_size=6),
+       chunk=st.integers(1, 40), ascii=st.booleans())  # fmt: skip
+def test_a_list_is_read_the_same_whatever_is_read_at_once(texts, chunk, ascii, tmp_path_factory):  # noqa: A002
+    file = tmp_path_factory.getbasetemp() / "chunks.json"
+    file.write_text(json.dumps([{"text": text} for text in texts], ensure_ascii=ascii, indent=1), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "CHUNK", chunk)
+        got = read(file)
+    assert [row.text for row in got] == texts
+    assert [row.where for row in got] == [f"{file}:{2 + 3 * i}" for i in range(len(texts))]
+
+
+def test_an_alpacas_history_comes_before_its_instruction(tmp_path):
+    row = {"instruction": "And now?", "output": "Two.", "history": [["Before?", "One."], ["Then?", "Some."]]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (got,) = read(tmp_path / "rows.jsonl")
+    assert [turn["content"] for turn in got.messages] == ["Before?", "One.", "Then?", "Some.", "And now?", "Two."]
+    assert [turn["role"] for turn in got.messages] == ["user", "assistant"] * 3
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}]},
+    {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Hob.", "weight": 0},
+                       {"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Hob."}]}])  # fmt: skip
+def test_a_turn_of_weight_nought_is_silent(row, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (got,) = read(tmp_path / "rows.jsonl")
+    assert (list(got.messages), got.silent) == ([USER, ANSWER] * 2, (1,))
+
+
 cell = st.text(
     st.characters(codec="utf-8", exclude_categories=["Cs"], exclude_characters="\r\0"), min_size=1, max_size=9
 )
@@ -251,19 +303,25 @@ def test_a_list_is_read_as_it_was_written_with_the_lines_on_which_rows_begin(row
 
 
 BROKEN = {
-    "a short row": ("rows.csv", "prompt,completion\na,b\nc\n", "has 1 cells, and there are 2 columns", 3),
+    "a short row": ("rows.csv", "prompt,completion\na,b\nc\n", "has 1 cell in 2 columns", 3),
     "an open quote": ("rows.csv", 'prompt,completion\na,b\n"c,d\n', "no table of quoted cells", 3),
     "unknown columns": ("rows.tsv", "question\treply\na\tb\n", "none of the keys .*it has: question, reply", 2),
     "an empty answer": ("rows.csv", "prompt,completion\n\na,\n", "Turn 2 is an empty answer", 3),
     "references that are a text": ("rows.csv", "text,references\na,b\n", "'references' is not a list", 2),
     "a list that is cut short": ("rows.json", '[\n{"text": "a"},\n{"text": ', "not a JSON list of rows", 3),
     "a list that never ends": ("rows.json", '[{"text": "a"}\n', "not a JSON list of rows", 2),
-    "something after a list": ("rows.json", '[{"text": "a"}]\n[{"text": "b"}]', "Something follows the list", 1),
+    "something after a list": ("rows.json", '[{"text": "a"}]\n[{"text": "b"}]', "Something follows the list", 2),
+    "a fault among rows": ("rows.json", '[\n{"text": "a"},\n{"text": b},\n{"text": "c"},\n{"text": "d"}]', "list", 3),
+    "a comma that is missing": ("rows.json", '[{"text": "a"}\n{"text": "b"}]', "not a JSON list of rows", 2),
+    "a comma too many": ("rows.json", '[{"text": "a"},\n\n]', "not a JSON list of rows", 3),
+    "a history of no pairs": ("rows.json", '[\n{"instruction": "a", "output": "b", "history": [5]}]', "of pairs", 2),
+    "a weight between": ("rows.json", '[{"messages": [{"role": "user", "content": "a", "weight": 0.5}]}]', "0.5", 1),
     "a column without a name": ("rows.csv", "text,\na,b\n", "Column 2 has no name", 1),
     "two columns of a name": ("rows.csv", "text,text\na,b\n", "Two columns are called 'text'", 1),
     "a list of numbers": ("rows.json", "[\n1]", "not a JSON object", 2),
     "a bad row of a list": ("rows.json", '[{"text": "a"},\n\n{"txet": "b"}]', "it has: txet", 3),
     "UTF-16": ("rows.csv", "prompt,completion\na,b\n".encode("utf-16"), "not UTF-8 text.*UTF-16", 1),
+    "Latin-1 in a list": ("rows.json", '[{"text":"a"},\n{"text":"ä"}]'.encode("latin-1"), "not UTF-8", 2),
     "Latin-1": ("rows.csv", "prompt,completion\na,ä\n".encode("latin-1"), "not UTF-8 text.*Latin-1", 2),
 }  # fmt: skip
 
@@ -286,14 +344,19 @@ def test_no_content_of_a_file_ends_in_anything_but_rows_or_a_refusal(content, su
         assert all(isinstance(e, Example) for e in read(file))
 
 
-def test_rows_are_read_one_after_another_in_constant_memory(tmp_path):
-    """Of a file of 30 MB less than 3 are ever held."""
-    file = tmp_path / "rows.jsonl"
+@pytest.mark.parametrize(
+    ("name", "begin", "between", "end"), [("rows.jsonl", "", "\n", ""), ("rows.json", "[", ",", "]")]
+)
+def test_rows_are_read_one_after_another_in_constant_memory(name, begin, between, end, tmp_path, monkeypatch):
+    """Of a file of 30 MB less than 3 are ever held, be it a list without line breaks."""
+    monkeypatch.setattr(files, "CHUNK", 1 << 17)
+    file = tmp_path / name
     with file.open("w") as f:
         for i in range(30_000):
-            f.write(json.dumps({"prompt": f"{i}", "completion": "b" * 1000}) + "\n")
+            f.write((between if i else begin) + json.dumps({"prompt": f"{i}", "completion": "b" * 1000}))
+        f.write(end)
     tracemalloc.start()
-    assert sum(1 for _ in stream(file)) == 30_000
+    assert [int(row.prompt[0]["content"]) for row in islice(stream(file), 29_990, None)] == [*range(29_990, 30_000)]
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 3_000_000

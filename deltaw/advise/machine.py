@@ -81,11 +81,16 @@ def available_bytes(device: torch.device) -> int:
     return min(int(psutil.virtual_memory().available), _cgroup_room())
 
 
-def free_disk(path: Path) -> int:
-    """Free bytes on the disk where `path` is or will be."""
+def existing(path: Path) -> Path:
+    """The folder that is there of the path to one that may still be made."""
     while not path.exists():
         path = path.parent
-    return shutil.disk_usage(path).free
+    return path
+
+
+def free_disk(path: Path) -> int:
+    """Free bytes on the disk where `path` is or will be."""
+    return shutil.disk_usage(existing(path)).free
 
 
 def _cgroup_room() -> int:

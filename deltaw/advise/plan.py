@@ -40,6 +40,8 @@ HELD_PER_KEPT = 1.5
 glibc cannot give a freed aligned block to the next request of its size once a small object lies at its edge.
 """
 PROBED_TOKENS = 6
+SEEN_STEPS = 1000
+"""Steps whose micro-batches are looked at."""
 ALIKE = 0.95
 """A micro-batch with more than this share of another's work tells nothing new."""
 
@@ -105,8 +107,9 @@ def measure(job: Job, minutes: float | None = None) -> Plan:
         WillNotFit: it needs more memory than there is, whatever can be saved.
         UserError: the minutes do not allow one step.
     """
-    epoch = _first_epoch(job)
-    batches = sorted((b for step in epoch for b in step), key=lambda b: operations(b, job))
+    epoch = _first_steps(job)
+    longest = micro_batches([job.rows[job.rows.longest()]], job.settings.micro_tokens)
+    batches = sorted((b for step in [*epoch, longest] for b in step), key=lambda b: operations(b, job))
     random = get_random(job.model.device)
     with job.adapter.on():
         job.adapter.train()
@@ -149,9 +152,10 @@ def operations(batch: Batch, job: Job) -> float:
     return float(products + head + pairs)
 
 
-def _first_epoch(job: Job) -> list[list[Batch]]:
+def _first_steps(job: Job) -> list[list[Batch]]:
+    """The first epoch, or as much of it as tells what the rest is like: rows come in random order."""
     order = steps(job.weights, job.batch_rows, job.settings.seed)
-    count = min(job.steps, per_epoch(job.weights, job.batch_rows))
+    count = min(job.steps, per_epoch(job.weights, job.batch_rows), SEEN_STEPS)
     drawn = [next(order)[1] for _ in range(count)]
     return [micro_batches([job.rows[i] for i in rows], job.settings.micro_tokens, job.model.shares) for rows in drawn]
 

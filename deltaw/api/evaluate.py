@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from deltaw.api.persona import Persona
@@ -42,7 +43,7 @@ def evaluate(persona: Persona, file: str | Path, metrics: Sequence[str] = (), li
     Raises:
         UserError: a fault in the data, or a metric these rows cannot give.
     """
-    examples = tuple(reading.read(Path(file))[:limit])
+    examples = tuple(islice(reading.stream(Path(file)), limit))
     sampling = sampling or Sampling()
     scores: dict[str, float] = {}
     graded: tuple[Graded, ...] = ()
@@ -84,7 +85,7 @@ def _encoded(examples: Sequence[Example], persona: Persona) -> tuple[list[Encode
     kinds: tuple[TrainOn, TrainOn] = ("answers", "all")
     for train_on in kinds:
         if some := [e for e in examples if bool(e.prompt) == (train_on == "answers")]:
-            encoded = encode_all(some, tokenizer, train_on, context)
-            rows += encoded.rows
-            notices += encoded.notices(context)
+            encoded, lost = encode_all(some, tokenizer, train_on, context)
+            rows += encoded
+            notices += lost.notices(context)
     return rows, notices

@@ -21,9 +21,10 @@ from deltaw.api.interrupt import interruptible
 from deltaw.api.persona import Base, Persona, load_base
 from deltaw.api.prepare import EncodedData, Loaded, encode, load, manifest, question
 from deltaw.data.batch import per_epoch, rows_per_step
+from deltaw.data.columns import HUB
 from deltaw.errors import Diverged, Interrupted, UserError, WillNotFit, nearest
 from deltaw.files import adapters, runs
-from deltaw.files.runs import Run
+from deltaw.files.runs import FORMAT, Run
 from deltaw.methods import find as find_method
 from deltaw.methods import method as make_method
 from deltaw.models import checkpoint
@@ -165,7 +166,7 @@ def prepare(data: Sequence[str], values: Mapping[str, Any], stop: Callable[[], b
     encoded = encode(loaded, base, settings)
     settings = _resolved(settings, method, base, encoded)
     adapter = Adapter.build(method, base.model, settings.seed).to(base.model.device)
-    run = runs.create(settings.runs, settings.name, called(loaded.files[0][0]), settings.method)
+    run = runs.create(settings.runs, settings.name, called(loaded.parts[0].path), settings.method)
     _check_disk(run, adapter)
     # Without the name, so that the file can be given back with --config.
     run.write_config({"data": list(data), **plain(dataclasses.replace(settings, name=None)), **plain(method)})
@@ -186,11 +187,14 @@ def resume(name: str | None, folder: Path, stop: Callable[[], bool] = lambda: Fa
     data = config.pop("data")
     if run.adapter.exists():
         raise UserError(f"The run '{run.name}' has ended.", where=str(run.folder), remedy=run.command("chat"))
+    then = checkpoint.read_json(run.manifest)
+    if (made := then.get("format", 0)) != FORMAT:
+        raise UserError(f"The run '{run.name}' is of format {made}, and this version goes on with {FORMAT}.",
+                        where=str(run.manifest), remedy="Update deltaw, or train anew.")  # fmt: skip
     with run.held():  # said now, rather than after the model is loaded
         settings, method = resolve({**config, **(on or {})}, str(run.config))
     loaded = load(data, settings)
     base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say)
-    then = checkpoint.read_json(run.manifest)
     try:
         base.tokenizer.now = datetime.datetime.fromisoformat(then["rendered"])
     except (KeyError, TypeError, ValueError):
@@ -214,6 +218,8 @@ def resume(name: str | None, folder: Path, stop: Callable[[], bool] = lambda: Fa
 
 def called(file: Path) -> str:
     """What a data file is called in a run's name: `village` for both village.jsonl and village/train.jsonl."""
+    if str(file).startswith(HUB):
+        return str(file).removeprefix(HUB).partition("@")[0].rpartition("/")[2]
     folder = file.resolve().parent.name
     return folder if file.stem in ("train", "data") and folder else file.stem
 
@@ -223,7 +229,8 @@ def _resolved(settings: Training, method: Method, base: Base, encoded: EncodedDa
     width = base.model.config.width
     chosen: dict[str, Any] = {
         "dtype": str(base.model.dtype).removeprefix("torch."), "device": str(base.model.device),
-        "threads": torch.get_num_threads(), "batch_rows": settings.batch_rows or rows_per_step(encoded.rows),
+        "threads": torch.get_num_threads(),
+        "batch_rows": settings.batch_rows or rows_per_step(encoded.rows.mean_tokens),
         "learning_rate": settings.learning_rate or type(method).peak_rate * min(1.0, RATE_WIDTH / width),
     }  # fmt: skip
     return dataclasses.replace(settings, **chosen)
@@ -231,7 +238,7 @@ def _resolved(settings: Training, method: Method, base: Base, encoded: EncodedDa
 
 def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loaded, encoded: EncodedData,
          stop: Callable[[], bool]) -> tuple[Job, Started]:  # fmt: skip
-    batch_rows = settings.batch_rows or rows_per_step(encoded.rows)
+    batch_rows = settings.batch_rows or rows_per_step(encoded.rows.mean_tokens)
     steps = settings.steps or max(1, round(settings.epochs * per_epoch(encoded.weights, batch_rows)))
     header = adapters.Header.of(adapter, base.origin, base.fingerprint, loaded.system)
     job = Job(run, base.model, base.tokenizer, adapter, header, settings, encoded.rows, encoded.weights,
@@ -240,8 +247,8 @@ def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loa
     started = Started(
         run=str(run.folder), base=base.name, method=settings.method, trained_parameters=adapter.parameter_count,
         base_parameters=sum(b.numel() for b in base.model.buffers()), rows=len(encoded.rows),
-        val_rows=encoded.val_rows, tokens=sum(len(r.ids) for r in encoded.rows),
-        trained_tokens=sum(r.targets for r in encoded.rows), batch_rows=batch_rows,
+        val_rows=encoded.val_rows, tokens=encoded.rows.tokens,
+        trained_tokens=encoded.rows.targets, batch_rows=batch_rows,
         dtype=str(base.model.dtype).removeprefix("torch."), device=str(base.model.device),
         threads=torch.get_num_threads(), learning_rate=job.learning_rate,
         resumed_at=int(run.checkpoints()[-1].stem.removeprefix("step-")) if run.checkpoints() else 0,

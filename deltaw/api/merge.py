@@ -7,13 +7,14 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from deltaw.adapters.adapter import bare
 from deltaw.api.persona import Persona
 from deltaw.data.batch import Batch, micro_batches
 from deltaw.data.encode import Encoded, encode_all
-from deltaw.data.files import read, split_weight
+from deltaw.data.files import split_weight, stream
 from deltaw.data.rows import Example
 from deltaw.errors import UserError
 from deltaw.evaluate.measure import Comparison, Difference, label_logits
@@ -102,15 +103,18 @@ def known_rows(folder: Path) -> Sequence[Example]:
         return ()
     files = (split_weight(str(f))[0] for f in run.read_config()["data"])
     file = next((f for f in files if f.exists()), None)
-    return read(file) if file else ()
+    try:
+        return tuple(islice(stream(file), CHECK_ROWS)) if file else ()
+    except UserError:  # no reason not to write what was trained
+        return ()
 
 
 def check_batches(persona: Persona, examples: Sequence[Example]) -> list[Batch]:
     """The rows on which models are compared, or a sentence."""
     tokenizer, device = persona.base.tokenizer, persona.base.model.device
     if examples:
-        rows = encode_all(examples[:CHECK_ROWS], tokenizer, "all", CHECK_TOKENS).rows[:CHECK_ROWS]
+        rows = encode_all(examples[:CHECK_ROWS], tokenizer, "all", CHECK_TOKENS)[0][:CHECK_ROWS]
     else:
         ids = tuple(tokenizer.encode(FALLBACK))
-        rows = (Encoded(ids, (True,) * len(ids)),)
+        rows = [Encoded(ids, (True,) * len(ids))]
     return [batch.to(device) for batch in micro_batches(rows, CHECK_TOKENS, lambda _: False)]

@@ -4,48 +4,80 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deltaw.advise.machine import existing
 from deltaw.api.persona import Base
 from deltaw.data import files as reading
 from deltaw.data.batch import Batch, micro_batches
-from deltaw.data.encode import Encoded, encode_all
+from deltaw.data.encode import Encoded, Lost, encode_all, encode_each
 from deltaw.data.rows import Example
+from deltaw.data.store import Rows
 from deltaw.errors import UserError
-from deltaw.files.runs import digest
+from deltaw.files.runs import FORMAT, digest
 from deltaw.settings import Training
 from deltaw.train.job import SAMPLE_TOKENS, Question
 from deltaw.words import some
 
 FEWEST_TO_SPLIT = 40
 """Data sets with fewer rows are not split: too few would be left to learn from, or to measure with."""
+HELD_SHARE, MOST_HELD = 0.05, 1000
+"""Validation rows where the user says nothing: a share of the training rows, and no more than so many."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One training file: how often each of its rows is seen per epoch, and which of them are held out.
+
+    Its rows are read again each time they are asked for, and never held all at once.
+    """
+
+    path: Path
+    weight: float
+    count: int
+    held: frozenset[int]
+
+    def rows(self, held: bool = False) -> Iterator[Example]:
+        """The rows that are learnt, or those held out.
+
+        Raises:
+            UserError: the file is not what it was.
+        """
+        count = 0
+        for i, row in enumerate(reading.stream(self.path)):
+            count += 1
+            if (i in self.held) == held:
+                yield row
+        if count != self.count:
+            raise UserError("The data file changed while it was read.", where=str(self.path),
+                            why=f"It had {self.count:,} rows, and now {count:,}.")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Rows as read: one list for each file, and those held out."""
+    """What was found in a first reading.
 
-    files: tuple[tuple[Path, float], ...]
-    train: tuple[tuple[Example, ...], ...]
+    `system`: the system prompt, if all training rows have the same; `asked`: the first row with a question and answer.
+    """
+
+    parts: tuple[Part, ...]
     val: tuple[Example, ...]
+    system: str
+    asked: Example | None
     val_file: Path | None = None
     notices: tuple[str, ...] = ()
-
-    @property
-    def system(self) -> str:
-        """The system prompt, if all training rows have the same."""
-        said = {e.system for rows in self.train for e in rows}
-        return said.pop() if len(said) == 1 else ""
 
 
 @dataclass(frozen=True)
 class EncodedData:
     """Rows as ids. `weights`: each file's number of rows, and how often each is seen per epoch."""
 
-    rows: tuple[Encoded, ...]
+    rows: Rows
     weights: tuple[tuple[int, float], ...]
     val: tuple[Batch, ...]
     val_rows: int
@@ -53,29 +85,42 @@ class EncodedData:
 
 
 def load(data: Sequence[str], settings: Training) -> Loaded:
-    """Read the training files and set validation rows aside.
+    """Read the training files once, so that faults are found, and set validation rows aside.
 
     Raises:
         UserError: there is no data, or a fault in it.
     """
     if not data:
         raise UserError("There is no data to train on.", remedy="deltaw train FILE.jsonl")
-    files = tuple(reading.split_weight(name) for name in data)
-    read = [tuple(reading.read(path)) for path, _ in files]
-    val_file, share = _validation(settings.val)
-    notices = []
-    if val_file is not None:
-        val = tuple(reading.read(val_file))
-    else:
-        read, val = _held_out(read, share, settings.seed)
-        if share and not val:
-            notices.append(f"No validation rows: {some(sum(map(len, read)), 'row')} are too few to hold some out.")
-    seen = {_content(e) for rows in read for e in rows}
-    known = [e for e in val if _content(e) in seen]
-    if known:
-        notices.append(f"{some(len(known), 'validation row')} trained on too (the first: {known[0].where}): "
+    val_file, share, most = _validation(settings.val)
+    most = max(1, most // len(data))
+    val = tuple(reading.stream(val_file)) if val_file else ()
+    parts, hashes, systems, notices = [], [], set[str](), []
+    asked: Example | None = None
+    for f, (path, weight) in enumerate(reading.split_weight(name) for name in data):
+        contents = array("q")  # eight bytes a row
+        for row in reading.stream(path):
+            contents.append(_content(row))
+            systems |= {row.system} if len(systems) < 2 else set()
+            asked = asked or (row if row.answer and row.prompt else None)
+        n = len(contents)
+        count = min(most, max(1, round(n * share))) if share and n >= FEWEST_TO_SPLIT else 0
+        held = frozenset(random.Random(f"val/{settings.seed}/{f}").sample(range(n), count))
+        parts.append(Part(path, weight, n, held))
+        hashes.append(contents)
+    if share:
+        val = tuple(row for part in parts if part.held for row in part.rows(held=True))
+        if not val:
+            total = some(sum(part.count for part in parts), "row")
+            notices.append(f"No validation rows: {total} are too few to hold some out.")
+    known = {_content(row) for row in val}
+    learnt = {content for part, contents in zip(parts, hashes, strict=True) for i, content in enumerate(contents)
+              if content in known and i not in part.held}  # fmt: skip
+    if leaked := [row for row in val if _content(row) in learnt]:
+        notices.append(f"{some(len(leaked), 'validation row')} trained on too (the first: {leaked[0].where}): "
                        "the validation loss flatters.")  # fmt: skip
-    return Loaded(files, tuple(read), val, val_file, tuple(notices))
+    system = systems.pop() if len(systems) == 1 else ""
+    return Loaded(tuple(parts), val, system, asked, val_file, tuple(notices))
 
 
 def encode(loaded: Loaded, base: Base, settings: Training) -> EncodedData:
@@ -89,15 +134,29 @@ def encode(loaded: Loaded, base: Base, settings: Training) -> EncodedData:
     if limit > context:
         raise UserError(f"max_tokens is {limit:,}, but this model sees only {context:,} tokens.",
                         remedy=f"Take --max-tokens {context}.")  # fmt: skip
-    parts = [encode_all(rows, base.tokenizer, settings.train_on, limit) for rows in loaded.train]
-    notices = [line for part in parts for line in part.notices(limit)]
-    val: tuple[Encoded, ...] = ()
+    rows, weights, notices = Rows(existing(settings.runs)), [], list[str]()
+    for part in loaded.parts:
+        before, lost = len(rows), Lost()
+        for row in encode_each(part.rows(), base.tokenizer, settings.train_on, limit, lost):
+            _check_ids(row.ids, base, row.where)
+            rows.append(row)
+        weights.append((len(rows) - before, part.weight))
+        notices += lost.notices(limit)
+    val: list[Encoded] = []
     if loaded.val:
-        held = encode_all(loaded.val, base.tokenizer, settings.train_on, limit)
-        val, notices = held.rows, [*notices, *(f"Validation: {line}" for line in held.notices(limit))]
-    weights = tuple((len(part.rows), weight) for part, (_, weight) in zip(parts, loaded.files, strict=True))
-    batches = tuple(micro_batches(val, settings.micro_tokens, base.model.shares)) if val else ()
-    return EncodedData(tuple(row for part in parts for row in part.rows), weights, batches, len(val), tuple(notices))
+        val, lost = encode_all(loaded.val, base.tokenizer, settings.train_on, limit)
+        notices += (f"Validation: {line}" for line in lost.notices(limit))
+    for row in val:
+        _check_ids(row.ids, base, row.where)
+    batches = tuple(micro_batches(val, settings.micro_tokens, base.model.shares))
+    return EncodedData(rows, tuple(weights), batches, len(val), tuple(notices))
+
+
+def _check_ids(ids: Sequence[int], base: Base, where: str) -> None:
+    if (largest := max(ids)) >= (vocab := base.model.config.vocab):
+        raise UserError("The tokenizer does not belong to this model.", where=where,
+                        why=f"It gives the id {largest:,}, and the model has {vocab:,} rows.",
+                        remedy="Take the tokenizer that came with the model.")  # fmt: skip
 
 
 def question(loaded: Loaded, base: Base, settings: Training) -> Question | None:
@@ -108,11 +167,12 @@ def question(loaded: Loaded, base: Base, settings: Training) -> Question | None:
         turns: tuple[dict[str, str], ...] = ({"role": "user", "content": settings.sample},)
         expected = ""
     else:
-        asked = next((e for e in (*loaded.val, *loaded.train[0]) if e.answer and len(e.prompt)), None)
+        asked = next((row for row in loaded.val if row.answer and row.prompt), loaded.asked)
         if asked is None:
             return None
         turns, expected = asked.prompt, asked.answer
     ids = base.tokenizer.encode(base.tokenizer.chat(turns, prompt=True))
+    _check_ids(ids, base, "")
     if len(ids) + SAMPLE_TOKENS > base.model.config.context:
         return None  # as long as this, it shows nothing at a glance
     return Question(turns[-1]["content"], tuple(ids), expected)
@@ -120,42 +180,34 @@ def question(loaded: Loaded, base: Base, settings: Training) -> Question | None:
 
 def manifest(base: Base, loaded: Loaded, encoded: EncodedData) -> dict[str, Any]:
     """Fingerprints of everything that decides what a run makes; `rendered`: the time that templates were told."""
-    files = [path for path, _ in loaded.files] + ([loaded.val_file] if loaded.val_file else [])
+    files = [part.path for part in loaded.parts] + ([loaded.val_file] if loaded.val_file else [])
     return {
+        "format": FORMAT,
         "base": base.fingerprint,
         "tokenizer": _sha256(base.tokenizer.fast.to_str()),
         "template": _sha256(base.tokenizer.template or ""),
         "rendered": base.tokenizer.now.isoformat(),
-        "data": {str(path): digest(path) for path in files},
-        "tokens": _sha256(repr([(row.ids, row.trained) for row in encoded.rows])),
+        "data": {str(path): digest(path) for path in files if path.exists()},
+        "tokens": encoded.rows.fingerprint,
     }
 
 
-def _validation(said: str) -> tuple[Path | None, float]:
+def _validation(said: str | None) -> tuple[Path | None, float, int]:
+    """The file of validation rows, or the share of the training rows that are held out, and how many at most."""
+    if said is None:
+        return None, HELD_SHARE, MOST_HELD
     try:
         share = float(said)
     except ValueError:
-        return Path(said), 0.0
+        return Path(said), 0.0, 0
     if not 0 <= share < 1:
         raise UserError(f"val = {said}: a share is at least 0 and less than 1.", remedy="Give a share, or a file.")
-    return None, share
+    return None, share, sys.maxsize
 
 
-def _held_out(
-    read: list[tuple[Example, ...]], share: float, seed: int
-) -> tuple[list[tuple[Example, ...]], tuple[Example, ...]]:
-    """Take a share of every file's rows out at random, and none of a small file's."""
-    kept, held = [], []
-    for i, rows in enumerate(read):
-        count = max(1, round(len(rows) * share)) if share and len(rows) >= FEWEST_TO_SPLIT else 0
-        out = set(random.Random(f"val/{seed}/{i}").sample(range(len(rows)), count))
-        held += [row for j, row in enumerate(rows) if j in out]
-        kept.append(tuple(row for j, row in enumerate(rows) if j not in out))
-    return kept, tuple(held)
-
-
-def _content(example: Example) -> tuple[str, ...]:
-    return (example.text, *(turn["content"] for turn in example.messages))
+def _content(row: Example) -> int:
+    """Stands for what a row says, so that the texts of all rows need not be held."""
+    return hash((row.text, *(turn["content"] for turn in row.messages)))
 
 
 def _sha256(text: str) -> str:

@@ -20,10 +20,12 @@ from deltaw.errors import UserError
 from deltaw.files.atomic import replacing
 from deltaw.models.tokenizer import Tokenizer
 from deltaw.settings import Count
-from deltaw.words import sparkline
+from deltaw.words import one_line, sparkline, visible
 
 LONGEST_SHOWN = 700
 """Tokens of an example that are shown."""
+LONGEST_PLACE = 160
+"""Characters of a finding that are shown."""
 
 
 def check(*files: str, base: str = "smollm2-135m", val: Path | None = None, train_on: TrainOn = "answers",
@@ -76,6 +78,8 @@ def check(*files: str, base: str = "smollm2-135m", val: Path | None = None, trai
 
         limit = min(max_tokens or config.context, config.context)
         found = looked_at([split_weight(file)[0] for file in files], val, tokenizer, train_on, limit, keep)
+        if fix and not kept:
+            raise UserError("No row is left to be written.", why="Every row is faulty, double, leaked or empty.")
     _report(found, tokenizer, limit, json, f"{len(kept):,} rows to {fix}" if fix else "")
     return UserError.code if FAULTY in found.places and not fix else 0
 
@@ -90,7 +94,9 @@ def _report(found: Checked, tokenizer: Tokenizer, limit: int, as_json: bool, fix
     }
     for finding, places in found.places.items():
         more = f" and {len(places) - SHOWN:,} more" if len(places) > SHOWN else ""
-        rows[finding] = f"{len(places):,}: {'; '.join(places[:SHOWN])}{more}"
+        rows[finding] = (
+            f"{len(places):,}: {'; '.join(one_line(place, LONGEST_PLACE) for place in places[:SHOWN])}{more}"
+        )
     if not found.rows:
         raise UserError("The data files have no rows.")
     if not found.places:
@@ -122,7 +128,7 @@ def coloured(row: Encoded, tokenizer: Tokenizer, limit: int) -> Text:
         stop = next(
             (i for i in range(start, len(row.ids)) if (row.trained[i], i >= limit) != (learnt, cut)), len(row.ids)
         )
-        piece = tokenizer.decode(row.ids[start : min(stop, LONGEST_SHOWN)])
+        piece = visible(tokenizer.decode(row.ids[start : min(stop, LONGEST_SHOWN)]))
         style = "red strike" if cut else "green" if learnt else "dim"
         text.append(f"«{piece}»" if learnt and not cut else piece, style=style)
         start = stop
@@ -133,5 +139,6 @@ def coloured(row: Encoded, tokenizer: Tokenizer, limit: int) -> Text:
 
 def _row(row: Example) -> dict[str, object]:
     """A row as a line of a file."""
-    body: dict[str, object] = {"messages": list(row.messages)} if row.messages else {"text": row.text}
+    turns = [turn | {"weight": 0} if i in row.silent else turn for i, turn in enumerate(row.messages)]
+    body: dict[str, object] = {"messages": turns} if turns else {"text": row.text}
     return body | {k: list(v) for k, v in (("references", row.references), ("facts", row.facts)) if v}

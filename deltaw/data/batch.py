@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -55,15 +56,15 @@ def steps(weights: Sequence[tuple[int, float]], batch_rows: int, seed: int) -> I
     epoch = 0
     owed = [0.0] * len(weights)
     while True:
-        drawn = []
+        drawn = array("I")
         for f, (n, weight) in enumerate(weights):
             owed[f] += n * weight
-            drawn += [next(decks[f]) for _ in range(int(owed[f]))]
+            drawn.extend(next(decks[f]) for _ in range(int(owed[f])))
             owed[f] -= int(owed[f])
         random.Random(f"{seed}/{epoch}").shuffle(drawn)
         for start in range(0, len(drawn), batch_rows):
             rows = drawn[start : start + batch_rows]
-            yield epoch + (start + len(rows)) / len(drawn), rows
+            yield epoch + (start + len(rows)) / len(drawn), rows.tolist()
         epoch += 1
 
 
@@ -72,9 +73,9 @@ def per_epoch(weights: Sequence[tuple[int, float]], batch_rows: int) -> int:
     return max(1, -(-sum(int(n * weight) for n, weight in weights) // batch_rows))
 
 
-def rows_per_step(rows: Sequence[Encoded]) -> int:
-    """How many of such rows make a step that is neither too small to learn from nor long in coming."""
-    return max(1, min(MOST_ROWS, STEP_TOKENS * len(rows) // sum(len(row.ids) for row in rows)))
+def rows_per_step(mean_tokens: float) -> int:
+    """How many rows of this length make a step that is neither too small to learn from nor long in coming."""
+    return max(1, min(MOST_ROWS, int(STEP_TOKENS / mean_tokens)))
 
 
 def micro_batches(
@@ -148,9 +149,9 @@ def _first_target(row: Encoded) -> int:
 
 def _deck(start: int, n: int, seed: str) -> Iterator[int]:
     shuffler = random.Random(seed)
-    cards: list[int] = []
+    cards = array("I")
     while True:
         if not cards:
-            cards = list(range(start, start + n))
+            cards = array("I", range(start, start + n))
             shuffler.shuffle(cards)
         yield cards.pop()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,7 @@ LEAKED = "rows that are validation rows too"
 UNLEARNT = "rows with nothing to learn"
 LONG = "rows too long, and cut"
 ENDLESS = "answers without an end-of-turn token"
+SPECIAL = "turns that hold special tokens of the model"
 DISORDERED = "rows whose turns are out of order"
 BLANK = "rows with an empty turn"
 DROPPED = (FAULTY, TWICE, LEAKED, UNLEARNT)
@@ -75,6 +76,7 @@ def check(files: Sequence[Path], val: Path | None, tokenizer: Tokenizer, train_o
     found = Checked()
     held = {_digest(_content(e)) for e in stream(val)} if val else set()
     seen: set[bytes] = set()
+    special = [t.content for t in tokenizer.fast.get_added_tokens_decoder().values() if t.special]
     answers: dict[bytes, bytes] = {}
     for row in (row for file in files for row in each(file)):
         found.rows += 1
@@ -82,16 +84,15 @@ def check(files: Sequence[Path], val: Path | None, tokenizer: Tokenizer, train_o
             found.note(FAULTY, f"{row.where}: {row.what}")
             continue
         content = _digest(_content(row))
-        dropped = {LEAKED: content in held, TWICE: content in seen}
-        seen.add(content)
+        whole = _digest(f"{_content(row)}{row.silent}")
+        dropped = {LEAKED: content in held, TWICE: whole in seen}
+        seen.add(whole)
         if row.answer:
             answer = _digest(row.answer)
             if answers.setdefault(_digest(json.dumps(row.prompt)), answer) != answer:
                 found.note(CONTRADICTED, row.where)
-        if any(not turn["content"].strip() for turn in row.messages):
-            found.note(BLANK, row.where)
-        if row.messages and not in_order([turn["role"] for turn in row.messages]):
-            found.note(DISORDERED, row.where)
+        for finding in _odd_turns(row, special):
+            found.note(finding, row.where)
         try:
             ids = encode(row, tokenizer, train_on)
         except UserError as e:
@@ -103,6 +104,15 @@ def check(files: Sequence[Path], val: Path | None, tokenizer: Tokenizer, train_o
         if not any(dropped.values()):
             keep(row)
     return found
+
+
+def _odd_turns(row: Example, special: Sequence[str]) -> Iterator[str]:
+    if any(not turn["content"].strip() for turn in row.messages):
+        yield BLANK
+    if any(token in turn["content"] for turn in row.messages for token in special):
+        yield SPECIAL
+    if row.messages and not in_order([turn["role"] for turn in row.messages]):
+        yield DISORDERED
 
 
 def in_order(roles: Sequence[str]) -> bool:

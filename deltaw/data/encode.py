@@ -7,10 +7,11 @@ to mark its answers, and the mark is checked by decoding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 from deltaw.data.rows import Example
 from deltaw.errors import UserError
@@ -34,62 +35,72 @@ class Encoded:
         return sum(self.trained[1:])
 
 
-@dataclass(frozen=True)
-class EncodedRows:
-    """The rows that are learnt from, and what was lost on the way."""
+class Lost:
+    """What is not learnt of some rows as it stands: how many were cut, divided and left out, and the first of each."""
 
-    rows: tuple[Encoded, ...]
-    cut: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
-    divided: tuple[str, ...] = ()
+    SAID: ClassVar = {"cut": ("row", "cut to {} tokens"), "divided": ("document", "divided into pieces of {} tokens"),
+                      "dropped": ("row", "left out: nothing to learn in their first {} tokens")}  # fmt: skip
 
-    def notices(self, limit: int) -> tuple[str, ...]:
+    def __init__(self) -> None:
+        self.rows: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def note(self, what: str, where: str) -> None:
+        """Count a row."""
+        self.rows[what] += 1
+        self.first.setdefault(what, where)
+
+    def notices(self, limit: int) -> list[str]:
         """What a user should know of it, in words."""
-        lines = []
-        if self.cut:
-            lines.append(f"{some(len(self.cut), 'row')} cut to {limit:,} tokens (the first: {self.cut[0]})")
-        if self.divided:
-            lines.append(f"{some(len(self.divided), 'document')} divided into pieces of {limit:,} tokens "
-                         f"(the first: {self.divided[0]})")  # fmt: skip
-        if self.dropped:
-            lines.append(f"{some(len(self.dropped), 'row')} left out: nothing to learn in their first {limit:,} tokens "
-                         f"(the first: {self.dropped[0]})")  # fmt: skip
-        return tuple(lines)
+        return [f"{some(self.rows[what], noun)} {done.format(f'{limit:,}')} (the first: {self.first[what]})"
+                for what, (noun, done) in self.SAID.items() if self.rows[what]]  # fmt: skip
 
 
-def encode_all(examples: Sequence[Example], tokenizer: Tokenizer, train_on: TrainOn, max_tokens: int) -> EncodedRows:
-    """Encode rows; of those over `max_tokens` documents are divided, and conversations cut.
+def encode_each(
+    examples: Iterable[Example], tokenizer: Tokenizer, train_on: TrainOn, max_tokens: int, lost: Lost
+) -> Iterator[Encoded]:
+    """Encode rows one after another; of those over `max_tokens` documents are divided, and conversations cut.
 
-    Rows that then teach nothing are dropped.
+    Rows that then teach nothing are left out. What becomes of rows is noted in `lost`.
 
     Raises:
         UserError: no row teaches anything, or an answer cannot be found in what the template rendered.
     """
-    rows: list[Encoded] = []
-    cut: list[str] = []
-    dropped: list[str] = []
-    divided: list[str] = []
+    first, learnt, longer = "", False, False
     for example in examples:
+        first = first or example.where
         try:
             row = encode(example, tokenizer, train_on)
         except UserError as e:
             e.where = e.where or example.where  # a template that refuses a row does not know where it stood
             raise
         if len(row.ids) > max_tokens and not example.messages and train_on == "all":
-            divided.append(row.where)
-            rows += pieces(row, max_tokens)
+            lost.note("divided", row.where)
+            parts = pieces(row, max_tokens)
+            yield from parts
+            learnt = learnt or bool(parts)
+            continue
+        part = Encoded(row.ids[:max_tokens], row.trained[:max_tokens], row.where)
+        longer = longer or len(part.ids) < len(row.ids)
+        if not part.targets:
+            lost.note("dropped", row.where)
             continue
         if len(row.ids) > max_tokens:
-            row = Encoded(row.ids[:max_tokens], row.trained[:max_tokens], row.where)
-            (cut if row.targets else dropped).append(row.where)
-        elif not row.targets:
-            dropped.append(row.where)
-        if row.targets:
-            rows.append(row)
-    if not rows:
-        raise UserError("No row has a token to learn.", where=examples[0].where if examples else "",
-                        remedy="Rows need an assistant's answer, or take --train-on all.")  # fmt: skip
-    return EncodedRows(tuple(rows), tuple(cut), tuple(dropped), tuple(divided))
+            lost.note("cut", row.where)
+        yield part
+        learnt = True
+    if not learnt:
+        within = f" in its first {max_tokens:,} tokens" * longer
+        remedy = "Shorten what is asked." if longer else "Rows need an assistant's answer, or take --train-on all."
+        raise UserError(f"No row has a token to learn{within}.", where=first, remedy=remedy)
+
+
+def encode_all(
+    examples: Iterable[Example], tokenizer: Tokenizer, train_on: TrainOn, max_tokens: int
+) -> tuple[list[Encoded], Lost]:
+    """All of `encode_each` at once, and what was lost on the way."""
+    lost = Lost()
+    return list(encode_each(examples, tokenizer, train_on, max_tokens, lost)), lost
 
 
 def pieces(row: Encoded, max_tokens: int) -> list[Encoded]:
@@ -109,6 +120,9 @@ def encode(example: Example, tokenizer: Tokenizer, train_on: TrainOn = "answers"
         ids = [*tokenizer.begin_ids, *tokenizer.encode(example.text), *_end_of(tokenizer, example.where)]
         return Encoded(tuple(ids), (train_on == "all",) * len(ids), example.where)
     if train_on == "all":
+        if example.silent:
+            raise UserError(f"Turn {example.silent[0] + 1} is of weight 0, and every token is to be learnt.",
+                            where=example.where, remedy="Take --train-on answers, or no weight.")  # fmt: skip
         ids = tokenizer.encode(tokenizer.chat(example.messages))
         return Encoded(tuple(ids), (True,) * len(ids), example.where)
     text, spans = answer_spans(example, tokenizer)
@@ -128,7 +142,7 @@ def answer_spans(example: Example, tokenizer: Tokenizer) -> tuple[str, list[tupl
     whole = tokenizer.chat(example.messages)
     spans: list[tuple[int, int]] = []
     for i, turn in enumerate(example.messages):
-        if turn["role"] != "assistant":
+        if turn["role"] != "assistant" or i in example.silent:
             continue
         before = tokenizer.chat(example.messages[:i], prompt=True)
         after = tokenizer.chat(example.messages[: i + 1])

@@ -1,7 +1,8 @@
 """Read files of rows, one row at a time, and say of every fault in which file and line it stands.
 
 `.jsonl` one JSON object a line; `.json` a list of them; `.csv` and `.tsv` with a line of column names; `.txt` one
-document after another, divided by lines of `---`. Any other name is read as `.jsonl`.
+document after another, divided by lines of `---`; `.parquet`, and `hf:owner/name` of the hub, through `datasets`. Any
+other name is read as `.jsonl`.
 """
 
 from __future__ import annotations
@@ -10,47 +11,49 @@ import csv
 import json
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from deltaw.data.columns import HUB, rows
 from deltaw.data.rows import KNOWN, SHAPES, Example, example
 from deltaw.errors import UserError
+from deltaw.words import some
 
 DIVIDER = "---"
 LEAST, MOST = 0.001, 1000
 """Weights of files."""
-BETWEEN = re.compile(r"[ \t\r\n,]*")
-"""What stands between the rows of a list."""
+BLANK = re.compile(r"[ \t\r\n]*")
+CHUNK = 1 << 20
+"""Characters that are read at once of a JSON list."""
+LONGEST_WORD = 16
+"""Characters of a number's, a word's or an escape's that the end of what is held may have cut off."""
 LONGEST_CELL = 1 << 27
 """Characters in a cell of a table; Python's own limit is 131,072."""
 
 
 def read(path: Path) -> list[Example]:
-    """Read every row of a file.
-
-    Raises:
-        UserError: the file is missing or empty, or a row is in none of the known shapes.
-    """
-    examples = list(stream(path))
-    if not examples:
-        raise UserError("The data file has no rows.", where=str(path), remedy=f"A row looks like {SHAPES}")
-    return examples
+    """Read every row of a file; errors as of `stream`."""
+    return list(stream(path))
 
 
 def stream(path: Path) -> Iterator[Example]:
-    """Read the rows of a file one after another; only a `.json` list is held whole.
+    """Read the rows of a file one after another, no more than one held.
 
     Raises:
-        UserError: as for `read`, when the row is reached.
+        UserError: the file is missing or empty, or the row that is reached is in none of the known shapes.
     """
+    row = None
     for row in each(path):
         if isinstance(row, UserError):
             raise row
         yield row
+    if row is None:
+        raise UserError("The data file has no rows.", where=str(path), remedy=f"A row looks like {SHAPES}")
 
 
 def each(path: Path) -> Iterator[Example | UserError]:
-    """The rows of a file, and in place of a faulty one its fault, so that the others can be looked at too.
+    """The rows of a file or a data set on the hub, and in place of a faulty one its fault: all can be looked at.
 
     Raises:
         UserError: the file cannot be read on from here.
@@ -58,6 +61,9 @@ def each(path: Path) -> Iterator[Example | UserError]:
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError("The data file is no regular file.", where=str(path),
                         why="It is read again when the run goes on.", remedy="Write its rows to a file.")  # fmt: skip
+    if str(path).startswith(HUB):
+        yield from _columns(path)
+        return
     lines = _lines(path)
     match path.suffix.lower():
         case ".txt":
@@ -66,8 +72,10 @@ def each(path: Path) -> Iterator[Example | UserError]:
             yield from _table(lines, path, ",")
         case ".tsv":
             yield from _table(lines, path, "\t")
+        case ".parquet":
+            yield from _columns(path)
         case ".json":
-            yield from _list(lines, path)
+            yield from _list(path)
         case _:
             yield from _rows(lines, path)
 
@@ -108,11 +116,27 @@ def _lines(path: Path) -> Iterator[str]:
         raise UserError("The data file cannot be read.", where=str(path), why=str(e.strerror) + ".") from None
 
 
+def _chunks(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            while text := file.read(CHUNK):
+                yield text
+    except (OSError, UnicodeDecodeError):
+        for _ in _lines(path):  # says what is wrong, and in which line
+            pass
+        raise
+
+
 def _encoding(line: bytes) -> str:
     """What the bytes of a line that is no UTF-8 probably are."""
     if line.startswith((b"\xff\xfe", b"\xfe\xff")) or line.count(0) > len(line) // 4:
         return "It looks like UTF-16."
     return "It looks like an 8-bit encoding such as Latin-1 or Windows-1252."
+
+
+def _columns(path: Path) -> Iterator[Example | UserError]:
+    for number, row in enumerate(rows(str(path)), 1):
+        yield _made(row, f"{path}:{number}")
 
 
 def _documents(lines: Iterator[str], path: Path) -> Iterator[Example | UserError]:
@@ -158,30 +182,75 @@ def _rows(lines: Iterator[str], path: Path) -> Iterator[Example | UserError]:
             yield _made(row, where)
 
 
-def _list(lines: Iterator[str], path: Path) -> Iterator[Example | UserError]:
+def _list(path: Path) -> Iterator[Example | UserError]:
     """The rows of one JSON list; a file that begins otherwise holds one object a line."""
-    text = "".join(lines)
-    at = len(text) - len(text.lstrip())
-    if text[at : at + 1] != "[":
-        yield from _rows(iter(text.split("\n")), path)
+    text = _Values(path)
+    if text.next() != "[":
+        yield from _rows(_lines(path), path)
         return
-    decoder, at, counted, line = json.JSONDecoder(), at + 1, 0, 1
-    while True:
-        at = BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing at all, too
-        counted, line = at, line + text.count("\n", counted, at)
-        where = f"{path}:{line}"
-        if text[at : at + 1] == "]":
-            if rest := text[at + 1 :].strip():
-                raise UserError("Something follows the list of rows.", where=where, why=f"It begins {rest[:40]!r}.")
-            return
+    text.at += 1
+    more = text.next() != "]"
+    while more:
+        text.next()
+        where = f"{path}:{text.line}"
         try:
-            row, at = decoder.raw_decode(text, at)
+            row = text.value()
         except RecursionError:
             raise UserError("This row is nested too deeply.", where=where) from None
         except ValueError as e:
-            raise UserError("This is not a JSON list of rows.", where=f"{path}:{getattr(e, 'lineno', 1)}",
-                            why=f"{getattr(e, 'msg', e)}.") from None  # fmt: skip
+            raise text.fault(f"{getattr(e, 'msg', e)}.", getattr(e, "pos", text.at)) from None
         yield _made(row, where)
+        if (mark := text.next()) not in (",", "]"):
+            raise text.fault("A comma or ] is missing.", text.at)
+        more = mark == ","
+        text.at += more
+    text.at += 1
+    if text.next():
+        raise UserError("Something follows the list of rows.", where=f"{path}:{text.line}",
+                        why=f"It begins {text.held[text.at:][:40]!r}.")  # fmt: skip
+
+
+class _Values:
+    """The JSON values of a file one after another, of which no more is held than the longest needs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.held, self.at, self.line, self.counted = path, "", 0, 1, 0
+        self.decoder, self.chunks = json.JSONDecoder(), _chunks(path)
+
+    def next(self) -> str:
+        """Pass over blanks; the character that follows, none at the end."""
+        while True:
+            self.at = BLANK.match(self.held, self.at).end()  # type: ignore[union-attr]  # it matches nothing at all, too
+            if self.at < len(self.held) or not self._more():
+                break
+        self.line, self.counted = self.line + self.held.count("\n", self.counted, self.at), self.at
+        return self.held[self.at : self.at + 1]
+
+    def value(self) -> Any:
+        """The value that begins here."""
+        while True:
+            try:
+                value, self.at = self.decoder.raw_decode(self.held, self.at)
+            except json.JSONDecodeError as e:
+                cut = e.msg.startswith("Unterminated string") or e.pos + LONGEST_WORD > len(self.held)
+                if not cut or not self._more():
+                    raise
+            else:
+                return value
+
+    def fault(self, why: str, at: int) -> UserError:
+        """What is wrong at a place in what is held."""
+        line = self.line + self.held.count("\n", self.counted, at)
+        return UserError("This is not a JSON list of rows.", where=f"{self.path}:{line}", why=why)
+
+    def _more(self) -> bool:
+        """Hold twice as much of what follows, and nothing of what was read."""
+        rest = self.held[self.at :]
+        if not (new := "".join(islice(self.chunks, 1 + len(rest) // CHUNK))):
+            return False
+        self.line += self.held.count("\n", self.counted, self.at)
+        self.held, self.at, self.counted = rest + new, 0, 0
+        return True
 
 
 def _table(lines: Iterator[str], path: Path, delimiter: str) -> Iterator[Example | UserError]:
@@ -203,7 +272,7 @@ def _table(lines: Iterator[str], path: Path, delimiter: str) -> Iterator[Example
                     raise UserError(f"Two columns are called '{double}'.", where=where)
                 continue
             if len(cells) != len(names):
-                yield UserError(f"This row has {len(cells)} cells, and there are {len(names)} columns.", where=where,
+                yield UserError(f"This row has {some(len(cells), 'cell')} in {len(names)} columns.", where=where,
                                 why=f"The columns are: {', '.join(names)}.")  # fmt: skip
                 continue
             yield _made({name: _cell(name, cell) for name, cell in zip(names, cells, strict=True)}, where)
@@ -214,7 +283,7 @@ def _table(lines: Iterator[str], path: Path, delimiter: str) -> Iterator[Example
 
 def _cell(name: str, cell: str) -> Any:
     """A cell's text; lists are written as JSON."""
-    if name in ("messages", "conversations", "references", "facts") or cell.lstrip().startswith('[{"role"'):
+    if name in ("messages", "conversations", "history", "references", "facts") or cell.lstrip().startswith('[{"role"'):
         try:
             return json.loads(cell) if cell.strip() else []
         except (ValueError, RecursionError):

@@ -3,17 +3,18 @@
     {"messages": [{"role": "user", "content": "..."}, ...]}                     as OpenAI, TRL, mlx-lm
     {"conversations": [{"from": "human", "value": "..."}, ...]}                 as ShareGPT
     {"prompt": "...", "completion": "..."}                                      texts, or lists of messages
-    {"instruction": "...", "input": "...", "output": "..."}                     as Alpaca
+    {"instruction": "...", "input": "...", "output": "..."}                     as Alpaca, with or without `history`
     {"question": "...", "answer": "..."}
     {"text": "..."}
 
 Beside these keys a row may carry `references` (more right answers) and `facts` (what a right answer must name), which
-`eval` reads, and `system`.
+`eval` reads, and `system`; a turn may carry `weight`, 0 where it is not to be learnt, as in OpenAI's shape.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,8 @@ class Example:
     where: str = ""
     references: tuple[str, ...] = ()
     facts: tuple[str, ...] = ()
+    silent: tuple[int, ...] = ()
+    """Turns that are read and not learnt."""
 
     @property
     def system(self) -> str:
@@ -68,11 +71,11 @@ def example(row: Any, where: str) -> Example:
     for key in ("system", "input"):
         if not isinstance(row.get(key, ""), str | None):
             raise UserError(f"'{key}' is no text.", where=where)
-    turns, system = _turns(row), row.get("system")
+    turns, system = _turns(row, where), row.get("system")
     if turns is not None:
         if system and system.strip() and isinstance(turns, list):
             turns = [{"role": "system", "content": system}, *turns]
-        return Example(_messages(turns, where), "", where, *extras)
+        return Example(_messages(turns, where), "", where, *extras, _silent(turns, where))
     if isinstance(row.get("text"), str):
         if system:
             raise UserError("A text has no system prompt.", where=where, remedy="Leave 'system' out.")
@@ -84,7 +87,7 @@ def example(row: Any, where: str) -> Example:
                     remedy=f"A row looks like {SHAPES}")  # fmt: skip
 
 
-def _turns(row: dict[str, Any]) -> Any:
+def _turns(row: dict[str, Any], where: str) -> Any:
     """The row's conversation as a list of turns, not yet checked; None: it has none."""
     match row:
         case {"messages": turns}:
@@ -99,7 +102,8 @@ def _turns(row: dict[str, Any]) -> Any:
             return _pair(asked, answered)
         case {"instruction": str(asked), "output": answered}:
             more = row.get("input") or ""
-            return _pair(f"{asked}\n\n{more}" if more.strip() else asked, answered)
+            before = [turn for pair in _history(row, where) for turn in _pair(*pair)]
+            return [*before, *_pair(f"{asked}\n\n{more}" if more.strip() else asked, answered)]
     return None
 
 
@@ -107,12 +111,21 @@ def _pair(asked: Any, answered: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
 
 
+def _history(row: dict[str, Any], where: str) -> list[tuple[str, str]]:
+    try:
+        return [(asked, answered) for asked, answered in row.get("history") or []]
+    except (TypeError, ValueError):
+        raise UserError("'history' is no list of pairs.", where=where,
+                        remedy='For example: [["a question", "its answer"]]') from None  # fmt: skip
+
+
 def _spoken(turn: Any) -> Any:
     """A turn of ShareGPT's shape as one of ours."""
     if not isinstance(turn, dict) or "from" not in turn:
         return turn
     said = turn["from"]
-    return {"role": SPOKEN.get(said, said) if isinstance(said, str) else said, "content": turn.get("value")}
+    role = SPOKEN.get(said, said) if isinstance(said, str) else said
+    return {"role": role, "content": turn.get("value"), "weight": turn.get("weight")}
 
 
 def _messages(messages: Any, where: str) -> tuple[dict[str, str], ...]:
@@ -125,11 +138,21 @@ def _messages(messages: Any, where: str) -> tuple[dict[str, str], ...]:
         if role not in ROLES:
             raise UserError(f"Turn {i} has the role {role!r}.", where=where, remedy=f"Roles are: {', '.join(ROLES)}.")
         if not isinstance(content, str):
-            raise UserError(f"Turn {i} ({role}) has no text: its content is {json.dumps(content)}.", where=where)
+            raise UserError(f"Turn {i} ({role}) has no text: its content is {json.dumps(content)}.", where=where,
+                            remedy="Write the text, or drop the row.")  # fmt: skip
         if role == "assistant" and not content.strip():
             raise UserError(f"Turn {i} is an empty answer.", where=where, remedy="Write the answer, or drop the row.")
         turns.append({"role": str(role), "content": content})
     return tuple(turns)
+
+
+def _silent(turns: Sequence[dict[str, Any]], where: str) -> tuple[int, ...]:
+    """Which turns have the weight 0."""
+    for i, turn in enumerate(turns, 1):
+        if turn.get("weight") not in (None, 0, 1):
+            raise UserError(f"Turn {i} has the weight {turn['weight']!r}.", where=where,
+                            remedy="A turn is learnt (1, or nothing said) or not (0).")  # fmt: skip
+    return tuple(i for i, turn in enumerate(turns) if turn.get("weight") == 0)
 
 
 def _has_half_characters(value: Any) -> bool:

@@ -26,6 +26,8 @@ from filelock import FileLock, Timeout
 from deltaw.errors import UserError, nearest
 from deltaw.files.atomic import write_text
 
+FORMAT = 1
+"""Of the run folder; a folder of a higher one was made by a newer version."""
 RUNS = Path("runs")
 """Where run folders are made and looked for, if nothing else is said."""
 
@@ -130,7 +132,7 @@ class Run:
             raise UserError("This persona was imported: it was not trained here.", where=str(self.folder))
         try:
             values = dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
-            if not isinstance(values["data"], list):
+            if not (isinstance(values["data"], list) and all(isinstance(name, str) for name in values["data"])):
                 raise TypeError("data is no list of files")
             return values
         except (OSError, yaml.YAMLError, TypeError, ValueError, KeyError) as e:
@@ -179,7 +181,7 @@ def find(name: str | None, runs: Path, suits: Callable[[Run], bool] = lambda _: 
     Raises:
         UserError: there is no such run.
     """
-    known = sorted((Run(p) for p in runs.glob("*") if Run(p).there), key=Run.touched)
+    known = sorted((Run(p) for p in runs.glob("[!.]*") if Run(p).there), key=Run.touched)
     if name is None:
         newest = next((run for run in reversed(known) if suits(run)), None)
         if newest is None:

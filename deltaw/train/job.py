@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.data.batch import Batch, rows_per_step
-from deltaw.data.encode import Encoded
+from deltaw.data.store import Rows
 from deltaw.files import adapters
 from deltaw.files.runs import Run
 from deltaw.models.decoder import Decoder
@@ -36,7 +36,7 @@ class Job:
     adapter: Adapter
     header: adapters.Header
     settings: Training
-    rows: tuple[Encoded, ...]
+    rows: Rows
     weights: tuple[tuple[int, float], ...]
     val: tuple[Batch, ...]
     steps: int
@@ -49,7 +49,7 @@ class Job:
     @property
     def batch_rows(self) -> int:
         """Rows of an optimizer step."""
-        return self.settings.batch_rows or rows_per_step(self.rows)
+        return self.settings.batch_rows or rows_per_step(self.rows.mean_tokens)
 
     @property
     def evaluations(self) -> int:

@@ -144,7 +144,7 @@ def test_layers_are_recomputed_only_where_memory_is_short(unequal, monkeypatch):
     short_of(monkeypatch, 10**9)
     assert (measure(job).recompute, measure(job).notices) == (False, ())
     with job.adapter.on():
-        kept = kept_bytes(job, lay(job.rows[:1]))  # far too little for the long row, as the next line shows
+        kept = kept_bytes(job, lay(list(job.rows)[:1]))  # far too little for the long row, as the next line shows
     short_of(monkeypatch, 5 * kept)
     with pytest.raises(WillNotFit):
         measure(dataclasses.replace(job, settings=dataclasses.replace(job.settings, gradient_checkpointing="off")))

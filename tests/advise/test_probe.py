@@ -30,7 +30,7 @@ def test_kept_bytes_are_those_of_tensors_that_are_not_the_models():
 
 
 def test_recomputed_layers_keep_less_and_a_longer_batch_keeps_more(job):
-    short, long = lay(job.rows[:4]), lay(job.rows[:16])
+    short, long = lay(list(job.rows)[:4]), lay(list(job.rows)[:16])
     with job.adapter.on():
         kept = [kept_bytes(job, short), kept_bytes(job, long), kept_bytes(replace(job, recompute=True), long)]
     assert kept[0] < kept[1] > kept[2] > 0
@@ -38,7 +38,7 @@ def test_recomputed_layers_keep_less_and_a_longer_batch_keeps_more(job):
 
 def test_a_micro_step_through_some_layers_gives_gradients_to_no_others(job):
     with job.adapter.on():
-        micro_step(job, lay(job.rows[:2]), depth=1)
+        micro_step(job, lay(list(job.rows)[:2]), depth=1)
     trained = {name.split(".")[1] for name, d in job.adapter.named_deltas() if d.B.grad is not None}
     assert trained == {"0"}
 
@@ -62,7 +62,7 @@ def thirty(job, monkeypatch):
 
 
 def test_a_micro_step_that_takes_long_is_told_from_two_layers_and_few_labels(job, thirty):
-    batch = lay(job.rows[:20])
+    batch = lay(list(job.rows)[:20])
     told = cost(job, batch)
     assert told.seconds == pytest.approx(0.01 * batch.targets + 0.7 * 30)
     assert (told.whole, thirty) == (False, [(2, 5)])
@@ -70,7 +70,7 @@ def test_a_micro_step_that_takes_long_is_told_from_two_layers_and_few_labels(job
 
 def test_a_micro_step_that_takes_seconds_is_run_whole_and_again_if_it_fetched_memory(job, thirty, monkeypatch):
     monkeypatch.setattr(probe, "LONG_SECONDS", 100.0)
-    batch = lay(job.rows[:20])
+    batch = lay(list(job.rows)[:20])
     told = cost(job, batch)
     assert told.seconds == pytest.approx(0.01 * batch.targets + 0.7 * 30)
     assert (told.whole, thirty) == (True, [(2, 5), (None, batch.targets), (None, batch.targets)])
@@ -80,7 +80,7 @@ def test_a_micro_step_that_takes_seconds_is_run_whole_and_again_if_it_fetched_me
 
 
 def test_fewer_labels_are_the_first_ones(job):
-    batch = lay(job.rows[:20])
+    batch = lay(list(job.rows)[:20])
     some = with_labels(batch, 5)
     labelled = (batch.labels_T != IGNORED).nonzero()[:5, 0]
     assert some.targets == 5 < batch.targets
@@ -106,7 +106,7 @@ def test_the_heads_time_is_that_of_so_many_labels_forward_and_backward(job, monk
 
 @pytest.mark.parametrize("rows", [1, 20])
 def test_the_beginning_of_a_batch_keeps_for_each_token_what_the_whole_keeps(job, rows):
-    batch = lay(job.rows[:rows], share=False)
+    batch = lay(list(job.rows)[:rows], share=False)
     some = probe.beginning(batch)
     assert some.tokens == min(batch.tokens, 128)
     assert some.ids_T.tolist() == batch.ids_T[:128].tolist()
@@ -119,7 +119,7 @@ def test_kept_bytes_of_all_layers_are_those_of_a_pass_through_all(tmp_path, rows
     (tmp_path / "deep").mkdir()
     write_tiny(tmp_path / "deep", {"num_hidden_layers": 5})
     job = prepared(rows_file, told(tmp_path / "deep", tmp_path)).job
-    batch = lay(job.rows[:8])
+    batch = lay(list(job.rows)[:8])
     with job.adapter.on(), counting(job.model, job.adapter) as count:
         micro_step(job, batch)
     with job.adapter.on():
@@ -128,7 +128,7 @@ def test_kept_bytes_of_all_layers_are_those_of_a_pass_through_all(tmp_path, rows
 
 def test_what_the_adapter_owns_is_not_counted_as_kept(job):
     """Else a short beginning, scaled to a long row, would count the adapter once for every stretch of the row."""
-    batch = lay(job.rows[:1])
+    batch = lay(list(job.rows)[:1])
     with job.adapter.on(), counting(job.model) as with_adapter:
         micro_step(job, batch)
     with job.adapter.on(), counting(job.model, job.adapter) as without:

@@ -140,7 +140,7 @@ def test_a_saved_conversation_is_a_row_to_train_on(session, tmp_path, tokenizer)
     examples = read(file)
     assert [list(e.messages) for e in examples[1:]] == [session.turns] * 2
     assert examples[0].messages[0]["content"] == "say “это”"
-    rows = encode_all(examples, tokenizer, "answers", 512).rows
+    rows = encode_all(examples, tokenizer, "answers", 512)[0]
     assert [row.targets > 0 for row in rows] == [True] * 3
 
 

@@ -57,7 +57,7 @@ def brute_force(hf, rows):
 
 @pytest.mark.parametrize("micro_tokens", [1, 60, 4096])
 def test_perplexity_is_the_one_of_transformers_however_rows_are_laid(base, tiny_path, file, micro_tokens):
-    rows = encode_all(read(file), base.tokenizer, "answers", 512).rows
+    rows = encode_all(read(file), base.tokenizer, "answers", 512)[0]
     hf = AutoModelForCausalLM.from_pretrained(tiny_path, dtype=torch.float32)
     ours = perplexity(base.model, micro_batches(rows, micro_tokens))
     assert ours == pytest.approx(brute_force(hf, rows), rel=1e-5)
@@ -66,11 +66,11 @@ def test_perplexity_is_the_one_of_transformers_however_rows_are_laid(base, tiny_
 def test_rows_that_ask_are_scored_on_their_answers_and_texts_on_everything(base, tiny_path, file, tmp_path):
     hf = AutoModelForCausalLM.from_pretrained(tiny_path, dtype=torch.float32)
     report = evaluate(Persona("base", base), file, ["perplexity"])
-    rows = encode_all(read(file), base.tokenizer, "answers", 512).rows
+    rows = encode_all(read(file), base.tokenizer, "answers", 512)[0]
     assert report.scores == {"perplexity": pytest.approx(brute_force(hf, rows), rel=1e-5)}
     write_rows(tmp_path / "texts.jsonl", {"text": "one two three"}, {"text": "four"})
     report = evaluate(Persona("base", base), tmp_path / "texts.jsonl")
-    rows = encode_all(read(tmp_path / "texts.jsonl"), base.tokenizer, "all", 512).rows
+    rows = encode_all(read(tmp_path / "texts.jsonl"), base.tokenizer, "all", 512)[0]
     assert report.scores == {"perplexity": pytest.approx(brute_force(hf, rows), rel=1e-5)}
     assert report.graded == ()
 
@@ -131,7 +131,7 @@ def test_rows_that_ask_nothing_cannot_be_graded(base, tmp_path):
 
 
 def test_a_comparison_adds_up_over_batches_what_it_would_say_of_all(persona, file):
-    rows = encode_all(read(file), persona.base.tokenizer, "answers", 512).rows
+    rows = encode_all(read(file), persona.base.tokenizer, "answers", 512)[0]
     model, sums = persona.base.model, Comparison()
     befores, afters = [], []
     for row in rows:
@@ -172,8 +172,8 @@ def test_one_text_among_conversations_changes_no_score_of_the_conversations(base
     write_rows(tmp_path / "mixed.jsonl", *asks, {"text": "plain"})
     report = evaluate(Persona("base", base), tmp_path / "mixed.jsonl", ["perplexity"])
     rows = read(tmp_path / "mixed.jsonl")
-    encoded = [*encode_all(rows[:3], base.tokenizer, "answers", 512).rows,
-               *encode_all(rows[3:], base.tokenizer, "all", 512).rows]  # fmt: skip
+    encoded = [*encode_all(rows[:3], base.tokenizer, "answers", 512)[0],
+               *encode_all(rows[3:], base.tokenizer, "all", 512)[0]]  # fmt: skip
     hf = AutoModelForCausalLM.from_pretrained(tiny_path, dtype=torch.float32)
     assert report.scores == {"perplexity": pytest.approx(brute_force(hf, encoded), rel=1e-5)}
 

@@ -4,8 +4,12 @@ import errno
 import json
 import math
 import re
+import shutil
 import signal
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,10 +18,17 @@ from small import ROW, told, write_rows
 
 import deltaw
 from deltaw.api import finetune as api
+from deltaw.api import prepare as preparing
+from deltaw.api.persona import load_base
+from deltaw.api.prepare import load
 from deltaw.cli.app import run as command
 from deltaw.data.batch import steps
+from deltaw.data.encode import encode
+from deltaw.data.files import read
+from deltaw.data.store import Rows
 from deltaw.errors import Interrupted, UserError, WillNotFit
 from deltaw.files.runs import Run
+from deltaw.settings import Training
 from deltaw.train import saving
 from deltaw.train.events import Evaluated, Sampled, Started, Stepped
 
@@ -81,10 +92,11 @@ def test_ctrl_c_in_a_program_of_the_users_saves_and_is_told(tiny_path, tmp_path,
         if isinstance(event, Stepped) and event.step == 2:
             signal.raise_signal(signal.SIGINT)
 
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted):
         deltaw.finetune(rows_file, listen=[press], **told(tiny_path, tmp_path, steps=6))
     assert api.resume("run", tmp_path / "runs").started.resumed_at == 2
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_training_works_in_any_thread(tiny_path, tmp_path, rows_file):
@@ -111,8 +123,62 @@ def test_validation_rows_are_a_share_held_out(tiny_path, tmp_path, rows_file):
     assert (len(made.job.rows), made.started.val_rows) == (36, 12)
     again = started(tiny_path, tmp_path / "again", rows_file, val="0.25")
     other = started(tiny_path, tmp_path / "other", rows_file, val="0.25", seed=1)
-    held = [{r.where for r in m.job.rows} for m in (made, again, other)]
+    held = [load([str(rows_file)], m.job.settings).parts[0].held for m in (made, again, other)]
     assert held[0] == held[1] != held[2]
+    whole = read(rows_file)
+    assert [e.where for e in load([str(rows_file)], made.job.settings).val] == [whole[i].where for i in sorted(held[0])]
+    learnt = [encode(e, made.base.tokenizer).ids for i, e in enumerate(whole) if i not in held[0]]
+    assert [row.ids for row in made.job.rows] == learnt
+
+
+def test_by_default_a_twentieth_is_held_out_and_of_many_rows_no_more_than_a_thousand(
+    tiny_path, tmp_path, rows_file, monkeypatch
+):
+    monkeypatch.setattr(preparing, "MOST_HELD", 3)
+    settings = started(tiny_path, tmp_path, rows_file).job.settings
+    assert len(load([str(rows_file)], settings).val) == 2
+    write_rows(tmp_path / "many.jsonl", *[ROW] * 200)
+    assert len(load([str(tmp_path / "many.jsonl")], settings).val) == 3
+    assert len(load([str(tmp_path / "many.jsonl")], replace(settings, val="0.05")).val) == 10
+    assert len(load([str(tmp_path / "many.jsonl")] * 3, settings).val) == 3  # of all files together
+
+
+def test_ids_that_the_model_does_not_know_are_found_wherever_they_stand(tiny_path, tmp_path, rows_file):
+    shutil.copytree(tiny_path, tmp_path / "base")
+    told = json.loads((tmp_path / "base" / "tokenizer.json").read_text())
+    told["added_tokens"].append({**told["added_tokens"][-1], "id": 260, "content": "<|extra|>"})
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(told))
+    write_rows(tmp_path / "val.jsonl", {"prompt": "a <|extra|>", "completion": "x"})
+    for more in ({"val": str(tmp_path / "val.jsonl")}, {"sample": "why <|extra|>?"}):
+        with pytest.raises(UserError, match="does not belong to this model") as e:
+            started(tmp_path / "base", tmp_path / "more", rows_file, **more)
+        assert e.value.why == "It gives the id 260, and the model has 260 rows."
+
+
+def test_a_file_that_changes_while_it_is_read_is_no_data(tiny_path, tmp_path, rows_file):
+    made = started(tiny_path, tmp_path, rows_file)
+    loaded = load([str(rows_file)], made.job.settings)
+    rows_file.write_text(rows_file.read_text() + json.dumps(ROW) + "\n")
+    with pytest.raises(UserError, match="The data file changed while it was read") as e:
+        preparing.encode(loaded, made.base, made.job.settings)
+    assert e.value.why == "It had 48 rows, and now 49."
+
+
+def test_data_is_encoded_in_constant_memory(tiny_path, tmp_path, monkeypatch):
+    """Of 12 MB of tokens less than 4 are ever held, and none of the text."""
+    file = tmp_path / "many.jsonl"
+    with file.open("w") as f:
+        for i in range(6000):
+            f.write(json.dumps({"text": f"{i:06}" * 80}) + "\n")
+    monkeypatch.setattr(preparing, "Rows", partial(Rows, in_memory=1 << 20))
+    base = load_base(str(tiny_path), "float32", threads=1)
+    settings = Training(train_on="all", runs=tmp_path / "runs")
+    tracemalloc.start()
+    encoded = preparing.encode(load([str(file)], settings), base, settings)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert encoded.rows.tokens == 5700 * 481
+    assert most < 4 << 20
 
 
 def test_validation_rows_are_a_file(tiny_path, tmp_path, rows_file):
@@ -160,7 +226,7 @@ def test_a_run_folder_holds_everything(ended):
     assert (plan["steps"], plan["actual"]["reason"], plan["actual"]["step"]) == (4, "done", 4)
     assert plan["actual"]["predicted_seconds"] == plan["seconds"]
     manifest = json.loads(run.manifest.read_text())
-    assert manifest.keys() == {"base", "tokenizer", "template", "rendered", "data", "tokens"}
+    assert manifest.keys() == {"format", "base", "tokenizer", "template", "rendered", "data", "tokens"}
     assert [json.loads(line) for line in run.events.read_text().splitlines()] == [
         json.loads(json.dumps(e.record())) for e in events]  # fmt: skip
     assert "<svg" in (run.folder / "report.html").read_text()

@@ -11,6 +11,7 @@ from deltaw.adapters.adapter import Adapter
 from deltaw.data.batch import IGNORED, micro_batches, steps
 from deltaw.data.encode import encode_all
 from deltaw.data.rows import Example
+from deltaw.data.store import Rows
 from deltaw.files import adapters
 from deltaw.files.runs import Run
 from deltaw.methods import method
@@ -58,7 +59,7 @@ class Pair:
 
     def __init__(self, folder, chosen, rows, moved=False):
         self.model, self.tokenizer = checkpoint.load(folder), Tokenizer.load(folder)
-        self.rows = encode_all(examples(rows), self.tokenizer, "answers", 512).rows
+        self.rows = encode_all(examples(rows), self.tokenizer, "answers", 512)[0]
         self.adapter = Adapter.build(method("lora", **chosen), self.model)
         options = {
             "r": chosen["rank"],
@@ -106,7 +107,7 @@ class Pair:
 
     def train_here(self, settings, peak, folder):
         header = adapters.Header.of(self.adapter, "tiny", checkpoint.fingerprint(self.model))
-        job = Job(Run(folder), self.model, self.tokenizer, self.adapter, header, settings, self.rows,
+        job = Job(Run(folder), self.model, self.tokenizer, self.adapter, header, settings, Rows.of(self.rows),
                   ((len(self.rows), 1.0),), (), STEPS, peak)  # fmt: skip
         return [event.loss for event in Trainer(job).run() if isinstance(event, Stepped)]
 

@@ -61,7 +61,7 @@ def test_the_validation_loss_is_the_token_weighted_mean_that_transformers_gives(
     file.write_text("".join(f'{{"prompt": "say {n}", "completion": "{"xyz " * n}"}}\n' for n in (1, 2, 30)))
     job = ready(steps=1, val=str(file), micro_tokens=64).job
     hf = AutoModelForCausalLM.from_pretrained(tiny_path, dtype=torch.float32)
-    rows = encode_all(reading.read(file), tokenizer, "answers", 512).rows
+    rows = encode_all(reading.read(file), tokenizer, "answers", 512)[0]
     with job.adapter.on():
         assert validation_loss(job) == pytest.approx(brute_force(hf, rows), abs=1e-5)
 

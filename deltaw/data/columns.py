@@ -1,0 +1,55 @@
+"""Rows of parquet files and of data sets on the Hugging Face hub, one after another, through `datasets` (an extra)."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from deltaw.errors import UserError
+
+HUB = "hf:"
+"""What the name of a data set on the hub begins with: `hf:owner/name`, `hf:owner/name/configuration@split`."""
+OWNER_AND_NAME = 2
+
+
+def rows(name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, or of a data set on the hub (its split `train` if none is said).
+
+    Raises:
+        UserError: `datasets` is not installed, or cannot read it.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError("Parquet files and data sets of the hub need `datasets`.", where=name,
+                        remedy="pip install 'deltaw[data]'") from None  # fmt: skip
+    try:
+        for row in load_dataset(**_asked(name), streaming=True):
+            yield {column: _turns(value) for column, value in row.items() if value is not None}
+    except GeneratorExit:
+        raise
+    except Exception as e:
+        said = str(e).strip() or type(e).__name__
+        raise UserError("This data set cannot be read.", where=name, why=said.splitlines()[0]) from None
+
+
+def _asked(name: str) -> dict[str, Any]:
+    if not name.startswith(HUB):
+        if not Path(name).is_file():
+            raise FileNotFoundError("There is no such file.")
+        return {"path": "parquet", "data_files": glob.escape(name), "split": "train"}
+    where, _, split = name.removeprefix(HUB).partition("@")
+    parts = where.split("/")
+    told = Path(where).is_dir() or len(parts) <= OWNER_AND_NAME
+    path, config = (where, None) if told else ("/".join(parts[:OWNER_AND_NAME]), "/".join(parts[OWNER_AND_NAME:]))
+    return {"path": path, "name": config, "split": split or "train"}
+
+
+def _turns(value: Any) -> Any:
+    """A list of turns that was stored column by column, as a list of turns."""
+    columns = list(value.values()) if isinstance(value, dict) else []
+    if not columns or not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return value
+    return [dict(zip(value, turn, strict=True)) for turn in zip(*columns, strict=True)]
