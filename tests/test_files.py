@@ -270,3 +270,31 @@ def test_a_full_disk_that_safetensors_tells_in_words_is_an_error_of_the_system(t
         raise SafetensorError("I/O error: No space left on device (os error 28)")
     assert e.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", [lambda said: said.update(settings={**said["settings"], "alpha": 99.0}),
+                                    lambda said: said.update(system="Obey.")])  # fmt: skip
+def test_a_header_that_was_changed_is_found(change, saved):
+    with safe_open(saved, "pt") as file:
+        said = json.loads(file.metadata()["deltaw"])
+    tensors = load_file(saved)
+    change(said)
+    save_file(tensors, saved, {"deltaw": json.dumps(said)})
+    with pytest.raises(UserError, match="checksum does not fit"):
+        adapters.read(saved)
+
+
+def test_a_flipped_bit_of_a_tensor_is_found(saved):
+    body = bytearray(saved.read_bytes())
+    body[-7] ^= 4
+    saved.write_bytes(body)
+    with pytest.raises(UserError, match="checksum does not fit"):
+        adapters.read(saved)
+
+
+def test_hidden_folders_are_no_runs(tmp_path, saved):
+    for name in (".half", "whole"):
+        Run(tmp_path / "runs" / name).adapter.parent.mkdir(parents=True)
+        Run(tmp_path / "runs" / name).adapter.write_bytes(saved.read_bytes())
+    os.utime(Run(tmp_path / "runs" / "whole").adapter, (1, 1))
+    assert runs.find(None, tmp_path / "runs").name == "whole"

@@ -138,5 +138,7 @@ def _usage(error: CycloptsError) -> UserError:
 
 def _unwritable(error: OSError) -> UserError:
     """What the system refused, in our words."""
-    kind = WillNotFit if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
-    return kind(f"{error.strerror or error}.", where=os.fsdecode(error.filename or ""))
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "Free some, or take a folder on another disk." if full else "Take another place, or make it writable."
+    return (WillNotFit if full else UserError)(f"{error.strerror or error}.", where=os.fsdecode(error.filename or ""),
+                                               remedy=remedy)  # fmt: skip

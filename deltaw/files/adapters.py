@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +17,14 @@ from deltaw import __version__
 from deltaw.adapters.adapter import Adapter
 from deltaw.errors import Diverged, UserError
 from deltaw.files.atomic import replacing
+from deltaw.files.sealed import read_said, read_tensors, sealed
 from deltaw.methods import method, name_of
 from deltaw.models import checkpoint
 from deltaw.models.decoder import Decoder
 from deltaw.settings import plain
 
-FORMAT = 1
+FORMAT, KEY = 1, "deltaw"
+UNLIKE = "Its tensors are not those that its header says."
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def save(adapter: Adapter, header: Header, path: Path) -> None:
     tensors = state(adapter)
     refuse_nan(tensors)
     with replacing(path) as scratch:
-        save_file(tensors, scratch, metadata={"deltaw": json.dumps(vars(header))})
+        save_file(tensors, scratch, metadata=sealed(KEY, vars(header), tensors))
 
 
 def load(path: Path, model: Decoder) -> Adapter:
@@ -81,7 +82,7 @@ def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
         UserError: no adapter file of ours, or a damaged one.
     """
     with _opened(path) as (header, file):
-        return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        return header, read_tensors(file, KEY)
 
 
 def read_header(path: Path) -> Header:
@@ -98,10 +99,10 @@ def read_header(path: Path) -> Header:
 def _opened(path: Path) -> Iterator[tuple[Header, Any]]:
     try:
         with safe_open(path, "pt") as file:
-            said = (file.metadata() or {}).get("deltaw")
+            said = read_said(file, KEY)
             if said is None:
                 raise UserError("This safetensors file is no deltaw adapter.", where=str(path))
-            header = Header(**json.loads(said))
+            header = Header(**said)
             if header.format > FORMAT:
                 raise UserError(f"This adapter is of format {header.format}, and this version reads {FORMAT} at most.",
                                 where=str(path), remedy="Update deltaw.")  # fmt: skip
@@ -110,7 +111,8 @@ def _opened(path: Path) -> Iterator[tuple[Header, Any]]:
         raise UserError("There is no adapter here.", where=str(path),
                         why="Its run may not have ended: deltaw train --resume goes on with it.") from None  # fmt: skip
     except (SafetensorError, OSError, TypeError, ValueError) as e:
-        raise UserError("The adapter file is damaged.", where=str(path), why=str(e)) from None
+        raise UserError("The adapter file is damaged.", where=str(path), why=str(e),
+                        remedy="Take a copy of it, or train anew.") from None  # fmt: skip
 
 
 def state(adapter: Adapter) -> dict[str, Tensor]:
@@ -127,11 +129,12 @@ def put(adapter: Adapter, tensors: dict[str, Tensor], where: str) -> None:
     """
     own = {name.removeprefix("deltas.").replace("/", "."): t for name, t in adapter.state_dict(keep_vars=True).items()}
     if odd := sorted(own.keys() ^ tensors.keys()):
-        raise UserError(f"{len(odd)} tensors do not fit this adapter, such as '{odd[0]}'.", where=where)
+        raise UserError(f"{len(odd)} tensors do not fit this adapter, such as '{odd[0]}'.", where=where, why=UNLIKE)
     with torch.no_grad():
         for name, t in own.items():
             if t.shape != tensors[name].shape:
-                raise UserError(f"'{name}' has shape {tuple(tensors[name].shape)}, not {tuple(t.shape)}.", where=where)
+                raise UserError(f"'{name}' has shape {tuple(tensors[name].shape)}, not {tuple(t.shape)}.", where=where,
+                                why=UNLIKE)  # fmt: skip
             t.copy_(tensors[name])
 
 

@@ -55,7 +55,10 @@ def understood(folder: Path) -> tuple[Said, dict[str, Tensor]]:
         UserError: no such folder, a pickle, or something that is no plain LoRA.
     """
     if not (folder / CONFIG).exists():
-        raise UserError(f"{CONFIG} is missing.", where=str(folder), remedy="Give the folder that PEFT or mlx-lm wrote.")
+        pickled = next(iter([*folder.glob("*.pt"), *folder.glob("*.bin")]), None)
+        why = f"{pickled.name} is a pickle, which may run code." if pickled else ""
+        raise UserError(f"{CONFIG} is missing.", where=str(folder), why=why,
+                        remedy="Give the folder with safetensors that PEFT, mlx-lm or torchtune wrote.")  # fmt: skip
     told = read_json(folder / CONFIG)
     if "fine_tune_type" in told or "lora_parameters" in told:
         return _from_mlx(told, folder)
@@ -68,7 +71,8 @@ def _refuse(config: Mapping[str, Any], folder: Path) -> None:
     init = config.get("init_lora_weights")
     why = next((said for key, said in CHANGES.items() if config.get(key)), None)
     if kind != "LORA":
-        raise UserError(f"This is a {kind} adapter; LoRA is what can be imported.", where=str(folder))
+        raise UserError(f"This adapter is of the kind {kind}; LoRA is what can be imported.", where=str(folder),
+                        remedy="Merge it with PEFT, and take the merged model as a base.")  # fmt: skip
     if config.get("bias", "none") != "none":
         why = "biases of the base were trained"
     if isinstance(init, str) and init.lower().startswith(MOVED):
@@ -95,9 +99,13 @@ def _from_mlx(told: Mapping[str, Any], folder: Path) -> tuple[Said, dict[str, Te
                for name, t in stored.items()}  # fmt: skip
     ranks = {name.removesuffix(".lora_A.weight"): len(t) for name, t in tensors.items() if "lora_A" in name}
     parameters = told.get("lora_parameters")
-    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    parameters = parameters if isinstance(parameters, dict) else {}
+    scale = parameters.get("scale")
     if not isinstance(scale, int | float):
         raise UserError(f"{CONFIG} of mlx-lm does not say the scale.", where=str(folder))
+    if odd := next((n for n, r in ranks.items() if parameters.get("rank", r) != r), None):
+        raise UserError(f"The rank of '{odd}' is {ranks[odd]}, and {CONFIG} says {parameters['rank']}.",
+                        where=str(folder))  # fmt: skip
     return _said({"rank_pattern": {re.escape(n): r for n, r in ranks.items()},
                   "alpha_pattern": {re.escape(n): scale * r for n, r in ranks.items()},
                   "ensure_weight_tying": True}, folder), tensors  # fmt: skip

@@ -28,6 +28,7 @@ from deltaw.methods import method
 from deltaw.models.checkpoint import get
 from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Linear, Slot
+from deltaw.words import some
 
 PREFIX = "base_model.model."
 VLLM_RANK = 512
@@ -116,7 +117,7 @@ def read(folder: Path, model: Decoder) -> Adapter:
     told_rank = {name: _pattern(config.rank_pattern, name, config.r) for name in low}
     if odd := next((name for name in low if told_rank[name] != ranks[name]), None):
         raise UserError(f"{CONFIG} says rank {told_rank[odd]} of {odd}, and its A has {ranks[odd]} rows.",
-                        where=str(folder))  # fmt: skip
+                        where=str(folder), why="The configuration and the tensors are of two adapters.")  # fmt: skip
     alpha = Counter(alpha_of.values()).most_common(1)[0][0]
     tied = model.lm_head is not None or "embed_tokens" not in whole or config.ensure_weight_tying
     targets = ",".join(name.removeprefix("model.") for name in _short(list(low), model))
@@ -168,7 +169,7 @@ def _sorted(
         else:
             cold.append(key)
     if cold:
-        raise UserError(f"{len(cold)} tensors of this adapter belong to no layer of the base, such as '{cold[0]}'.",
+        raise UserError(f"The base has no layer for {some(len(cold), 'tensor')} of this adapter, such as '{cold[0]}'.",
                         where=where, remedy="Take the base that it was trained on: --base.")  # fmt: skip
     _check(low, whole, where)
     return low, whole

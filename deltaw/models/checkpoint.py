@@ -19,8 +19,10 @@ from deltaw.models.decoder import Decoder
 from deltaw.models.gguf import GGUF
 from deltaw.models.slots import Embedding, Linear, RMSNorm
 from deltaw.weights.dense import Dense
+from deltaw.words import some
 
 FORMS = "A model is a folder with config.json and *.safetensors, or one GGUF file."
+ANEW = "Fetch the model anew: its files do not belong together."
 SAMPLED = 4096
 """Values of each tensor that enter the fingerprint."""
 
@@ -40,10 +42,12 @@ def load(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
         if name not in wanted:
             if (name == "lm_head.weight" and config.tied) or name.endswith("rotary_emb.inv_freq"):
                 continue  # Tied checkpoints may carry the matrix twice; old ones carry RoPE's constants.
-            raise UserError(f"The weight '{name}' has no place in this model.", where=str(path))
+            raise UserError(f"The weight '{name}' has no place in this model.", where=str(path), remedy=ANEW)
         _put(*wanted.pop(name), w.to(device=device, dtype=dtype), f"{path}: {name}")
     if wanted:
-        raise UserError(f"{len(wanted)} weights are missing, such as '{min(wanted)}'.", where=str(path))
+        raise UserError(
+            f"{some(len(wanted), 'weight')} missing, such as '{min(wanted)}'.", where=str(path), remedy=ANEW
+        )
     return model.eval()
 
 
@@ -118,7 +122,7 @@ def _places(model: Decoder) -> Iterator[tuple[str, tuple[Any, str]]]:
 def _put(owner: Any, part: str, w: Tensor, where: str) -> None:
     shape = tuple(get(owner, part).shape)
     if tuple(w.shape) != shape:
-        raise UserError(f"Shape {tuple(w.shape)} where config.json asks for {shape}.", where=where)
+        raise UserError(f"Shape {tuple(w.shape)} where config.json asks for {shape}.", where=where, remedy=ANEW)
     setattr(owner, part, Dense(w) if isinstance(owner, Linear) and part == "weight" else w)
 
 
@@ -141,7 +145,8 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
                     yield name.removeprefix("model."), opened.get_tensor(name)
         except SafetensorError as e:
-            raise UserError("This safetensors file is damaged.", where=str(file), why=str(e)) from None
+            raise UserError("This safetensors file is damaged.", where=str(file), why=f"{e}.",
+                            remedy="Fetch the model anew.") from None  # fmt: skip
 
 
 def _hf_name(name: str) -> str:

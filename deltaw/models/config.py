@@ -11,8 +11,8 @@ from deltaw.errors import UserError
 from deltaw.models.families import FAMILIES, Family, supported
 from deltaw.models.rope import Dynamic, Rope, Yarn
 
-LARGEST = 1e12
-"""No size or constant of a model is as large as this."""
+LARGEST, MOST_LAYERS = 1e12, 1000
+"""No size or constant of a model is as large as this, and none has so many layers."""
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """What a configuration calls them, and we."""
 
@@ -64,6 +64,8 @@ class ModelConfig:
         sizes = ("num_attention_heads", "hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size")
         if missing := [key for key in sizes if not isinstance(config.get(key), int)]:
             raise UserError(f"config.json does not say {missing[0]}.", where=where)
+        if (layers := config["num_hidden_layers"]) > MOST_LAYERS:
+            raise UserError(f"config.json gives the model {layers} as its layers.", where=where)
         try:
             read = cls._read(FAMILIES[name], config, where)
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as e:

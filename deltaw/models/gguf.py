@@ -8,6 +8,7 @@ added), and Llama 3's stretch of RoPE (a tensor of divisors).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,24 @@ class GGUF:
         from gguf import GGUFReader
 
         self.path = path
+
+        class Reader(GGUFReader):  # type: ignore[misc]
+            """Its own reads on for ever in a list that is longer than the file."""
+
+            def _get(self, offset: int, dtype: Any, count: int = 1, **more: Any) -> Any:
+                got = super()._get(offset, dtype, count, **more)
+                if len(got) < count:
+                    raise ValueError("it ends within a field")
+                return got
+
         try:
-            self.reader: Any = GGUFReader(str(path))
-        except (ValueError, OSError, IndexError) as e:
-            raise UserError("This is no readable GGUF file.", where=str(path), why=str(e)) from e
-        known, kind = {row.gguf: row for row in reversed(ROWS)}, self.field("general.architecture")
+            self.reader: Any = Reader(str(path))
+        except Exception as e:  # the reader checks little
+            raise UserError("This is no readable GGUF file.", where=str(path), why=f"{e}.",
+                            remedy="Fetch it anew.") from e  # fmt: skip
+        with self._understood():
+            kind = self.field("general.architecture")
+        known = {row.gguf: row for row in reversed(ROWS)}
         if kind not in known:
             listed = ", ".join(f"{name} ({row.shown})" for name, row in known.items())
             raise UserError(f"GGUF architecture '{kind}' is not supported.", where=str(path),
@@ -113,6 +127,18 @@ class GGUF:
         Raises:
             UserError: one is missing, or RoPE is scaled in a way that the decoder does not know.
         """
+        with self._understood():
+            return self._config()
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        try:
+            yield
+        except (ArithmeticError, TypeError, ValueError, LookupError, RuntimeError) as e:
+            raise UserError("This GGUF file cannot be understood.", where=str(self.path),
+                            why=f"{type(e).__name__}: {e}.", remedy="Fetch it anew.") from None  # fmt: skip
+
+    def _config(self) -> ModelConfig:
         tensors = {t.name: t for t in self.reader.tensors}
         told = {key: self._told(name) for key, name in SIZES.items()}
         told = {key: _decimal(value) for key, value in told.items() if value is not None}
@@ -162,25 +188,27 @@ class GGUF:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names as in a Hugging Face checkpoint, without the leading `model.`, and unpacked fp32 weights."""
+        config = self.config()
+        for tensor in self.reader.tensors:
+            if tensor.name != "rope_freqs.weight":
+                with self._understood():
+                    named = self._renamed(tensor.name), self._unpacked(tensor, config)
+                yield named
+
+    def _unpacked(self, tensor: Any, config: ModelConfig) -> Tensor:
         from gguf.quants import dequantize
 
-        config, family = self.config(), self.family
-        for tensor in self.reader.tensors:
-            if tensor.name == "rope_freqs.weight":
-                continue
-            name = self._renamed(tensor.name)
-            try:
-                w = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
-            except NotImplementedError as e:
-                raise UserError(f"'{tensor.name}' is packed as {tensor.tensor_type.name}, which cannot be unpacked.",
-                                where=str(self.path)) from e  # fmt: skip
-            if family.interleaved and name.endswith(("q_proj.weight", "q_proj.bias")):
-                w = half_split(w, config.heads)
-            elif family.interleaved and name.endswith(("k_proj.weight", "k_proj.bias")):
-                w = half_split(w, config.kv_heads)
-            elif family.unit_gain and name.endswith("norm.weight"):
-                w -= 1
-            yield name, w
+        name, family = self._renamed(tensor.name), self.family
+        try:
+            w = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        except NotImplementedError:
+            raise UserError(f"'{tensor.name}' is packed as {tensor.tensor_type.name}, which cannot be unpacked.",
+                            where=str(self.path)) from None  # fmt: skip
+        if family.interleaved and name.endswith(("q_proj.weight", "q_proj.bias")):
+            return half_split(w, config.heads)
+        if family.interleaved and name.endswith(("k_proj.weight", "k_proj.bias")):
+            return half_split(w, config.kv_heads)
+        return w - 1 if family.unit_gain and name.endswith("norm.weight") else w
 
     def _renamed(self, name: str) -> str:
         parts, words = name.split("."), names(self.family)

@@ -44,7 +44,7 @@ class Tokenizer:
         """
         try:
             return cls._read(path)
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as e:
+        except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as e:
             raise UserError("The tokenizer's files cannot be understood.", where=str(path),
                             why=f"{type(e).__name__}: {e}") from None  # fmt: skip
 
@@ -123,7 +123,8 @@ class Tokenizer:
                      "strftime_now": self.now.strftime}  # fmt: skip
             return str(_compiled(self.template).render(asked | tokens))
         except Exception as e:  # a template is foreign code, and may raise anything
-            raise UserError("The model's chat template refuses this conversation.", why=str(e)) from None
+            raise UserError("The model's chat template refuses this conversation.", why=str(e),
+                            remedy="Change the row, or the template in the model's folder.") from None  # fmt: skip
 
 
 @functools.lru_cache(maxsize=8)
@@ -170,7 +171,7 @@ def _from_gguf(path: Path) -> Tokenizer:
 
 def _from_transformers(folder: Path) -> Tokenizer:
     """A tokenizer that exists only in SentencePiece or vocabulary files."""
-    if not any((folder / name).exists() for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json")):
+    if not any((folder / name).exists() for name in ("tokenizer.model", "vocab.json")):
         raise UserError("There is no tokenizer in this model folder.", where=str(folder),
                         remedy="It needs tokenizer.json, or tokenizer.model.")  # fmt: skip
     fast, specials = _read_by_transformers(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,8 +15,9 @@ from deltaw.errors import UserError
 from deltaw.files import adapters
 from deltaw.files.atomic import replacing
 from deltaw.files.runs import Run
+from deltaw.files.sealed import read_said, read_tensors, sealed
 
-KEPT = 2
+KEPT, KEY = 2, "progress"
 Random = dict[str, Tensor]
 
 
@@ -48,7 +48,7 @@ def save(run: Run, adapter: Adapter, optimizer: torch.optim.Optimizer, progress:
     adapters.refuse_nan(tensors)
     path = run.folder / "checkpoints" / f"step-{progress.step:07d}.safetensors"
     with replacing(path) as scratch:
-        save_file(tensors, scratch, metadata={"progress": json.dumps(asdict(progress))})
+        save_file(tensors, scratch, metadata=sealed(KEY, asdict(progress), tensors))
     for old in run.checkpoints()[:-KEPT]:
         old.unlink()
     return path
@@ -62,8 +62,8 @@ def load(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, device:
     """
     try:
         with safe_open(path, "pt") as file:
-            progress = Progress(**json.loads(file.metadata()["progress"]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            progress = Progress(**(read_said(file, KEY) or {}))
+            tensors = read_tensors(file, KEY)
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
         raise UserError("The checkpoint is damaged.", where=str(path), why=str(e),
                         remedy="Remove it; the run then resumes from the one before.") from None  # fmt: skip

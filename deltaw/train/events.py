@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -117,3 +117,19 @@ class Finished(Event):
     predicted_seconds: float | None = None
     predicted_bytes: int | None = None
     notes: tuple[str, ...] = field(default=())
+
+
+def is_event(record: Any) -> bool:
+    """Whether a JSON value is one of these events, with all that such a one says; a float that was none is null."""
+    if not isinstance(record, dict):
+        return False
+    kind = next((cls for cls in Event.__subclasses__() if cls.__name__.lower() == record.get("event")), None)
+    return kind is not None and all(_fits(record.get(f.name), str(f.type)) for f in fields(kind))
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if kind.startswith("tuple"):
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if value is None:
+        return "float" in kind or "None" in kind
+    return isinstance(value, {"str": str, "bool": bool, "int": int}.get(kind.split(" ")[0], int | float))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from deltaw.files.atomic import disk_is_full
-from deltaw.train.events import Evaluated, Event, Sampled, Started, Stepped
+from deltaw.train.events import Evaluated, Event, Sampled, Started, Stepped, is_event
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -123,7 +123,7 @@ class Records(list[Record]):
 
 
 def read(path: Path) -> Records:
-    """Read `events.jsonl` back, leaving out, and counting, lines that are no JSON object."""
+    """Read `events.jsonl` back, leaving out, and counting, lines that are no event."""
     records = Records()
     for line in path.read_bytes().split(b"\n"):
         if not line.strip():
@@ -132,7 +132,7 @@ def read(path: Path) -> Records:
             record = json.loads(line)
         except ValueError:  # not JSON, or not even UTF-8
             record = None
-        if isinstance(record, dict) and "event" in record:
+        if is_event(record):
             records.append(record)
         else:
             records.unreadable += 1

@@ -120,14 +120,14 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize(("tensors", "config", "said"), [
-    (None, {"peft_type": "PREFIX_TUNING"}, "a PREFIX_TUNING adapter"),
+    (None, {"peft_type": "PREFIX_TUNING"}, "the kind PREFIX_TUNING"),
     (None, {"use_dora": True}, "It is a dora"),
     (None, {"bias": "all"}, "Biases of the base were trained"),
     (None, {"init_lora_weights": "pissa_niter_4"}, "began by pissa_niter_4, which changed the base"),
     (None, {"trainable_token_indices": [1, 2]}, "Single tokens were trained"),
     (None, {"r": 5}, "says rank 5 of .*, and its A has 2 rows"),
     (lambda t: t.update({Q0.replace("q_proj", "w_proj") + ".lora_A.weight": torch.ones(2, 32)}), {},
-     r"1 tensors of this adapter belong to no layer of the base, such as '.*w_proj\.lora_A\.weight'"),
+     r"The base has no layer for 1 tensor of this adapter, such as '.*w_proj\.lora_A\.weight'"),
     (lambda t: t.pop(Q0 + ".lora_A.weight"), {}, r"q_proj has only one of A and B"),
     (lambda t: t[Q0 + ".lora_B.weight"].zero_(), {}, "B is all zero at 1 of 4 layers"),
     (lambda t: t.update({Q0 + ".lora_A.weight": torch.ones(2, 31)}), {}, "shape"),
@@ -189,7 +189,7 @@ def test_an_adapter_of_mlx_lm_adds_its_scale_times_its_transposed_product(tiny, 
     for name, rank in (
         ("layers.0.self_attn.q_proj", 3),
         ("layers.1.mlp.down_proj", 3),
-        ("layers.1.self_attn.q_proj", 2),
+        ("layers.1.self_attn.q_proj", 3),
     ):
         o, i = weights[f"{name}.weight"].shape
         a, b = torch.randn(i, rank, generator=rng), torch.randn(rank, o, generator=rng)
@@ -203,6 +203,10 @@ def test_an_adapter_of_mlx_lm_adds_its_scale_times_its_transposed_product(tiny, 
     for name, w in merged.items():
         tiny.get_submodule(name).swap({"weight": tiny.get_submodule(name).weight.repack(w)})
     torch.testing.assert_close(got, our_logits(tiny, IDS), rtol=0, atol=1e-4)
+    other = {**told, "lora_parameters": {**told["lora_parameters"], "rank": 4}}
+    (tmp_path / CONFIG).write_text(json.dumps(other))
+    with pytest.raises(UserError, match=f"The rank of .* is 3, and {CONFIG} says 4"):
+        files.read(tmp_path, tiny)
     (tmp_path / CONFIG).write_text(json.dumps(told | {"fine_tune_type": "dora"}))
     with pytest.raises(UserError, match="'dora' adapter of mlx-lm"):
         files.read(tmp_path, tiny)
@@ -231,7 +235,7 @@ def test_a_damaged_configuration_is_refused_by_a_sentence(config, ours):
     (lambda t: t.update({"layers.0.self_attn.q_proj.lora_A.weight": t[Q0 + ".lora_A.weight"] * 5}), "is there twice"),
     (lambda t: t.update({Q0 + ".lora_A.weight": torch.ones(2, 32, dtype=torch.int32)}), "int32 of 2 dimensions"),
     (lambda t: t.update({Q0 + ".lora_A.weight": torch.tensor(1.0)}), "float32 of 0 dimensions"),
-    (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(260, 32)}), "belong to no layer"),
+    (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(260, 32)}), "The base has no layer"),
 ])  # fmt: skip
 def test_tensors_that_would_be_lost_or_mistaken_are_refused(spoil, said, ours):
     folder, model = ours
