@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from torch import Tensor
 
 from deltaw.adapters.adapter import Adapter
-from deltaw.api.merge import check_batches, compared, folded
+from deltaw.api.merge import Merged, check_batches, compared, folded
 from deltaw.api.persona import Base, Persona
 from deltaw.data.rows import Example
 from deltaw.errors import UserError
 from deltaw.evaluate.measure import Difference
 from deltaw.files import adapters, ollama, peft
-from deltaw.files.atomic import replacing, write_text
+from deltaw.files.atomic import replacing, replacing_folder, write_text
 from deltaw.files.runs import Run
-from deltaw.models import checkpoint, gguf_write
+from deltaw.models import checkpoint, gguf_write, source
 
 Target = Literal["peft", "vllm", "gguf", "gguf-lora", "ollama"]
 Packing = Literal["F32", "F16", "Q8_0", "Q4_1"]
@@ -54,8 +52,7 @@ def export(persona: Persona, to: Target, out: Path, packing: Packing | None = No
         raise UserError("It is there already.", where=str(out), remedy="Take another --out.")
     if packing is not None and to not in ("gguf", "ollama"):
         raise UserError(f"A packing is of GGUF models; --to {to} has none.")
-    with _gone_unless_done(out):
-        return _exported(persona, to, out, packing or "F16", examples, card)
+    return _exported(persona, to, out, packing or "F16", examples, card)
 
 
 def _exported(persona: Persona, to: Target, out: Path, packing: Packing, examples: Sequence[Example],
@@ -64,26 +61,44 @@ def _exported(persona: Persona, to: Target, out: Path, packing: Packing, example
     base, batches = persona.base, check_batches(persona, examples)
     match to:
         case "peft" | "vllm":
-            peft.write(persona.adapter, base.model, base.origin, out, uniform=to == "vllm")
-            if card is not None:
-                write_text(out / "README.md", card)
-            again = Persona(persona.name, base, peft.read(out, base.model))
-            with again.on():
-                return Exported(to, out, _size(out), compared(persona, base.model, batches))
+            with replacing_folder(out) as scratch:
+                peft.write(persona.adapter, base.model, base.origin, scratch, uniform=to == "vllm")
+                if card is not None:
+                    write_text(scratch / "README.md", card)
+                again = Persona(persona.name, base, peft.read(scratch, base.model))
+                with again.on():
+                    return Exported(to, out, _size(scratch), compared(persona, base.model, batches))
         case "ollama":
             text = ollama.modelfile(base.tokenizer, persona.system, f"{persona.name}.gguf")
-            merged = export(persona, "gguf", out / f"{persona.name}.gguf", packing, examples)
-            write_text(out / "Modelfile", text)
-            return replace(merged, to=to, path=out, size_bytes=_size(out))
+            with replacing_folder(out) as scratch:
+                merged = export(persona, "gguf", scratch / f"{persona.name}.gguf", packing, examples)
+                write_text(scratch / "Modelfile", text)
+                return replace(merged, to=to, path=out, size_bytes=_size(scratch))
         case "gguf":
-            with folded(persona), replacing(out) as scratch:
-                notices = gguf_write.write(base.model, base.tokenizer, scratch, packing, persona.name)
-            written = checkpoint.load(out, base.model.dtype, str(base.model.device))
-            return Exported(to, out, _size(out), compared(persona, written, batches), notices)
+            with replacing(out) as scratch:
+                with folded(persona):
+                    notices = gguf_write.write(base.model, base.tokenizer, scratch, packing, persona.name)
+                written = checkpoint.load(scratch, base.model.dtype, str(base.model.device))
+                return Exported(to, out, _size(scratch), compared(persona, written, batches), notices)
         case "gguf-lora":
             with replacing(out) as scratch:
                 gguf_write.write_lora(_pairs(persona.adapter), base.model.config, scratch, persona.name)
-            return Exported(to, out, _size(out), None)
+                return Exported(to, out, _size(scratch), None)
+
+
+def requantised(persona: Persona, out: Path, examples: Sequence[Example] = ()) -> Merged:
+    """Write base and adapter as one GGUF file, rounded to the packing that the base's own file has, and compare.
+
+    Raises:
+        UserError: the base is not quantised, or in a way that is not written here; or as for `export`.
+    """
+    packing = source.packing(persona.base.path)
+    if packing not in get_args(Packing):
+        raise UserError(f"The base's weights are {packing or 'plain numbers'}: they cannot be quantised again.",
+                        remedy="Take --into base, or deltaw export --to gguf --packing Q8_0.")  # fmt: skip
+    done = export(persona, "gguf", out, cast("Packing", packing), examples)
+    assert done.difference is not None
+    return Merged(out, done.difference, packing, done.size_bytes)
 
 
 def bring(folder: Path, base: Base, name: str, runs: Path) -> Path:
@@ -98,21 +113,9 @@ def bring(folder: Path, base: Base, name: str, runs: Path) -> Path:
     if run.folder.exists():
         raise UserError(f"There is a run '{name}' already.", where=str(run.folder), remedy="Take another --name.")
     adapter = peft.read(folder, base.model)
-    with _gone_unless_done(run.folder):
-        adapters.save(adapter, adapters.Header.of(adapter, base.origin, base.fingerprint), run.adapter)
+    with replacing_folder(run.folder) as scratch:
+        adapters.save(adapter, adapters.Header.of(adapter, base.origin, base.fingerprint), Run(scratch).adapter)
     return run.adapter
-
-
-@contextmanager
-def _gone_unless_done(path: Path) -> Iterator[None]:
-    """Remove what was begun at a path where nothing was, if the block does not end well, Ctrl-C included."""
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        with suppress(OSError):  # what went wrong is told, not that nothing is there to remove
-            path.unlink(missing_ok=True)
-        raise
 
 
 def _pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:

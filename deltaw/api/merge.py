@@ -6,24 +6,29 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from deltaw.adapters.adapter import bare
-from deltaw.api.persona import Persona
+from deltaw.adapters.adapter import Adapter, bare
+from deltaw.adapters.whole import Whole
+from deltaw.api.persona import Base, Persona
 from deltaw.data.batch import Batch, micro_batches
 from deltaw.data.encode import Encoded, encode_all
 from deltaw.data.files import split_weight, stream
 from deltaw.data.rows import Example
 from deltaw.errors import UserError
 from deltaw.evaluate.measure import Comparison, Difference, label_logits
+from deltaw.files.adapters import put, state
+from deltaw.files.atomic import replacing_folder
 from deltaw.files.runs import Run
 from deltaw.models import checkpoint
 from deltaw.models.decoder import Decoder
 from deltaw.models.slots import CannotMerge
 
 CHECK_ROWS, CHECK_TOKENS = 32, 512
+SHAPE = ("width", "layers", "heads", "kv_heads", "head_width", "hidden", "vocab")
+"""What two bases must have in common for one's adapter to fit the other."""
 FALLBACK = "The quick brown fox jumps over the lazy dog, and what happened next was told in the village for many years."
 """What is checked on when there is no data: any text will do, since two models are compared with one another."""
 
@@ -38,29 +43,56 @@ class Merged:
     size_bytes: int
 
 
-def merge(persona: Persona, folder: Path, examples: Sequence[Example] = ()) -> Merged:
+def merge(persona: Persona, folder: Path, examples: Sequence[Example] = (), into: Base | None = None) -> Merged:
     """Write base and adapter as one model that `transformers` loads, read it back, and compare logits on `examples`.
 
-    The base in memory is left as it was, bit for bit.
+    The base in memory is left as it was, bit for bit. `into`: another base of the same shape, such as the original of
+    which the persona's base is a quantised copy; the comparison says what that changes.
 
     Raises:
-        UserError: the folder is there already, there is no adapter, or its method cannot be merged.
+        UserError: the folder is there already, there is no adapter, its method cannot be merged, or `into` is no base
+        of the same shape and vocabulary.
     """
     if persona.adapter is None:
         raise UserError("The base has no adapter to merge.")
     if folder.exists() and any(folder.iterdir()):
         raise UserError("The folder is there already, and not empty.", where=str(folder), remedy="Take another --out.")
-    model = persona.base.model
-    batches = check_batches(persona, examples)
-    with folded(persona):
-        checkpoint.save(model, folder)
-    persona.base.tokenizer.save(folder)
-    written = checkpoint.load(folder, model.dtype, str(model.device))
-    merged = Merged(folder, compared(persona, written, batches), str(model.dtype).removeprefix("torch."),
-                    sum(f.stat().st_size for f in folder.glob("*.safetensors")))  # fmt: skip
-    report = {**dataclasses.asdict(merged), "folder": folder.name, "persona": persona.name, "base": persona.base.name}
-    (folder / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n")
+    batches, worn = check_batches(persona, examples), persona if into is None else moved(persona, into)
+    model = worn.base.model
+    with replacing_folder(folder) as scratch:
+        with folded(worn):
+            checkpoint.save(model, scratch)
+        worn.base.tokenizer.save(scratch)
+        written = checkpoint.load(scratch, model.dtype, str(model.device))
+        merged = Merged(folder, compared(persona, written, batches), str(model.dtype).removeprefix("torch."),
+                        sum(f.stat().st_size for f in scratch.glob("*.safetensors")))  # fmt: skip
+        report = {**dataclasses.asdict(merged), "folder": folder.name, "persona": persona.name, "base": worn.base.name,
+                  "trained_on": persona.base.name}  # fmt: skip
+        (scratch / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n")
     return merged
+
+
+def moved(persona: Persona, base: Base) -> Persona:
+    """The persona's adapter on another base, for which it was not trained.
+
+    Raises:
+        UserError: the base has another shape or vocabulary.
+    """
+    assert persona.adapter is not None
+    here, there = persona.base, base
+    if odd := [f"{n} is {getattr(there.model.config, n)}, not {getattr(here.model.config, n)}" for n in SHAPE
+               if getattr(there.model.config, n) != getattr(here.model.config, n)]:  # fmt: skip
+        raise UserError("The adapter does not fit this base.", where=base.name, why=f"{odd[0]}.")
+    if any(isinstance(delta, Whole) for _, delta in persona.adapter.named_deltas()):
+        raise UserError("This adapter holds whole layers, which would take the place of the other base's.",
+                        remedy="Take --into base.")  # fmt: skip
+    ours, theirs = ({i: token for token, i in base.tokenizer.fast.get_vocab().items() if not token.startswith("[PAD")}
+                    for base in (here, there))  # fmt: skip
+    if any(ours[i] != theirs[i] for i in ours.keys() & theirs.keys()):
+        raise UserError("This base has another vocabulary than the one the adapter was trained on.", where=base.name)
+    adapter = Adapter.build(persona.adapter.method, base.model).to(base.model.device)
+    put(adapter, state(persona.adapter), base.name)
+    return replace(persona, base=base, adapter=adapter.eval())
 
 
 @contextmanager

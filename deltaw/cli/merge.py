@@ -12,10 +12,12 @@ from deltaw.cli.show import busy, differences, facts
 from deltaw.settings import Machine, plain
 from deltaw.words import size
 
+QUANTISED = ("quantised", "quantized")
 
-def merge(run: str | None = None, /, *, out: Path | None = None, check: Path | None = None, base: str | None = None,
-          runs: Path = Path("runs"), machine: Annotated[Machine | None, Parameter(name="*")] = None,
-          json: bool = False) -> None:  # fmt: skip
+
+def merge(run: str | None = None, /, *, out: Path | None = None, into: str = "base", check: Path | None = None,
+          base: str | None = None, runs: Path = Path("runs"),
+          machine: Annotated[Machine | None, Parameter(name="*")] = None, json: bool = False) -> None:  # fmt: skip
     """Write base and adapter as one plain model that transformers loads, and check it against the adapter.
 
     Parameters
@@ -23,7 +25,10 @@ def merge(run: str | None = None, /, *, out: Path | None = None, check: Path | N
     run
         A run's name or folder, or an adapter file. By default: the newest run.
     out
-        Folder to write. By default: `merged` in the run's folder.
+        Folder (of a quantised model: file) to write. By default: `merged` in the run's folder.
+    into
+        base: the weights it was trained on, as plain numbers. quantised: the same, rounded to the base's own GGUF
+        packing again. Or another model of the same shape, such as the original of a quantised base.
     check
         Rows on which both are compared. By default: the run's own data.
     base
@@ -33,19 +38,26 @@ def merge(run: str | None = None, /, *, out: Path | None = None, check: Path | N
     json
         Print one JSON object.
     """
+    from deltaw.api.exchange import requantised
     from deltaw.api.merge import home, known_rows
     from deltaw.api.merge import merge as merged_into
-    from deltaw.api.persona import load, locate
+    from deltaw.api.persona import load, load_base, locate
     from deltaw.data.files import read
 
     name, path = locate(run, runs)
     folder = home(path)
+    how = plain(machine or Machine())
     with busy(json) as say:
-        persona = load(str(path), runs, base, **plain(machine or Machine()), say=say)
+        persona = load(str(path), runs, base, **how, say=say)
+        other = None if into in ("base", *QUANTISED) else load_base(into, **how, say=say)
         say(f"Merging {name}")
-        done = merged_into(persona, out or folder / "merged", read(check) if check else known_rows(folder))
-    written = f"{done.folder} ({size(done.size_bytes)}, {done.dtype})"
-    rows = {"written": written, **differences(done.difference, "merged")}
+        examples = read(check) if check else known_rows(folder)
+        done = (requantised(persona, out or folder / "merged.gguf", examples) if into in QUANTISED else
+                merged_into(persona, out or folder / "merged", examples, other))  # fmt: skip
+    rows = {"written": f"{done.folder} ({size(done.size_bytes)}, {done.dtype})"}
+    if into != "base":
+        rows["into"] = f"{done.dtype} again" if into in QUANTISED else f"{into}, on which it was not trained"
+    rows |= differences(done.difference, "merged")
     if persona.system:
         rows["system prompt"] = f"{persona.system} (give it to whatever runs the merged model)"
     facts(f"Merged {name}", rows, json, asdict(done))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+PARTIAL, STALE_SECONDS = ".deltaw-partial-", 86_400
 
 
 @contextmanager
@@ -18,17 +23,47 @@ def replacing(path: Path) -> Iterator[Path]:
     os.close(handle)
     scratch = Path(name)
     try:
-        yield scratch
-        scratch.chmod(0o644)
-        _flush(scratch)
-        scratch.replace(path)
-        _flush(path.parent)
+        with _told_when_full(path):
+            yield scratch
+            scratch.chmod(0o644)
+            _flush(scratch)
+            scratch.replace(path)
+            _flush(path.parent)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to fill; it becomes `path`, which is empty or not there, if the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    home = path if path.exists() else path.parent  # what is there may be a mounted disk, and is not replaced
+    for litter in home.glob(f".{glob.escape(path.name)}{PARTIAL}*"):
+        with suppress(FileNotFoundError):
+            if time.time() - litter.stat().st_mtime > STALE_SECONDS:  # of a process that was killed
+                shutil.rmtree(litter, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(dir=home, prefix=f".{path.name}{PARTIAL}"))
+    try:
+        with _told_when_full(path):
+            yield scratch
+            scratch.chmod(0o755)
+            for file in scratch.rglob("*"):
+                _flush(file)
+            for whole in scratch.iterdir() if home == path else [scratch]:
+                whole.replace(path / whole.name if home == path else path)
+            _flush(home)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _told_when_full(path: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as e:
         if disk_is_full(e) and not isinstance(e, OSError):  # safetensors has an error of its own
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from e
         raise
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:

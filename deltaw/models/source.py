@@ -92,6 +92,13 @@ def note(path: Path) -> dict[str, str]:
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 
+def packing(path: Path) -> str:
+    """The GGUF packing of a model's matrices, or that of the file it was converted from; empty for others."""
+    from deltaw.models.gguf import GGUF
+
+    return GGUF(path).packing if path.is_file() else note(path).get("packing", "")
+
+
 def _fetched(name: str, known: Known, folder: Path, say: Say) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:

@@ -1,22 +1,31 @@
 """Merging writes a plain model that says the same as the base wearing its adapter, and leaves the base alone."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_tiny
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 from oracles import our_logits, scramble
+from parity.test_gguf_families import merging_tokenizer
 from small import told, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deltaw
 from deltaw.adapters.adapter import Adapter
+from deltaw.api.exchange import requantised
 from deltaw.api.merge import merge
 from deltaw.api.persona import Persona, load_base
+from deltaw.cli.app import run
 from deltaw.data.files import read
 from deltaw.errors import UserError
 from deltaw.methods import method, names
 from deltaw.methods.lora import LowRank
 from deltaw.models import checkpoint
+from deltaw.models.gguf_write import write
 from deltaw.models.slots import CannotMerge, Slot
 
 
@@ -148,3 +157,109 @@ def test_told_settings_train_what_is_then_merged(tiny_path, tmp_path, rows_file)
     persona = deltaw.finetune(rows_file, listen=[], **told(tiny_path, tmp_path, method="full", epochs=12))
     merge(persona, tmp_path / "merged")
     assert answer(tmp_path / "merged") == "bbb"
+
+
+@pytest.fixture
+def original(tiny_path, tmp_path):
+    """The base, with a tokenizer that a GGUF file can hold."""
+    shutil.copytree(tiny_path, tmp_path / "original")
+    merging_tokenizer().save(str(tmp_path / "original" / "tokenizer.json"))
+    return load_base(str(tmp_path / "original"), "float32", threads=1)
+
+
+@pytest.fixture
+def quantised(original, tmp_path):
+    """A persona on a copy of the base that was packed with four bits."""
+    write(original.model, original.tokenizer, tmp_path / "base.gguf", "Q4_1", "base")
+    return worn(load_base(str(tmp_path / "base.gguf"), "float32", threads=1), "lora")
+
+
+def test_into_another_base_the_adapter_is_added_to_its_weights(quantised, original, tmp_path):
+    merged = merge(quantised, tmp_path / "merged", into=original)
+    written = checkpoint.load(tmp_path / "merged")
+    for name, delta in quantised.adapter.named_deltas():
+        want = original.model.get_submodule(name).weight.dense() + delta.scale * delta.B @ delta.A
+        torch.testing.assert_close(written.get_submodule(name).weight.dense(), want, rtol=0, atol=1e-6)
+    assert torch.equal(written.norm.gain, original.model.norm.gain)
+    assert 1e-3 < merged.difference.max_logit_difference < 10  # what the four bits had taken
+    exact = merge(quantised, tmp_path / "exact").difference.max_logit_difference
+    assert exact < 1e-4
+    report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
+    assert (report["base"], report["trained_on"]) == (original.name, quantised.base.name)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"intermediate_size": 96}, "hidden is 96, not 64"), ({}, "another vocabulary")]
+)
+def test_into_a_base_that_does_not_fit_nothing_is_merged(change, said, persona, tmp_path):
+    write_tiny(tmp_path / "other", change)
+    if not change:
+        told = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+        told["model"]["vocab"] = {token: 255 - i for token, i in told["model"]["vocab"].items()}
+        (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(told))
+    with pytest.raises(UserError) as e:
+        merge(persona, tmp_path / "merged", into=load_base(str(tmp_path / "other"), "float32"))
+    assert said in str(e.value)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_into_the_quantised_base_matrices_are_rounded_again(quantised, tmp_path):
+    merged = requantised(quantised, tmp_path / "merged.gguf")
+    assert merged.dtype == "Q4_1"
+    written, kind = checkpoint.load(tmp_path / "merged.gguf"), GGMLQuantizationType.Q4_1
+    for name, delta in quantised.adapter.named_deltas():
+        sum_OI = (quantised.base.model.get_submodule(name).weight.dense() + delta.scale * delta.B @ delta.A).detach()
+        again = torch.from_numpy(dequantize(quantize(sum_OI.numpy(), kind), kind))
+        # A sum that rounds to the neighbour in the last bit may fall into the next of sixteen steps.
+        differs = (written.get_submodule(name).weight.dense() - again).abs() > 1e-5
+        assert differs.float().mean() < 0.01, name
+    assert merged.difference.max_logit_difference > 1e-3
+
+
+def test_a_base_of_plain_numbers_cannot_be_quantised_again(persona, tmp_path):
+    with pytest.raises(UserError, match="plain numbers: they cannot be quantised again"):
+        requantised(persona, tmp_path / "merged.gguf")
+
+
+def test_the_command_merges_into_what_it_is_told(here, original, capsys):
+    write(original.model, original.tokenizer, here / "packed.gguf", "Q4_1", "base")
+    assert (
+        run(["train", "rows.jsonl", "--base", "packed.gguf", "--name", "mine", "--steps", "1", "--threads", "1"]) == 0
+    )
+    capsys.readouterr()
+    assert run(["merge", "mine", "--into", "quantised", "--dtype", "float32"]) == 0
+    out = capsys.readouterr().out
+    assert "written: runs/mine/merged.gguf" in out
+    assert "into: Q4_1 again" in out
+    assert run(["merge", "mine", "--into", "base", "--out", "plain", "--dtype", "float32"]) == 0
+    assert "into:" not in capsys.readouterr().out
+    assert run(["merge", "mine", "--into", "original", "--out", "other", "--dtype", "float32"]) == 0
+    assert "on which it was not trained" in capsys.readouterr().out
+    plain, other = (checkpoint.load(here / name).layers[0].mlp.down_proj.weight.dense() for name in ("plain", "other"))
+    assert not torch.equal(plain, other)
+
+
+def test_a_mistral_that_became_a_llama_in_gguf_is_the_same_shape(tiny_path, tmp_path):
+    """llama.cpp writes Mistral as llama, and fills the vocabulary up with names of its own."""
+    write_tiny(tmp_path / "mistral", {"model_type": "mistral", "sliding_window": None})
+    other = load_base(str(tmp_path / "mistral"), "float32")
+    merged = merge(worn(load_base(str(tiny_path), "float32"), "lora"), tmp_path / "merged", into=other)
+    assert json.loads((merged.folder / "config.json").read_text())["model_type"] == "mistral"
+
+
+def test_layers_trained_whole_are_not_put_into_another_base(base, original, tmp_path):
+    with pytest.raises(UserError, match="would take the place of the other base's"):
+        merge(worn(base, "full"), tmp_path / "merged", into=original)
+
+
+@pytest.mark.parametrize("named", ["empty", "link", "."])
+def test_a_folder_that_is_there_and_empty_is_filled(named, persona, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    where = Path() if named == "." else tmp_path / named
+    inode = (tmp_path / "empty").stat().st_ino
+    merge(persona, where)
+    assert (tmp_path / "empty").stat().st_ino == inode
+    assert checkpoint.load(tmp_path / "empty").config == persona.base.model.config
+    assert [p.name for p in (tmp_path / "empty").iterdir() if p.name.startswith(".")] == []

@@ -3,16 +3,25 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from gguf import GGUFReader
+from parity.test_gguf_families import merging_tokenizer
 from safetensors import safe_open
-from small import ROOT, gone_on, losses, prepared, told
+from small import ROOT, ROW, TRAIN, gone_on, losses, prepared, told, write_rows
 
+from deltaw.cli import app
+from deltaw.data.files import read
+from deltaw.files import adapters, atomic, peft
 from deltaw.files.runs import Run
+from deltaw.models import checkpoint
+from deltaw.models.tokenizer import Tokenizer
 
 
 def command(*arguments):
@@ -110,3 +119,72 @@ def test_the_second_signal_leaves_at_once(unbroken, tiny_path, tmp_path):
     assert "Go on with" not in out
     list(gone_on(run.folder).events())
     assert run.adapter.read_bytes() == wanted
+
+
+def merged(out):
+    model = checkpoint.load(out)
+    assert Tokenizer.load(out).template
+    return model.config.layers == 2 and (out / "merge_report.json").exists()
+
+
+def in_peft(out):
+    return peft.read(out, checkpoint.load(Path("base")))
+
+
+def in_ollama(out):
+    return "FROM" in (out / "Modelfile").read_text() and checkpoint.load(out / "mine.gguf")
+
+
+def brought(out):
+    return adapters.load(out / "adapter" / "adapter.safetensors", checkpoint.load(Path("base")))
+
+
+def fixed(out):
+    return len(read(out)) == 2
+
+
+WRITES = {
+    "a merge": (["merge", "mine"], "merged", merged),
+    "an export to PEFT": (["export", "mine", "--to", "peft"], "theirs", in_peft),
+    "a GGUF file": (["export", "mine", "--to", "gguf"], "out.gguf", checkpoint.load),
+    "a GGUF LoRA": (["export", "mine", "--to", "gguf-lora"], "lora.gguf", lambda out: GGUFReader(out).tensors),
+    "a folder for Ollama": (["export", "mine", "--to", "ollama"], "ollama", in_ollama),
+    "an import": (["import", "given", "--base", "base"], "runs/brought", brought),
+    "rows that are mended": (["data", "check", "two.jsonl", "--base", "base"], "fixed.jsonl", fixed),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "name", "whole"), WRITES.values(), ids=WRITES)
+def test_a_command_that_is_killed_at_any_write_leaves_all_of_it_or_nothing(arguments, name, whole, here):
+    """Killed before each flush to the disk, and tried again with what that left beside."""
+    own = here / "own"
+    shutil.copytree(here / "base", own)
+    merging_tokenizer().save(str(own / "tokenizer.json"))
+    (here / "base").unlink()
+    own.rename(here / "base")
+    write_rows(here / "two.jsonl", ROW, {"prompt": "a", "completion": "b"}, ROW)
+    assert app.run([*TRAIN, "--steps", "2", "--name", "mine", "--val", "0"]) == 0
+    out, kills = here / name, 0
+    assert app.run(["export", "mine", "--to", "peft", "--out", "given"]) == 0
+    told_where = {"fixed.jsonl": ["--fix", name], "runs/brought": ["--name", "brought"]}
+    arguments = [*arguments, *told_where.get(name, ["--out", name])]
+    while killed(arguments, kills):
+        kills += 1
+        if out.exists():
+            assert whole(out)
+            shutil.rmtree(out, ignore_errors=True)
+            out.unlink(missing_ok=True)
+    assert whole(out)
+    assert kills >= 2
+
+
+def killed(arguments, after):
+    """Run a command in a copy of this process that is killed before it flushes so many things; whether it was."""
+    child = os.fork()
+    if not child:
+        flush, left = atomic._flush, iter(range(after))
+        atomic._flush = lambda path: os.kill(os.getpid(), signal.SIGKILL) if next(left, None) is None else flush(path)
+        os._exit(app.run(arguments))
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
