@@ -2,8 +2,10 @@
 
     python benchmarks/merged.py RUN
 
-The models answer in turns, in another order each round; every round gives one ratio to the base. `base again` is the
-base loaded a second time: how far its ratio is from 1 is what two equal models differ by here.
+The models answer in turns, in another order each round; every round gives one ratio to the base. The base is written
+as the merged model is, to the same disk at the same time: weights are mapped from their files, and how a file lies in
+the page cache changes the speed by a tenth. `base again` is that base loaded a second time: how far its ratio is from 1
+is what two equal models differ by here.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from deltaw.api.merge import merge
 from deltaw.api.persona import Persona, load, load_base
 from deltaw.decode.generate import generate
 from deltaw.decode.sampling import Sampling
+from deltaw.models import checkpoint
 
 TOKENS, ROUNDS = 64, 24
 
@@ -39,9 +42,13 @@ def main():
     tuned = load(args.run, args.runs)
     with tempfile.TemporaryDirectory() as scratch:
         merge(tuned, Path(scratch) / "merged")
+        copy = Path(scratch) / "base"
+        checkpoint.save(tuned.base.model, copy)
+        tuned.base.tokenizer.save(copy)
+        tuned = load(args.run, args.runs, str(copy))
         models = {"base": Persona("base", tuned.base), "adapter on": tuned,
                   "merged": Persona("merged", load_base(str(Path(scratch) / "merged"))),
-                  "base again": Persona("again", load_base(str(tuned.base.path)))}  # fmt: skip
+                  "base again": Persona("again", load_base(str(copy)))}  # fmt: skip
         took = rounds(models)
         weights = {name: sum(b.nbytes for b in p.base.model.buffers()) for name, p in models.items()}
     ratios = {name: statistics.median(t / b for t, b in zip(times, took["base"], strict=True))

@@ -28,8 +28,6 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
     try:
         for row in load_dataset(**_asked(name), streaming=True):
             yield {column: _turns(value) for column, value in row.items() if value is not None}
-    except GeneratorExit:
-        raise
     except Exception as e:
         said = str(e).strip() or type(e).__name__
         raise UserError("This data set cannot be read.", where=name, why=said.splitlines()[0]) from None

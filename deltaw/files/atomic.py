@@ -49,7 +49,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             scratch.chmod(0o755)
             for file in scratch.rglob("*"):
                 _flush(file)
-            for whole in scratch.iterdir() if home == path else [scratch]:
+            for whole in list(scratch.iterdir()) if home == path else [scratch]:
                 whole.replace(path / whole.name if home == path else path)
             _flush(home)
     finally:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -180,7 +181,9 @@ def test_a_command_that_is_killed_at_any_write_leaves_all_of_it_or_nothing(argum
 
 def killed(arguments, after):
     """Run a command in a copy of this process that is killed before it flushes so many things; whether it was."""
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the child only runs the command, on one thread
+        child = os.fork()
     if not child:
         flush, left = atomic._flush, iter(range(after))
         atomic._flush = lambda path: os.kill(os.getpid(), signal.SIGKILL) if next(left, None) is None else flush(path)
