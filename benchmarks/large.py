@@ -1,6 +1,6 @@
 """Does memory grow with the data? Files of growing size, each trained on for two steps in a process of its own.
 
-    python benchmarks/large.py --sizes 10 100 1000        # megabytes
+    python benchmarks/large.py --sizes 4 40 200        # megabytes
 
 A small random model with a byte tokenizer; the rows are real text if DELTAW_DATA is there. Prints the most memory that
 each process held.
@@ -58,7 +58,7 @@ def trained(file, base, runs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=float, nargs="*", default=[10, 100, 1000])
+    parser.add_argument("--sizes", type=float, nargs="*", default=[4, 40, 200])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         base = Path(scratch) / "base"
