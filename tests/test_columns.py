@@ -83,6 +83,28 @@ def test_turns_that_are_stored_column_by_column_are_turns():
         assert columns._turns(other) == other
 
 
+def test_columns_that_hold_no_texts_are_faults_of_their_rows(tmp_path):
+    write_parquet(tmp_path / "rows.parquet", [{"prompt": b"a", "completion": b"b"}])
+    with pytest.raises(UserError, match="has no text: its content is") as e:
+        read(tmp_path / "rows.parquet")
+    assert e.value.where == f"{tmp_path / 'rows.parquet'}:1"
+
+
+def test_an_empty_table_has_no_rows(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="The data file has no rows"):
+        read(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize("name", ["../nowhere", "./nowhere/x", "/no/where", "", "/", "@", "owner/nothing"])
+def test_a_folder_that_is_not_there_is_not_searched_for_elsewhere(name, tmp_path, monkeypatch):
+    (tmp_path / "here" / "owner").mkdir(parents=True)
+    write_rows(tmp_path / "train.jsonl", {"text": "another"})
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="This data set cannot be read"):
+        read(Path(f"hf:{name}"))
+
+
 def test_a_files_name_is_no_pattern(tmp_path):
     write_parquet(tmp_path / "rows[1].parquet", [{"text": "right"}])
     write_parquet(tmp_path / "rows1.parquet", [{"text": "wrong"}])

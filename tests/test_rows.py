@@ -216,6 +216,14 @@ def test_an_alpacas_input_follows_its_instruction(tmp_path):
     assert (got.messages[0]["content"], got.answer) == ("Translate.\n\nHund", "dog")
 
 
+@pytest.mark.parametrize("asked", ['[{"role": "user", "content": "a"}]', ' [ {"content":"a", "role":"user"}]'])
+def test_a_table_may_have_lists_of_messages(asked, tmp_path):
+    with (tmp_path / "rows.csv").open("w", newline="") as f:
+        csv.writer(f).writerows([["prompt", "completion"], [asked, '[{"role": "assistant", "content": "b"}]']])
+    (row,) = read(tmp_path / "rows.csv")
+    assert row.messages == ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+
+
 def test_a_table_may_have_a_history(tmp_path):
     (tmp_path / "rows.csv").write_text('instruction,output,history\nA,b,"[[""c"", ""d""]]"\nE,f,[]\nG,h,\n')
     first, second, third = read(tmp_path / "rows.csv")
@@ -315,6 +323,8 @@ BROKEN = {
     "a comma that is missing": ("rows.json", '[{"text": "a"}\n{"text": "b"}]', "not a JSON list of rows", 2),
     "a comma too many": ("rows.json", '[{"text": "a"},\n\n]', "not a JSON list of rows", 3),
     "a history of no pairs": ("rows.json", '[\n{"instruction": "a", "output": "b", "history": [5]}]', "of pairs", 2),
+    "a history of objects": ("rows.json", '[{"instruction": "a", "output": "b", "history": [{"a": 1}]}]', "pairs", 1),
+    "a history of texts": ("rows.json", '[{"instruction": "a", "output": "b", "history": ["ab"]}]', "of pairs", 1),
     "a weight between": ("rows.json", '[{"messages": [{"role": "user", "content": "a", "weight": 0.5}]}]', "0.5", 1),
     "a column without a name": ("rows.csv", "text,\na,b\n", "Column 2 has no name", 1),
     "two columns of a name": ("rows.csv", "text,text\na,b\n", "Two columns are called 'text'", 1),

@@ -14,7 +14,7 @@ from deltaw.adapters.adapter import Adapter, bare
 from deltaw.adapters.whole import Whole
 from deltaw.api.persona import Base, Persona
 from deltaw.data.batch import Batch, micro_batches
-from deltaw.data.encode import Encoded, encode_all
+from deltaw.data.encode import Encoded, encode
 from deltaw.data.files import split_weight, stream
 from deltaw.data.rows import Example
 from deltaw.errors import UserError
@@ -142,11 +142,11 @@ def known_rows(folder: Path) -> Sequence[Example]:
 
 
 def check_batches(persona: Persona, examples: Sequence[Example]) -> list[Batch]:
-    """The rows on which models are compared, or a sentence."""
+    """The answers, or texts, on which models are compared; a sentence, where there are none."""
     tokenizer, device = persona.base.tokenizer, persona.base.model.device
-    if examples:
-        rows = encode_all(examples[:CHECK_ROWS], tokenizer, "all", CHECK_TOKENS)[0][:CHECK_ROWS]
-    else:
+    whole = [encode(row, tokenizer, "all" if row.text else "answers") for row in examples[:CHECK_ROWS]]
+    rows = [Encoded(row.ids[:CHECK_TOKENS], row.trained[:CHECK_TOKENS]) for row in whole]
+    if not any(row.targets for row in rows):
         ids = tuple(tokenizer.encode(FALLBACK))
         rows = [Encoded(ids, (True,) * len(ids))]
     return [batch.to(device) for batch in micro_batches(rows, CHECK_TOKENS, lambda _: False)]

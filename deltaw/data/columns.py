@@ -26,11 +26,20 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
         raise UserError("Parquet files and data sets of the hub need `datasets`.", where=name,
                         remedy="pip install 'deltaw[data]'") from None  # fmt: skip
     try:
+        if not name.startswith(HUB) and Path(name).is_file() and not _rows_of(name):
+            return
         for row in load_dataset(**_asked(name), streaming=True):
             yield {column: _turns(value) for column, value in row.items() if value is not None}
     except Exception as e:
         said = str(e).strip() or type(e).__name__
-        raise UserError("This data set cannot be read.", where=name, why=said.splitlines()[0]) from None
+        raise UserError("This data set cannot be read.", where=name, why=said.splitlines()[0],
+                        remedy="On the hub: hf:owner/name/configuration@split.") from None  # fmt: skip
+
+
+def _rows_of(file: str) -> int:
+    from pyarrow.parquet import ParquetFile
+
+    return int(ParquetFile(file).metadata.num_rows)
 
 
 def _asked(name: str) -> dict[str, Any]:
@@ -40,9 +49,13 @@ def _asked(name: str) -> dict[str, Any]:
         return {"path": "parquet", "data_files": glob.escape(name), "split": "train"}
     where, _, split = name.removeprefix(HUB).partition("@")
     parts = where.split("/")
-    told = Path(where).is_dir() or len(parts) <= OWNER_AND_NAME
-    path, config = (where, None) if told else ("/".join(parts[:OWNER_AND_NAME]), "/".join(parts[OWNER_AND_NAME:]))
-    return {"path": path, "name": config, "split": split or "train"}
+    folder = Path(where)
+    if not all(parts[:1]) or parts[0] in (".", "..") or Path(*parts[:OWNER_AND_NAME]).is_dir() or folder.is_dir():
+        if not folder.is_dir() or not where:
+            raise FileNotFoundError("There is no such folder, and no name of the hub begins so.")
+        return {"path": where, "name": None, "split": split or "train"}
+    configuration = "/".join(parts[OWNER_AND_NAME:]) or None
+    return {"path": "/".join(parts[:OWNER_AND_NAME]), "name": configuration, "split": split or "train"}
 
 
 def _turns(value: Any) -> Any:

@@ -26,6 +26,8 @@ LEAST, MOST = 0.001, 1000
 BLANK = re.compile(r"[ \t\r\n]*")
 CHUNK = 1 << 20
 """Characters that are read at once of a JSON list."""
+LISTED = re.compile(r'\s*\[\s*\{\s*"(role|content)"\s*:')
+"""How a cell begins that holds a list of messages."""
 LONGEST_WORD = 16
 """Characters of a number's, a word's or an escape's that the end of what is held may have cut off."""
 LONGEST_CELL = 1 << 27
@@ -283,7 +285,7 @@ def _table(lines: Iterator[str], path: Path, delimiter: str) -> Iterator[Example
 
 def _cell(name: str, cell: str) -> Any:
     """A cell's text; lists are written as JSON."""
-    if name in ("messages", "conversations", "history", "references", "facts") or cell.lstrip().startswith('[{"role"'):
+    if name in ("messages", "conversations", "history", "references", "facts") or LISTED.match(cell):
         try:
             return json.loads(cell) if cell.strip() else []
         except (ValueError, RecursionError):

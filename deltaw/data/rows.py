@@ -113,7 +113,10 @@ def _pair(asked: Any, answered: Any) -> list[dict[str, Any]]:
 
 def _history(row: dict[str, Any], where: str) -> list[tuple[str, str]]:
     try:
-        return [(asked, answered) for asked, answered in row.get("history") or []]
+        past = row.get("history") or []
+        if not isinstance(past, list) or not all(isinstance(pair, list) for pair in past):
+            raise TypeError
+        return [(asked, answered) for asked, answered in past]
     except (TypeError, ValueError):
         raise UserError("'history' is no list of pairs.", where=where,
                         remedy='For example: [["a question", "its answer"]]') from None  # fmt: skip
@@ -138,7 +141,8 @@ def _messages(messages: Any, where: str) -> tuple[dict[str, str], ...]:
         if role not in ROLES:
             raise UserError(f"Turn {i} has the role {role!r}.", where=where, remedy=f"Roles are: {', '.join(ROLES)}.")
         if not isinstance(content, str):
-            raise UserError(f"Turn {i} ({role}) has no text: its content is {json.dumps(content)}.", where=where,
+            said = json.dumps(content, default=repr)
+            raise UserError(f"Turn {i} ({role}) has no text: its content is {said}.", where=where,
                             remedy="Write the text, or drop the row.")  # fmt: skip
         if role == "assistant" and not content.strip():
             raise UserError(f"Turn {i} is an empty answer.", where=where, remedy="Write the answer, or drop the row.")

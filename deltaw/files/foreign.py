@@ -63,6 +63,8 @@ def understood(folder: Path) -> tuple[Said, dict[str, Tensor]]:
     if "fine_tune_type" in told or "lora_parameters" in told:
         return _from_mlx(told, folder)
     _refuse(told, folder)
+    if unsaid := next((key for key in ("r", "lora_alpha") if told.get(key) is None), None):
+        raise UserError(f"{CONFIG} does not say {unsaid}.", where=str(folder), remedy="Write it in, if you know it.")
     return _said(told, folder), _tensors(folder / WEIGHTS)
 
 

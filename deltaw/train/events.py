@@ -121,10 +121,10 @@ class Finished(Event):
 
 def is_event(record: Any) -> bool:
     """Whether a JSON value is one of these events, with all that such a one says; a float that was none is null."""
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or not isinstance(record.get("seconds"), int | float):
         return False
     kind = next((cls for cls in Event.__subclasses__() if cls.__name__.lower() == record.get("event")), None)
-    return kind is not None and all(_fits(record.get(f.name), str(f.type)) for f in fields(kind))
+    return kind is not None and all(f.name in record and _fits(record[f.name], str(f.type)) for f in fields(kind))
 
 
 def _fits(value: Any, kind: str) -> bool:

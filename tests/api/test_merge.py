@@ -86,8 +86,7 @@ def test_the_report_says_what_was_compared(persona, tmp_path):
     write_rows(tmp_path / "check.jsonl", *[{"prompt": "say 1", "completion": "bbb"}] * 40)
     examples = read(tmp_path / "check.jsonl")
     merged = merge(persona, tmp_path / "merged", examples)
-    each = len(persona.prompt("say 1")) + len("bbb") + 1 + 1  # the end of the turn, and the template's line break
-    assert merged.difference.tokens == 32 * (each - 1)  # the first 32 rows; the first token of each is not predicted
+    assert merged.difference.tokens == 32 * (len("bbb") + 1)  # the first 32 answers, and the end of their turns
     report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
     assert report["difference"] == vars(merged.difference)
     assert (report["persona"], report["folder"], report["dtype"]) == ("odd", "merged", "float32")

@@ -212,6 +212,14 @@ def test_an_adapter_of_mlx_lm_adds_its_scale_times_its_transposed_product(tiny, 
         files.read(tmp_path, tiny)
 
 
+@pytest.mark.parametrize("key", ["r", "lora_alpha"])
+def test_a_rank_or_an_alpha_that_is_not_said_is_not_guessed(key, ours):
+    folder, model = ours
+    change(folder, **{key: None})
+    with pytest.raises(UserError, match=f"does not say {key}"):
+        files.read(folder, model)
+
+
 DAMAGED = {
     "no alpha": {"lora_alpha": "abc"}, "a list for alpha": {"lora_alpha": []}, "an endless alpha": {"lora_alpha": 1e30},
     "an alpha of zero": {"alpha_pattern": {"q_proj": 0}}, "an alpha of none": {"alpha_pattern": {"q_proj": None}},
