@@ -44,7 +44,9 @@ class Tokenizer:
         """
         try:
             return cls._read(path)
-        except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as e:
+        except UserError:
+            raise
+        except Exception as e:  # what reads it is foreign code, and may raise anything
             raise UserError("The tokenizer's files cannot be understood.", where=str(path),
                             why=f"{type(e).__name__}: {e}") from None  # fmt: skip
 
