@@ -145,8 +145,9 @@ def check_batches(persona: Persona, examples: Sequence[Example]) -> list[Batch]:
     """The answers, or texts, on which models are compared; a sentence, where there are none."""
     tokenizer, device = persona.base.tokenizer, persona.base.model.device
     whole = [encode(row, tokenizer, "all" if row.text else "answers") for row in examples[:CHECK_ROWS]]
-    rows = [Encoded(row.ids[:CHECK_TOKENS], row.trained[:CHECK_TOKENS]) for row in whole]
-    if not any(row.targets for row in rows):
+    begun = [Encoded(row.ids[:CHECK_TOKENS], row.trained[:CHECK_TOKENS]) for row in whole]
+    rows = [row for row in begun if row.targets]
+    if not rows:
         ids = tuple(tokenizer.encode(FALLBACK))
         rows = [Encoded(ids, (True,) * len(ids))]
     return [batch.to(device) for batch in micro_batches(rows, CHECK_TOKENS, lambda _: False)]

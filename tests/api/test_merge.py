@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import deltaw
 from deltaw.adapters.adapter import Adapter
 from deltaw.api.exchange import requantised
-from deltaw.api.merge import merge
+from deltaw.api.merge import FALLBACK, merge
 from deltaw.api.persona import Persona, load_base
 from deltaw.cli.app import run
 from deltaw.data.files import read
@@ -91,6 +91,19 @@ def test_the_report_says_what_was_compared(persona, tmp_path):
     assert report["difference"] == vars(merged.difference)
     assert (report["persona"], report["folder"], report["dtype"]) == ("odd", "merged", "float32")
     assert report["size_bytes"] == (tmp_path / "merged" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("rows", [
+    [{"prompt": "why " * 300, "completion": "b"}, {"prompt": "say 1", "completion": "bbb"}],
+    [{"prompt": "why " * 300, "completion": "b"}] * 2,
+    [{"messages": [{"role": "user", "content": "a"}]}, {"prompt": "say 1", "completion": "bbb"}],
+], ids=["one", "all", "no answer"])  # fmt: skip
+def test_answers_beyond_what_is_compared_are_passed_over(rows, persona, tmp_path):
+    write_rows(tmp_path / "check.jsonl", *rows)
+    merged = merge(persona, tmp_path / "merged", read(tmp_path / "check.jsonl"))
+    answers = sum(len(row["completion"]) + 1 for row in rows if len(row.get("prompt", "x" * 99)) < 99)
+    assert merged.difference.tokens == (answers or len(persona.base.tokenizer.encode(FALLBACK)) - 1)
+    assert merged.difference.max_logit_difference < 1e-4
 
 
 def test_the_merged_model_is_as_large_as_the_base_and_reads_as_many_bytes(base, persona, tmp_path):
