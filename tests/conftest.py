@@ -48,9 +48,9 @@ def pytest_collection_modifyitems(items):
 
 
 def byte_tokenizer():
-    """Every byte a token, and four special ones."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    fast = Fast(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    """Every byte a token but one that UTF-8 has not, in whose place is a merge; and four special ones."""
+    alphabet = ["zq" if c == "\xff" else c for c in sorted(pre_tokenizers.ByteLevel.alphabet())]
+    fast = Fast(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[("z", "q")]))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|pad|>"])

@@ -26,15 +26,15 @@ def told(tiny_path, tmp_path, **settings):
 
 def prepared(rows_file, values, stop=lambda: False):
     """A run that is ready to begin, and asks nothing, which would take most of its time."""
-    made = finetune.prepare([str(rows_file)], values, stop)
-    made.job.question = None
+    made = finetune.prepare([str(rows_file)], values)
+    made.job.question, made.job.stop = None, stop
     return made
 
 
 def gone_on(folder, stop=lambda: False):
     """The run in this folder, ready to go on."""
-    made = finetune.resume(folder.name, folder.parent, stop)
-    made.job.question = None
+    made = finetune.resume(folder.name, folder.parent)
+    made.job.question, made.job.stop = None, stop
     return made
 
 

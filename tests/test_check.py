@@ -45,6 +45,7 @@ FINDINGS = {
     "nothing to learn": ([GOOD, {"messages": [USER]}], {checking.UNLEARNT: [2], checking.DISORDERED: [2]}, [1]),
     "out of order": ([{"messages": [USER, USER, ANSWER]}, {"messages": [ANSWER]}, {"messages": [USER, SYSTEM, ANSWER]}],
                      {checking.DISORDERED: [1, 2, 3]}, [1, 2, 3]),
+    "a key that is passed over": ([{**GOOD, "id": 1}], {}, [1]),
     "an empty question": ([{"prompt": " ", "completion": "x"}], {checking.BLANK: [1]}, [1]),
     "nothing wrong": ([GOOD, {"messages": [SYSTEM, USER, ANSWER, USER, ANSWER]}], {}, [1, 2]),
 }  # fmt: skip
@@ -136,6 +137,7 @@ def test_the_report_shows_what_is_learnt_and_every_finding(here_with_faults, sho
     assert f"{checking.TWICE}: 1: rows.jsonl:3" in out
     assert f"{checking.LEAKED}: 1: rows.jsonl:5" in out
     assert "--fix OUT.jsonl" in out
+    assert "keys passed over: id (2 rows)" in out
     code, out = shown_check("rows.jsonl", "--json", "--max-tokens", "90")
     told = json.loads(out)
     assert (told["rows"], told["found"][checking.TWICE]) == (5, ["rows.jsonl:3"])
@@ -190,8 +192,8 @@ def here_with_faults(tmp_path, tiny_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").symlink_to(tiny_path)
     write_rows(tmp_path / "rows.jsonl", GOOD, "{", GOOD,
-               {"prompt": "Who now?", "completion": "Who indeed?", "facts": ["indeed"]},
-               {"prompt": "held", "completion": "out"})  # fmt: skip
+               {"prompt": "Who now?", "completion": "Who indeed?", "facts": ["indeed"], "id": 7},
+               {"prompt": "held", "completion": "out", "id": 8})  # fmt: skip
     write_rows(tmp_path / "val.jsonl", {"prompt": "held", "completion": "out"})
     return tmp_path
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.data import files
+from deltaw.data import jsons, lines
 from deltaw.data.files import read, split_weight, stream
 from deltaw.data.rows import ROLES, Example
 from deltaw.errors import UserError
@@ -56,6 +56,12 @@ BAD = {
     "a system prompt of a text": ('{"system": "x", "text": "a"}', "A text has no system prompt"),
     "an empty text": ('{"text": " "}', "text is empty"),
     "half a character": ('{"prompt": "a", "completion": "x\\ud83d"}', "character|surrogate|UTF-8|Unicode"),
+    "a key that stands twice": ('{"text": "a", "text": "b"}', "The key 'text' stands twice"),
+    "a weight of a row": ('{"text": "a", "weight": 2}', "A weight of single rows is not read.*FILE:WEIGHT"),
+    "a null text": ('{"text": null}', r"'text' is no text.*It is null\."),
+    "Python's quotes": ("{'text': 'a'}", r"not JSON \(column 2\).*single quotes.*json\.dumps"),
+    "a comma at the end": ('{"text": "a",}', "not JSON.*A comma stands before the end.*Leave the last comma out"),
+    "a comment": ('// rows', "not JSON.*A comment begins there.*leave them out"),
     "nesting without end": ("[" * 100_000, "nested too deeply"),
 }  # fmt: skip
 
@@ -117,8 +123,8 @@ row = st.fixed_dictionaries(
 @given(rows=st.lists(row, min_size=1, max_size=5), ascii=st.booleans(), blank=st.integers(0, 2))
 def test_what_was_written_is_what_is_read(rows, ascii, blank, tmp_path_factory):  # noqa: A002 (what json calls it)
     file = tmp_path_factory.getbasetemp() / "property.jsonl"
-    lines = [json.dumps(row, ensure_ascii=ascii) for row in rows]
-    file.write_text(("\n" * (blank + 1)).join(lines), encoding="utf-8")
+    written = [json.dumps(row, ensure_ascii=ascii) for row in rows]
+    file.write_text(("\n" * (blank + 1)).join(written), encoding="utf-8")
     for i, (want, got) in enumerate(zip(rows, read(file), strict=True)):
         assert list(got.messages) == want["messages"]
         assert list(got.references) == want.get("references", [])
@@ -130,7 +136,7 @@ def test_a_pair_is_a_conversation_and_other_keys_are_left_alone(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "Who?", "completion": "Hob.", "source": 3}\n{"text": " Once.\\n", "facts": ["x"]}\n')
     pair, plain = read(file)
-    assert pair == Example((USER, ANSWER), "", f"{file}:1")
+    assert pair == Example((USER, ANSWER), "", f"{file}:1", unread=("source",))
     assert plain == Example((), " Once.\n", f"{file}:2", (), ("x",))
 
 
@@ -232,11 +238,11 @@ def test_a_table_may_have_a_history(tmp_path):
 
 
 def test_a_fault_near_the_beginning_of_a_list_is_told_before_the_rest_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "CHUNK", 100)
+    monkeypatch.setattr(lines, "PIECE", 100)
     (tmp_path / "rows.json").write_text('[{"text": "a"},\n{"text": b},\n' + '{"text": "c"},\n' * 9999 + "]")
     chunks = []
-    real = files._chunks
-    monkeypatch.setattr(files, "_chunks", lambda path: (chunks.append(1) or chunk for chunk in real(path)))
+    real = jsons.pieces
+    monkeypatch.setattr(jsons, "pieces", lambda path: (chunks.append(1) or chunk for chunk in real(path)))
     with pytest.raises(UserError) as e:
         read(tmp_path / "rows.json")
     assert e.value.where.endswith(":2")
@@ -246,11 +252,12 @@ def test_a_fault_near_the_beginning_of_a_list_is_told_before_the_rest_is_read(tm
 @settings(deadline=None)
 @given(texts=st.lists(st.text(st.characters(codec="utf-8"), max_size=30).filter(str.strip), min_size=1, max_size=6),
        chunk=st.integers(1, 40), ascii=st.booleans())  # fmt: skip
-def test_a_list_is_read_the_same_whatever_is_read_at_once(texts, chunk, ascii, tmp_path_factory):  # noqa: A002
+def test_a_list_is_read_the_same_whatever_is_read_at_once(texts, chunk, ascii, tmp_path_factory):  # noqa: A002 (as above)
     file = tmp_path_factory.getbasetemp() / "chunks.json"
     file.write_text(json.dumps([{"text": text} for text in texts], ensure_ascii=ascii, indent=1), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "CHUNK", chunk)
+        patch.setattr(lines, "PIECE", chunk)
+        patch.setattr(jsons, "PIECE", chunk)
         got = read(file)
     assert [row.text for row in got] == texts
     assert [row.where for row in got] == [f"{file}:{2 + 3 * i}" for i in range(len(texts))]
@@ -284,17 +291,17 @@ cells = st.lists(st.tuples(cell, cell.filter(str.strip)), min_size=1, max_size=5
 @given(rows=cells, suffix=st.sampled_from(["csv", "tsv"]))
 def test_a_table_is_read_as_it_was_written_with_the_lines_on_which_rows_begin(rows, suffix, tmp_path_factory):
     file = tmp_path_factory.getbasetemp() / f"property.{suffix}"
-    lines, at = [], 2
+    begun, at = [], 2
     with file.open("w", newline="", encoding="utf-8") as f:
         table = csv.writer(f, delimiter="," if suffix == "csv" else "\t", quoting=csv.QUOTE_ALL, lineterminator="\n")
         table.writerow(["prompt", "completion"])
         for row in rows:
             table.writerow(row)
-            lines.append(at)
+            begun.append(at)
             at += 1 + "".join(row).count("\n")
     got = read(file)
     assert [(e.messages[0]["content"], e.answer) for e in got] == rows
-    assert [e.where for e in got] == [f"{file}:{n}" for n in lines]
+    assert [e.where for e in got] == [f"{file}:{n}" for n in begun]
 
 
 @settings(deadline=None)
@@ -322,6 +329,15 @@ BROKEN = {
     "a fault among rows": ("rows.json", '[\n{"text": "a"},\n{"text": b},\n{"text": "c"},\n{"text": "d"}]', "list", 3),
     "a comma that is missing": ("rows.json", '[{"text": "a"}\n{"text": "b"}]', "not a JSON list of rows", 2),
     "a comma too many": ("rows.json", '[{"text": "a"},\n\n]', "not a JSON list of rows", 3),
+    "a list cut in a text": ("rows.json", '[\n{"text": "a"},\n{"text": "b', "in the midst.*may have been cut off", 3),
+    "a comma before the end": ("rows.json", '[{"text": "a"},\n\n]', "comma stands before the end.*last comma out", 3),
+    "a comma before a brace": ("rows.json", '[{"text": "a",}]', "comma stands before the end.*last comma out", 1),
+    "a comment in a list": ("rows.json", '[\n// one\n{"text": "a"}]', "A comment begins there.*leave them out", 2),
+    "a comment behind a row": ("rows.json", '[{"text": "a"} # one\n]', "A comment begins there.*leave them out", 1),
+    "Python's quotes in a list": ("rows.json", "[{'text': 'a'}]", r"single quotes.*json\.dumps", 1),
+    "a key twice in a list": ("rows.json", '[{"text": "a"},\n{"text": "a", "text": "b"}]', "'text' stands twice", 2),
+    "rows within an object": ("rows.json", '{"data": [\n{"text": "a"}]}', "in 'data' of one object.*jq -c ", None),
+    "objects over several lines": ("rows.jsonl", '{\n"text": "a"\n}', "over several lines.*one row a line.*jq -c", 1),
     "a history of no pairs": ("rows.json", '[\n{"instruction": "a", "output": "b", "history": [5]}]', "of pairs", 2),
     "a history of objects": ("rows.json", '[{"instruction": "a", "output": "b", "history": [{"a": 1}]}]', "pairs", 1),
     "a history of texts": ("rows.json", '[{"instruction": "a", "output": "b", "history": ["ab"]}]', "of pairs", 1),
@@ -341,7 +357,36 @@ def test_a_fault_in_a_list_or_a_table_is_named_with_its_line(name, content, said
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=f"(?s){said}") as e:
         read(tmp_path / name)
-    assert e.value.where == f"{tmp_path / name}:{line}"
+    assert e.value.where == f"{tmp_path / name}" + (f":{line}" if line else "")
+
+
+def test_a_list_is_a_list_whatever_its_file_is_called(tmp_path):
+    for name in ("rows.jsonl", "rows", "rows.json"):
+        (tmp_path / name).write_text('\ufeff \n[{"text": "a"},\n {"text": "b"}]', encoding="utf-8")
+        assert [(row.text, row.where) for row in read(tmp_path / name)] == [
+            ("a", f"{tmp_path / name}:2"), ("b", f"{tmp_path / name}:3")]  # fmt: skip
+
+
+def test_a_table_may_end_its_lines_as_old_programs_do(tmp_path):
+    (tmp_path / "rows.csv").write_bytes(b'prompt,completion\ra,"b\rc"\rd,e\r')
+    assert [(row.answer, row.where[-2:]) for row in read(tmp_path / "rows.csv")] == [("b\rc", ":2"), ("e", ":4")]
+
+
+def test_columns_that_are_null_are_not_there(tmp_path):
+    write = (tmp_path / "rows.jsonl").write_text
+    write('{"messages": null, "prompt": null, "completion": null, "text": "a", "references": null, "weight": null}')
+    assert read(tmp_path / "rows.jsonl")[0].text == "a"
+    write('{"text": null, "prompt": "Who?", "completion": "Hob.", "system": null}')
+    assert read(tmp_path / "rows.jsonl")[0].messages == (USER, ANSWER)
+
+
+def test_keys_that_are_passed_over_are_known(tmp_path):
+    rows = [{"messages": [{**USER, "name": "x"}, {**ANSWER, "tool_calls": []}], "id": 1, "text": "a", "facts": []},
+            {"instruction": "a", "output": "b", "input": "", "history": [], "score": 2},
+            {"prompt": "a", "completion": "b", "system": "c", "none": None}, {"text": "a", "weight": 1}]  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert [row.unread for row in read(tmp_path / "rows.json")] == [
+        ("id", "text", "messages.name", "messages.tool_calls"), ("score",), (), ()]  # fmt: skip
 
 
 @settings(deadline=None, max_examples=300)
@@ -359,7 +404,8 @@ def test_no_content_of_a_file_ends_in_anything_but_rows_or_a_refusal(content, su
 )
 def test_rows_are_read_one_after_another_in_constant_memory(name, begin, between, end, tmp_path, monkeypatch):
     """Of a file of 30 MB less than 3 are ever held, be it a list without line breaks."""
-    monkeypatch.setattr(files, "CHUNK", 1 << 17)
+    monkeypatch.setattr(lines, "PIECE", 1 << 17)
+    monkeypatch.setattr(jsons, "PIECE", 1 << 17)
     file = tmp_path / name
     with file.open("w") as f:
         for i in range(30_000):

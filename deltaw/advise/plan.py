@@ -66,14 +66,16 @@ class Plan:
         Raises:
             UserError: the file is damaged.
         """
-        values = read_json(path)
-        values.pop("actual", None)
+        anew = "Remove the file; the run is then planned anew."
         try:
-            plan = TypeAdapter(cls).validate_python(values)
+            values = read_json(path)
+            values.pop("actual", None)
+            return TypeAdapter(cls).validate_python(values)
         except ValidationError as e:
-            raise UserError("The plan cannot be understood.", where=str(path), why=complaint(e),
-                            remedy="Remove the file; the run is then planned anew.") from None  # fmt: skip
-        return plan
+            raise UserError("The plan cannot be understood.", where=str(path), why=complaint(e), remedy=anew) from None
+        except UserError as e:
+            e.remedy = anew
+            raise
 
     def after(self, done: int) -> float:
         """Seconds that `done` steps of the plan take."""

@@ -24,10 +24,9 @@ from deltaw.data.batch import per_epoch, rows_per_step
 from deltaw.data.columns import HUB
 from deltaw.errors import Diverged, Interrupted, UserError, WillNotFit, nearest
 from deltaw.files import adapters, runs
-from deltaw.files.runs import FORMAT, Run
+from deltaw.files.runs import Run
 from deltaw.methods import find as find_method
 from deltaw.methods import method as make_method
-from deltaw.models import checkpoint
 from deltaw.settings import Training, build, names, plain
 from deltaw.train import memory
 from deltaw.train.card import write_card
@@ -133,8 +132,9 @@ class Prepared:
 
     def _all(self) -> Iterator[Event]:
         trainer = Trainer(self.job)
-        trainer.resume()
-        yield self.started
+        lost = trainer.resume()
+        yield dataclasses.replace(self.started, resumed_at=trainer.progress.step,
+                                  notices=(*self.started.notices, *lost))  # fmt: skip
         if self.plan is None:
             self.plan = planning.measure(self.job, self.job.settings.minutes)
             self.job.steps, self.job.recompute = self.plan.steps, self.plan.recompute
@@ -161,16 +161,17 @@ def prepare(data: Sequence[str], values: Mapping[str, Any], stop: Callable[[], b
         UserError: wrong settings or data. WillNotFit: too little disk.
     """
     settings, method = resolve(values)
-    loaded = load(data, settings)  # before the model: a fault in the data is found at once
+    loaded = load(data, settings, stop)  # before the model: a fault in the data is found at once
     base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say)
-    encoded = encode(loaded, base, settings)
+    encoded = encode(loaded, base, settings, stop)
     settings = _resolved(settings, method, base, encoded)
     adapter = Adapter.build(method, base.model, settings.seed).to(base.model.device)
     run = runs.create(settings.runs, settings.name, called(loaded.parts[0].path), settings.method)
     _check_disk(run, adapter)
     # Without the name, so that the file can be given back with --config.
-    run.write_config({"data": list(data), **plain(dataclasses.replace(settings, name=None)), **plain(method)})
-    run.write_json(run.manifest, manifest(base, loaded, encoded))
+    config = {"data": list(data), **plain(dataclasses.replace(settings, name=None)), **plain(method)}
+    run.write_config(config)
+    run.write_json(run.manifest, {**manifest(base, loaded, encoded), "settings": config})
     return Prepared(base, *_job(base, run, adapter, settings, loaded, encoded, stop))
 
 
@@ -187,20 +188,17 @@ def resume(name: str | None, folder: Path, stop: Callable[[], bool] = lambda: Fa
     data = config.pop("data")
     if run.adapter.exists():
         raise UserError(f"The run '{run.name}' has ended.", where=str(run.folder), remedy=run.command("chat"))
-    then = checkpoint.read_json(run.manifest)
-    if (made := then.get("format", 0)) != FORMAT:
-        raise UserError(f"The run '{run.name}' is of format {made}, and this version goes on with {FORMAT}.",
-                        where=str(run.manifest), remedy="Update deltaw, or train anew.")  # fmt: skip
+    then = run.read_manifest()
     with run.held():  # said now, rather than after the model is loaded
         settings, method = resolve({**config, **(on or {})}, str(run.config))
-    loaded = load(data, settings)
+    loaded = load(data, settings, stop)
     base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say)
     try:
         base.tokenizer.now = datetime.datetime.fromisoformat(then["rendered"])
     except (KeyError, TypeError, ValueError):
         raise UserError("The manifest does not say when the run was begun.", where=str(run.manifest),
                         remedy="Train anew.") from None  # fmt: skip
-    encoded = encode(loaded, base, settings)
+    encoded = encode(loaded, base, settings, stop)
     now = manifest(base, loaded, encoded)
     if changed := [key for key in now if then.get(key) != now[key]]:
         raise UserError(f"The run '{run.name}' cannot go on: {', '.join(changed)} changed since it began.",
@@ -251,7 +249,6 @@ def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loa
         trained_tokens=encoded.rows.targets, batch_rows=batch_rows,
         dtype=str(base.model.dtype).removeprefix("torch."), device=str(base.model.device),
         threads=torch.get_num_threads(), learning_rate=job.learning_rate,
-        resumed_at=int(run.checkpoints()[-1].stem.removeprefix("step-")) if run.checkpoints() else 0,
         notices=(*loaded.notices, *encoded.notices))  # fmt: skip
     return job, started
 

@@ -5,18 +5,32 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
 from deltaw.errors import Interrupted
 
-HINT = "Stopping after this step and saving. Once more to leave at once."
+HINT = "Stopping, with what is trained saved. Once more to leave at once."
+T = TypeVar("T")
 
 
 def leave() -> None:
     """End the process now, whatever it is doing."""
     os._exit(Interrupted.code)
+
+
+def heeding(items: Iterable[T], stop: Callable[[], bool]) -> Iterator[T]:
+    """The same items, until a stop is asked for.
+
+    Raises:
+        Interrupted: it was.
+    """
+    for item in items:
+        if stop():
+            raise Interrupted("Stopped while the data was read: nothing was changed.")
+        yield item
 
 
 @contextmanager

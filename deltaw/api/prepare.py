@@ -6,12 +6,13 @@ import hashlib
 import random
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deltaw.advise.machine import existing
+from deltaw.api.interrupt import heeding
 from deltaw.api.persona import Base
 from deltaw.data import files as reading
 from deltaw.data.batch import Batch, micro_batches
@@ -84,11 +85,11 @@ class EncodedData:
     notices: tuple[str, ...]
 
 
-def load(data: Sequence[str], settings: Training) -> Loaded:
+def load(data: Sequence[str], settings: Training, stop: Callable[[], bool] = lambda: False) -> Loaded:
     """Read the training files once, so that faults are found, and set validation rows aside.
 
     Raises:
-        UserError: there is no data, or a fault in it.
+        UserError: there is no data, or a fault in it. Interrupted: `stop` says so.
     """
     if not data:
         raise UserError("There is no data to train on.", remedy="deltaw train FILE.jsonl")
@@ -99,7 +100,7 @@ def load(data: Sequence[str], settings: Training) -> Loaded:
     asked: Example | None = None
     for f, (path, weight) in enumerate(reading.split_weight(name) for name in data):
         contents = array("q")  # eight bytes a row
-        for row in reading.stream(path):
+        for row in heeding(reading.stream(path), stop):
             contents.append(_content(row))
             systems |= {row.system} if len(systems) < 2 else set()
             asked = asked or (row if row.answer and row.prompt else None)
@@ -123,11 +124,12 @@ def load(data: Sequence[str], settings: Training) -> Loaded:
     return Loaded(tuple(parts), val, system, asked, val_file, tuple(notices))
 
 
-def encode(loaded: Loaded, base: Base, settings: Training) -> EncodedData:
+def encode(loaded: Loaded, base: Base, settings: Training, stop: Callable[[], bool] = lambda: False) -> EncodedData:
     """Encode what was loaded, with the base's tokenizer and template.
 
     Raises:
-        UserError: rows longer than the model's context are asked for, or nothing is left to learn.
+        UserError: rows longer than the model's context are asked for, or nothing is left to learn. Interrupted: `stop`
+        says so.
     """
     context = base.model.config.context
     limit = settings.max_tokens or context
@@ -137,7 +139,7 @@ def encode(loaded: Loaded, base: Base, settings: Training) -> EncodedData:
     rows, weights, notices = Rows(existing(settings.runs)), [], list[str]()
     for part in loaded.parts:
         before, lost = len(rows), Lost()
-        for row in encode_each(part.rows(), base.tokenizer, settings.train_on, limit, lost):
+        for row in encode_each(heeding(part.rows(), stop), base.tokenizer, settings.train_on, limit, lost):
             _check_ids(row.ids, base, row.where)
             rows.append(row)
         weights.append((len(rows) - before, part.weight))

@@ -30,6 +30,10 @@ BROKEN_PIPE = 141
 LIMITS = {"what": 220, "where": 140, "why": 210, "remedy": 210}
 """Characters of each part of a panel: with 80 columns it has twelve lines at most."""
 
+REFUSED = {errno.ENOENT: "Give a path that is there.", errno.EISDIR: "Give a file.", errno.ENOTDIR: "Give a folder.",
+           errno.EEXIST: "Take another path."}  # fmt: skip
+"""What to do where the system has no room for a path; anything else is a matter of rights."""
+
 COMMANDS = {
     "train": "Fine-tune a model on your data.",
     "chat": "Talk with what you trained, and switch personas as you go.",
@@ -139,6 +143,7 @@ def _usage(error: CycloptsError) -> UserError:
 def _unwritable(error: OSError) -> UserError:
     """What the system refused, in our words."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    remedy = "Free some, or take a folder on another disk." if full else "Take another place, or make it writable."
+    remedy = "Free some, or take a folder on another disk." if full else REFUSED.get(
+        error.errno or 0, "Take another place, or make it writable.")  # fmt: skip
     return (WillNotFit if full else UserError)(f"{error.strerror or error}.", where=os.fsdecode(error.filename or ""),
                                                remedy=remedy)  # fmt: skip

@@ -20,7 +20,7 @@ from deltaw.errors import UserError
 from deltaw.files.atomic import replacing
 from deltaw.models.tokenizer import Tokenizer
 from deltaw.settings import Count
-from deltaw.words import one_line, sparkline, visible
+from deltaw.words import one_line, some, sparkline, visible
 
 LONGEST_SHOWN = 700
 """Tokens of an example that are shown."""
@@ -97,6 +97,8 @@ def _report(found: Checked, tokenizer: Tokenizer, limit: int, as_json: bool, fix
         rows[finding] = (
             f"{len(places):,}: {'; '.join(one_line(place, LONGEST_PLACE) for place in places[:SHOWN])}{more}"
         )
+    if found.unread:
+        rows["keys passed over"] = ", ".join(f"{key} ({some(n, 'row')})" for key, n in found.unread.most_common())
     if not found.rows:
         raise UserError("The data files have no rows.")
     if not found.places:
@@ -110,7 +112,7 @@ def _report(found: Checked, tokenizer: Tokenizer, limit: int, as_json: bool, fix
     if fixed:
         rows["written"] = fixed
     record = {"rows": found.rows, "tokens": found.tokens, "trained_tokens": found.trained_tokens, "lengths": lengths,
-              "histogram": found.histogram(), "found": found.places,
+              "histogram": found.histogram(), "found": found.places, "passed_over": found.unread,
               "examples": [asdict(e) for e in found.shown]}  # fmt: skip
     if not as_json:
         console = Console()

@@ -45,6 +45,8 @@ class Checked:
     lengths: list[int] = field(default_factory=list)
     shown: list[Encoded] = field(default_factory=list)
     places: dict[str, list[str]] = field(default_factory=dict)
+    unread: Counter[str] = field(default_factory=Counter)
+    """Keys that are passed over, and in how many rows."""
 
     def note(self, finding: str, where: str) -> None:
         """Remember that something was found here."""
@@ -83,6 +85,7 @@ def check(files: Sequence[Path], val: Path | None, tokenizer: Tokenizer, train_o
         if isinstance(row, UserError):
             found.note(FAULTY, f"{row.where}: {row.what}")
             continue
+        found.unread.update(row.unread)
         content = _digest(_content(row))
         whole = _digest(f"{_content(row)}{row.silent}")
         dropped = {LEAKED: content in held, TWICE: whole in seen}

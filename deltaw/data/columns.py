@@ -14,12 +14,13 @@ HUB = "hf:"
 OWNER_AND_NAME = 2
 
 
-def rows(name: str) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, or of a data set on the hub (its split `train` if none is said).
+def each(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The rows of a parquet file, or of a data set on the hub (its split `train` if none is said), and their places.
 
     Raises:
         UserError: `datasets` is not installed, or cannot read it.
     """
+    name = str(path)
     try:
         from datasets import load_dataset
     except ImportError:
@@ -28,8 +29,8 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
     try:
         if not name.startswith(HUB) and Path(name).is_file() and not _rows_of(name):
             return
-        for row in load_dataset(**_asked(name), streaming=True):
-            yield {column: _turns(value) for column, value in row.items() if value is not None}
+        for number, row in enumerate(load_dataset(**_asked(name), streaming=True), 1):
+            yield {column: _turns(value) for column, value in row.items()}, f"{name}:{number}"
     except Exception as e:
         said = str(e).strip() or type(e).__name__
         raise UserError("This data set cannot be read.", where=name, why=said.splitlines()[0],

@@ -25,6 +25,11 @@ SPOKEN = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "
           "model": "assistant", "function": "tool", "observation": "tool"}  # fmt: skip
 """Names of roles in ShareGPT's shape, beside the usual ones."""
 KNOWN = "messages, conversations, prompt and completion, instruction and output, question and answer, text"
+READ = (("messages",), ("conversations",), ("prompt", "completion"), ("question", "answer"),
+        ("instruction", "output", "input", "history"), ("text",))  # fmt: skip
+"""The keys of each shape, in the order in which they are looked for."""
+BESIDE = {"references", "facts", "system", "weight"}
+IN_TURNS = {"role", "content", "weight", "from", "value"}
 SHAPES = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 
 
@@ -39,6 +44,8 @@ class Example:
     facts: tuple[str, ...] = ()
     silent: tuple[int, ...] = ()
     """Turns that are read and not learnt."""
+    unread: tuple[str, ...] = ()
+    """Keys of the row and, as `messages.name`, of its turns that are passed over."""
 
     @property
     def system(self) -> str:
@@ -64,27 +71,39 @@ def example(row: Any, where: str) -> Example:
     """
     if not isinstance(row, dict):
         raise UserError("This row is not a JSON object.", where=where, remedy=f"A row looks like {SHAPES}")
-    if (key := next((key for key, value in row.items() if _has_half_characters(value)), None)) is not None:
-        raise UserError(f"'{key}' holds half a character (a lone surrogate).", where=where,
-                        remedy="Write the character whole, or leave it out.")  # fmt: skip
+    given = {key: value for key, value in row.items() if value is not None}
+    row = given if _shape(given) else row  # a table has every column in every row
+    _refuse(row, where)
     extras = _strings(row, "references", where), _strings(row, "facts", where)
-    for key in ("system", "input"):
-        if not isinstance(row.get(key, ""), str | None):
-            raise UserError(f"'{key}' is no text.", where=where)
     turns, system = _turns(row, where), row.get("system")
     if turns is not None:
         if system and system.strip() and isinstance(turns, list):
             turns = [{"role": "system", "content": system}, *turns]
-        return Example(_messages(turns, where), "", where, *extras, _silent(turns, where))
-    if isinstance(row.get("text"), str):
+        return Example(_messages(turns, where), "", where, *extras, _silent(turns, where), _unread(row))
+    if "text" in row:
+        if not isinstance(row["text"], str):
+            raise UserError("'text' is no text.", where=where, why=f"It is {_shown(row['text'])}.")
         if system:
             raise UserError("A text has no system prompt.", where=where, remedy="Leave 'system' out.")
         if not row["text"].strip():
             raise UserError("The text is empty.", where=where, remedy="Write some, or drop the row.")
-        return Example((), row["text"], where, *extras)
+        return Example((), row["text"], where, *extras, (), _unread(row))
     keys = ", ".join(map(str, row)) or "none"
     raise UserError(f"This row has none of the keys {KNOWN} (it has: {keys}).", where=where,
                     remedy=f"A row looks like {SHAPES}")  # fmt: skip
+
+
+def _refuse(row: dict[str, Any], where: str) -> None:
+    """What no row of any shape may have."""
+    if (key := next((key for key, value in row.items() if _has_half_characters(value)), None)) is not None:
+        raise UserError(f"'{key}' holds half a character (a lone surrogate).", where=where,
+                        remedy="Write the character whole, or leave it out.")  # fmt: skip
+    if row.get("weight", 1) != 1:
+        raise UserError("A weight of single rows is not read.", where=where,
+                        remedy="Put the rows into a file of their own, and name it FILE:WEIGHT.")  # fmt: skip
+    for key in ("system", "input"):
+        if not isinstance(row.get(key, ""), str | None):
+            raise UserError(f"'{key}' is no text.", where=where)
 
 
 def _turns(row: dict[str, Any], where: str) -> Any:
@@ -141,8 +160,7 @@ def _messages(messages: Any, where: str) -> tuple[dict[str, str], ...]:
         if role not in ROLES:
             raise UserError(f"Turn {i} has the role {role!r}.", where=where, remedy=f"Roles are: {', '.join(ROLES)}.")
         if not isinstance(content, str):
-            said = json.dumps(content, default=repr)
-            raise UserError(f"Turn {i} ({role}) has no text: its content is {said}.", where=where,
+            raise UserError(f"Turn {i} ({role}) has no text: its content is {_shown(content)}.", where=where,
                             remedy="Write the text, or drop the row.")  # fmt: skip
         if role == "assistant" and not content.strip():
             raise UserError(f"Turn {i} is an empty answer.", where=where, remedy="Write the answer, or drop the row.")
@@ -157,6 +175,22 @@ def _silent(turns: Sequence[dict[str, Any]], where: str) -> tuple[int, ...]:
             raise UserError(f"Turn {i} has the weight {turn['weight']!r}.", where=where,
                             remedy="A turn is learnt (1, or nothing said) or not (0).")  # fmt: skip
     return tuple(i for i, turn in enumerate(turns) if turn.get("weight") == 0)
+
+
+def _shape(row: dict[str, Any]) -> tuple[str, ...]:
+    """The keys that are read of a row; none: it is in no known shape."""
+    return next((keys for keys in READ if row.keys() >= {*keys[:2]}), ())
+
+
+def _unread(row: dict[str, Any]) -> tuple[str, ...]:
+    known = _shape(row)
+    turns = {f"{key}.{name}" for key in known if isinstance(row.get(key), list)
+             for turn in row[key] if isinstance(turn, dict) for name in turn.keys() - IN_TURNS}  # fmt: skip
+    return (*(key for key in row if key not in known and key not in BESIDE), *sorted(turns))
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=repr)
 
 
 def _has_half_characters(value: Any) -> bool:

@@ -19,18 +19,18 @@ PARTIAL, STALE_SECONDS = ".deltaw-partial-", 86_400
 def replacing(path: Path) -> Iterator[Path]:
     """Give a path to write to; what was written takes the place of `path` only if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    scratch = Path(name)
-    try:
-        with _told_when_full(path):
+    with _told_of(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        os.close(handle)
+        scratch = Path(name)
+        try:
             yield scratch
             scratch.chmod(0o644)
             _flush(scratch)
             scratch.replace(path)
             _flush(path.parent)
-    finally:
-        scratch.unlink(missing_ok=True)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -42,9 +42,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             if time.time() - litter.stat().st_mtime > STALE_SECONDS:  # of a process that was killed
                 shutil.rmtree(litter, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(dir=home, prefix=f".{path.name}{PARTIAL}"))
-    try:
-        with _told_when_full(path):
+    with _told_of(path):
+        scratch = Path(tempfile.mkdtemp(dir=home, prefix=f".{path.name}{PARTIAL}"))
+        try:
             yield scratch
             scratch.chmod(0o755)
             for file in scratch.rglob("*"):
@@ -52,17 +52,21 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             for whole in list(scratch.iterdir()) if home == path else [scratch]:
                 whole.replace(path / whole.name if home == path else path)
             _flush(home)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
-def _told_when_full(path: Path) -> Iterator[None]:
+def _told_of(path: Path) -> Iterator[None]:
+    """Errors name the path that was asked for, and not the one written beside it."""
     try:
         yield
     except Exception as e:
         if disk_is_full(e) and not isinstance(e, OSError):  # safetensors has an error of its own
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from e
+        said = Path(os.fsdecode(getattr(e, "filename", None) or "")).parts
+        if isinstance(e, OSError) and any(part.startswith(f".{path.name}") for part in said):
+            e.filename = str(path)
         raise
 
 

@@ -3,7 +3,7 @@
 config.yaml     the settings as resolved        plan.json       predicted and measured time and memory
 events.jsonl    what happened, line by line     checkpoints/    what a run resumes from; the last two
 adapter/        the result                      report.html     the same for people
-manifest.json   fingerprints of base, tokenizer, template and data
+manifest.json   fingerprints of base, tokenizer, template and data, and the settings once more
 MODEL_CARD.md   what was made, from what, and what was measured
 """
 
@@ -26,8 +26,10 @@ from filelock import FileLock, Timeout
 from deltaw.errors import UserError, nearest
 from deltaw.files.atomic import write_text
 
-FORMAT = 1
+FORMAT = 2
 """Of the run folder; a folder of a higher one was made by a newer version."""
+MOVABLE = ("base", "runs", "device", "threads")
+"""Settings that may be others when a run goes on: where things are, and not what they are."""
 RUNS = Path("runs")
 """Where run folders are made and looked for, if nothing else is said."""
 
@@ -143,6 +145,31 @@ class Run:
     def write_config(self, values: dict[str, Any]) -> None:
         """Write the settings as resolved."""
         write_text(self.config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+    def read_manifest(self) -> dict[str, Any]:
+        """What the run was begun with, which must be so still when it goes on.
+
+        Raises:
+            UserError: there is none, or one of another format, or the settings are not those it was begun with.
+        """
+        anew = f"Train anew with its settings: deltaw train --config {shlex.quote(str(self.config))}"
+        try:
+            told = json.loads(self.manifest.read_text(encoding="utf-8"))
+            made, settings = told["format"], dict(told["settings"] if told["format"] == FORMAT else {})
+        except (OSError, ValueError, TypeError, KeyError) as e:
+            raise UserError("This run folder has no readable manifest.json.", where=str(self.folder),
+                            why=f"{type(e).__name__}: {e}.", remedy=anew) from None  # fmt: skip
+        if made != FORMAT:
+            newer = isinstance(made, int) and made > FORMAT
+            raise UserError(f"The run '{self.name}' is of format {made}, and this version goes on with {FORMAT}.",
+                            where=str(self.manifest), remedy="Update deltaw." if newer else anew)  # fmt: skip
+        now = json.loads(json.dumps(self.read_config(), default=str))
+        if odd := next((key for key in {**settings, **now}
+                        if key not in MOVABLE and settings.get(key) != now.get(key)), None):  # fmt: skip
+            raise UserError(f"'{odd}' is not what the run '{self.name}' was begun with.", where=str(self.config),
+                            why=f"It is {now.get(odd)}, and was {settings.get(odd)}.",
+                            remedy="Put it back, or train anew: deltaw train --config FILE")  # fmt: skip
+        return dict(told)
 
     def write_json(self, path: Path, values: dict[str, Any]) -> None:
         """Write one of the folder's JSON files."""

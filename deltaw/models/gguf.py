@@ -84,7 +84,7 @@ class GGUF:
 
         self.path = path
 
-        class Reader(GGUFReader):  # type: ignore[misc]
+        class Reader(GGUFReader):  # type: ignore[misc]  # gguf has no types
             """Its own reads on for ever in a list that is longer than the file."""
 
             def _get(self, offset: int, dtype: Any, count: int = 1, **more: Any) -> Any:

@@ -142,6 +142,9 @@ def vocabulary(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     model = said["model"]
     if model["type"] != "BPE":
         raise UserError(f"llama.cpp's tokenizers are BPE; this one is {model['type']}.")
+    if not model["merges"]:
+        raise UserError("This tokenizer has no merges, without which llama.cpp reads none.",
+                        remedy="Take --to peft, or deltaw merge.")  # fmt: skip
     tokens = {i: token for token, i in model["vocab"].items()}
     kinds = {i: BYTE if token.startswith("<0x") and model.get("byte_fallback") else NORMAL
              for i, token in tokens.items()}  # fmt: skip

@@ -66,7 +66,7 @@ def load(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, device:
             tensors = read_tensors(file, KEY)
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
         raise UserError("The checkpoint is damaged.", where=str(path), why=str(e),
-                        remedy="Remove it; the run then resumes from the one before.") from None  # fmt: skip
+                        remedy="No other is left: train anew.") from None  # fmt: skip
     adapters.put(adapter, _part(tensors, "adapter."), str(path))
     moments: dict[int, dict[str, Tensor]] = {}
     for name, t in _part(tensors, "optimizer.").items():

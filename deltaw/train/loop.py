@@ -17,7 +17,7 @@ import torch
 from deltaw.data.batch import Batch, micro_batches, steps
 from deltaw.decode.generate import complete
 from deltaw.decode.sampling import Sampling
-from deltaw.errors import Diverged
+from deltaw.errors import Diverged, UserError
 from deltaw.files.atomic import sweep
 from deltaw.scoring.loss import batch_loss
 from deltaw.train import checkpoint
@@ -46,13 +46,24 @@ class Trainer:
         self.sampled_at = -1
         self.before_seconds, self.began = 0.0, time.monotonic()
 
-    def resume(self) -> bool:
-        """Go back to the newest checkpoint; false if there is none."""
-        found = self.job.run.checkpoints()
+    def resume(self) -> list[str]:
+        """Go back to the newest checkpoint that is whole; damaged ones are put aside, and named in what is returned.
+
+        Raises:
+            UserError: none is whole.
+        """
+        found, lost = self.job.run.checkpoints(), list[str]()
         sweep(self.job.run.folder / "checkpoints")
-        if found:
-            self.progress = checkpoint.load(found[-1], self.job.adapter, self.optimizer, self.job.model.device)
-        return bool(found)
+        for path in reversed(found):
+            try:
+                self.progress = checkpoint.load(path, self.job.adapter, self.optimizer, self.job.model.device)
+                break
+            except UserError as e:
+                if path == found[0]:
+                    raise
+                path.rename(path.with_suffix(".damaged"))
+                lost.append(f"{path.name} is damaged and put aside; the run goes on from the one before. {e.why}")
+        return lost
 
     def run(self) -> Iterator[Event]:
         """Train; every event carries the seconds since the run began, those before a resumption included.

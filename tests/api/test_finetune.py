@@ -59,8 +59,13 @@ def test_an_unknown_keyword_is_refused_with_the_nearest_name(rows_file):
 
 
 def test_a_run_that_is_stopped_says_how_to_go_on(tiny_path, tmp_path, rows_file, monkeypatch):
+    def prepare(data, values, _stop):
+        made = real(data, values)
+        made.job.stop = lambda: True
+        return made
+
     real = api.prepare
-    monkeypatch.setattr(api, "prepare", lambda data, values, stop: real(data, values, lambda: True))
+    monkeypatch.setattr(api, "prepare", prepare)
     with pytest.raises(Interrupted) as e:
         deltaw.finetune(rows_file, listen=[], **told(tiny_path, tmp_path))
     assert (e.value.code, e.value.remedy) == (130, f"deltaw train --resume run --runs {tmp_path}/runs")
@@ -95,7 +100,7 @@ def test_ctrl_c_in_a_program_of_the_users_saves_and_is_told(tiny_path, tmp_path,
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted):
         deltaw.finetune(rows_file, listen=[press], **told(tiny_path, tmp_path, steps=6))
-    assert api.resume("run", tmp_path / "runs").started.resumed_at == 2
+    assert next(api.resume("run", tmp_path / "runs").events()).resumed_at == 2
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -226,7 +231,7 @@ def test_a_run_folder_holds_everything(ended):
     assert (plan["steps"], plan["actual"]["reason"], plan["actual"]["step"]) == (4, "done", 4)
     assert plan["actual"]["predicted_seconds"] == plan["seconds"]
     manifest = json.loads(run.manifest.read_text())
-    assert manifest.keys() == {"format", "base", "tokenizer", "template", "rendered", "data", "tokens"}
+    assert manifest.keys() == {"format", "base", "tokenizer", "template", "rendered", "data", "tokens", "settings"}
     assert [json.loads(line) for line in run.events.read_text().splitlines()] == [
         json.loads(json.dumps(e.record())) for e in events]  # fmt: skip
     assert "<svg" in (run.folder / "report.html").read_text()

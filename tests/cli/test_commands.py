@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 from safetensors import safe_open
-from small import ROOT, TRAIN, write_rows
+from small import ROOT, TRAIN, stopping_at, write_rows
 
 from deltaw.api import persona
 from deltaw.cli.app import COMMANDS, run
@@ -63,18 +63,13 @@ def test_train_tells_its_course_in_json(here, shown):
 def test_train_goes_on_with_an_interrupted_run(here, shown, monkeypatch):
     from deltaw.cli import train
 
-    class Asked:
-        def __init__(self):
-            self.stops = iter([False, True])
+    def show(made, as_json):
+        made.job.stop = stopping_at(2)
+        return train_show(made, as_json)
 
-        def __enter__(self):
-            return lambda: next(self.stops)
-
-        def __exit__(self, *_):
-            return False
-
+    train_show = train._show
     with monkeypatch.context() as patch:
-        patch.setattr(train, "interruptible", Asked)
+        patch.setattr(train, "_show", show)
         assert run([*TRAIN, "--steps", "4", "--name", "mine", "--batch-rows", "4"]) == 130
     assert [p.name for p in (here / "runs" / "mine" / "checkpoints").iterdir()] != []
     records = [json.loads(line) for line in shown("train", "mine", "--resume", "--json").splitlines()]

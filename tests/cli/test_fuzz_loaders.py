@@ -158,8 +158,9 @@ def test_a_run_with_any_damage_goes_on_or_is_refused(name, home, data, tmp_path_
     copy = tmp_path_factory.mktemp("copy")
     for part in ("runs", "base", "rows.jsonl"):
         (shutil.copytree if (home / part).is_dir() else shutil.copy)(home / part, copy / part)
-    config = copy / "runs" / "run" / "config.yaml"
-    config.write_text(config.read_text().replace(str(home), str(copy)))
+    for made in ("config.yaml", "manifest.json"):
+        text = (copy / "runs" / "run" / made).read_text()
+        (copy / "runs" / "run" / made).write_text(text.replace(str(home), str(copy)))
     file = copy / "runs" / "run" / name
     if name.endswith(".safetensors"):
         file.write_bytes(data.draw(damaged(file.read_bytes())))

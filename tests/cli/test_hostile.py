@@ -9,9 +9,8 @@ import time
 
 import pytest
 import torch
-from small import ROOT, ROW, TRAIN, stopping_at, write_rows
+from small import ROOT, ROW, TRAIN, prepared, stopping_at, write_rows
 
-from deltaw.api import finetune
 from deltaw.cli.app import run
 from deltaw.errors import UserError
 from deltaw.files.runs import Run
@@ -120,8 +119,7 @@ def test_yaml_that_python_cannot_hold(here, said, text):
 @pytest.fixture
 def interrupted(here):
     values = {"base": "base", "dtype": "float32", "threads": 1, "name": "run", "steps": 6, "val": "0"}
-    made = finetune.prepare(["rows.jsonl"], values, stopping_at(3))
-    list(made.events())
+    list(prepared("rows.jsonl", values, stopping_at(3)).events())
     return Run(here / "runs" / "run")
 
 

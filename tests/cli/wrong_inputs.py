@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from small import ROW, TRAIN, stopping_at, write_rows
+from small import ROW, TRAIN, prepared, stopping_at, write_rows
 
 from deltaw.api import finetune
 from deltaw.files import adapters, runs
@@ -115,12 +115,26 @@ def header_of(**changes):
     return lambda worn, header, run: adapters.save(worn, adapters.Header(**{**vars(header), **changes}), run.adapter)
 
 
-def newer(here, _):
-    """A run that was stopped, in a folder as a later version might write it."""
+def stopped(here):
+    """A run that was stopped, and its folder."""
     settings = {"base": "base", "name": "mine", "dtype": "float32", "threads": 1, "steps": 3, "evaluations": 0}
-    list(finetune.prepare(["rows.jsonl"], settings, stopping_at(2)).events())
-    file = here / "runs" / "mine" / "manifest.json"
+    list(prepared("rows.jsonl", settings, stopping_at(2)).events())
+    return here / "runs" / "mine"
+
+
+def newer(here, _):
+    """As a later version might write it."""
+    file = stopped(here) / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 9}))
+
+
+def edited_settings(here, _):
+    file = stopped(here) / "config.yaml"
+    file.write_text(file.read_text().replace("rank: 16", "rank: 8"))
+
+
+def unsaid(here, _):
+    (stopped(here) / "manifest.json").write_text("{}")
 
 
 def peft(**changes):
@@ -177,6 +191,20 @@ WRONG = [
         content("rows.json", f"[{json.dumps(ROW)}\n{json.dumps(ROW)}]"),
         ("train", "rows.json", *TRAIN[2:]),
     ),
+    Wrong("Rows as Python shows them", rows(ROW, "{'text': 'a'}")),
+    Wrong("A key that stands twice", rows(ROW, '{"text": "a", "text": "b"}')),
+    Wrong(
+        "A list that is cut off",
+        content("rows.json", f'[{json.dumps(ROW)},\n{{"prompt": "a'),
+        ("train", "rows.json", *TRAIN[2:]),
+    ),
+    Wrong(
+        "Rows within an object",
+        content("rows.json", f'{{"data": [{json.dumps(ROW)}]}}'),
+        ("train", "rows.json", *TRAIN[2:]),
+    ),
+    Wrong("Objects over several lines", rows(json.dumps(ROW, indent=2))),
+    Wrong("A weight of a single row", rows({**ROW, "weight": 2})),
     Wrong(
         "A table whose rows are not of one length",
         content("rows.csv", "prompt,completion\na,b\nc\n"),
@@ -226,6 +254,8 @@ WRONG = [
     Wrong("An adapter whose rank is not the one it says", adapter(header_of(settings={"rank": 3})), CHAT),
     Wrong("An adapter of a newer version", adapter(header_of(format=9)), CHAT),
     Wrong("A run of a newer version", newer, ("train", "--resume", "mine")),
+    Wrong("A run whose settings were edited", edited_settings, ("train", "--resume", "mine")),
+    Wrong("A run without a manifest that can be read", unsaid, ("train", "--resume", "mine")),
     Wrong("An adapter that is none", content("mine.safetensors", b"nothing"), ("inspect", "mine.safetensors")),
     Wrong("A run that has no result yet", adapter(lambda *_: None), CHAT),
     Wrong("A PEFT adapter for a layer that is not there", peft(tensors={ELSEWHERE: torch.ones(4, 32)}), IMPORT),

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from small import ROOT, end, gone_on, losses, prepared, stopping_at, told, write_contrary
 
-from deltaw.api.finetune import resume
-from deltaw.errors import UserError
+from deltaw.api.finetune import prepare, resume
+from deltaw.errors import Interrupted, UserError
 from deltaw.files import adapters
 from deltaw.files.runs import Run
 from deltaw.files.sealed import sealed
@@ -224,13 +224,52 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_serves(keep, in
     list(gone_on(before).events())
     newest = interrupted.checkpoints()[-1]
     newest.write_bytes(newest.read_bytes()[:keep])
-    with pytest.raises(UserError, match="The checkpoint is damaged") as e:
-        list(gone_on(interrupted.folder).events())
-    assert e.value.where == str(newest)
-    assert "resumes from the one before" in e.value.remedy
-    newest.unlink()
-    list(gone_on(interrupted.folder).events())
+    events = list(gone_on(interrupted.folder).events())
+    assert any(newest.name in notice and "goes on from the one before" in notice for notice in events[0].notices)
+    assert events[0].resumed_at == int(newest.stem[-7:]) - 1
+    assert newest.with_suffix(".damaged").stat().st_size < Run(before).checkpoints()[-1].stat().st_size
     assert interrupted.adapter.read_bytes() == Run(before).adapter.read_bytes()
+
+
+def test_where_every_checkpoint_is_damaged_it_is_said(interrupted):
+    for path in interrupted.checkpoints():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"The checkpoint is damaged.*train anew"):
+        list(gone_on(interrupted.folder).events())
+
+
+@pytest.mark.parametrize(("key", "value"), [("rank", 8), ("learning_rate", 0.5), ("epochs", 9), ("data", ["a.jsonl"])])
+def test_settings_that_were_edited_are_named(key, value, interrupted):
+    config = yaml.safe_load(interrupted.config.read_text())
+    interrupted.write_config({**config, key: value})
+    with pytest.raises(UserError, match=f"'{key}' is not what the run 'run' was begun with") as e:
+        resume("run", interrupted.folder.parent)
+    assert e.value.why == f"It is {value}, and was {config[key]}."
+    interrupted.write_config(dict(reversed(config.items())))
+    resume("run", interrupted.folder.parent)
+
+
+@pytest.mark.parametrize(("text", "remedy"), [
+    ("{}", "deltaw train --config"), ("[]", "deltaw train --config"), ("5", "deltaw train --config"),
+    ("{", "deltaw train --config"), ('{"format": 0}', "deltaw train --config"), ('{"format": 99}', "Update deltaw"),
+])  # fmt: skip
+def test_a_manifest_of_another_kind_is_told_with_a_remedy(text, remedy, interrupted):
+    interrupted.manifest.write_text(text)
+    with pytest.raises(UserError, match=r"manifest|format") as e:
+        resume("run", interrupted.folder.parent)
+    assert remedy in e.value.remedy
+
+
+def test_a_plan_that_is_no_object_may_be_removed(interrupted):
+    interrupted.plan.write_text("[]")
+    with pytest.raises(UserError, match=r"not a JSON object.*planned anew"):
+        resume("run", interrupted.folder.parent)
+
+
+def test_who_stops_while_the_data_is_read_leaves_nothing_behind(tiny_path, tmp_path, rows_file):
+    with pytest.raises(Interrupted, match="nothing was changed"):
+        prepare([str(rows_file)], told(tiny_path, tmp_path), lambda: True)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_written_configuration_holds_every_setting_and_the_data(interrupted, rows_file):

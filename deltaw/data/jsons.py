@@ -1,0 +1,177 @@
+"""The values of JSON files, each with its place: one object a line, or a list of them, of which one is held at a time.
+
+What is no JSON is told in words that say what to do: the parser's own name the character it stumbled on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from deltaw.data.lines import PIECE, lines, pieces
+from deltaw.errors import UserError
+
+Placed = tuple[Any, str]
+"""A value, and where it stands."""
+BLANK = re.compile(r"[ \t\r\n]*")
+LONGEST_WORD = 16
+"""Characters of a number's, a word's or an escape's that the end of what is held may have cut off."""
+SLIPS = {
+    "/": ("A comment begins there.", "JSON has no comments: leave them out."),
+    "#": ("A comment begins there.", "JSON has no comments: leave them out."),
+    "'": ("Texts stand in single quotes.", "Write rows with json.dumps, not as Python shows them."),
+    "]": (TRAILING := ("A comma stands before the end.", "Leave the last comma out.")),
+    "}": TRAILING,
+}
+"""What people write that is no JSON, by the character at which the parser stops."""
+WRAPPED = re.compile(r'\{\s*"([^"\\]+)"\s*:\s*\[\s*\{')
+"""How an object begins that holds a list of objects."""
+LONGEST_BEGIN = 4096
+
+
+def each(path: Path) -> Iterator[Placed | UserError]:
+    """The values of a list, or of each line, and in place of a faulty one its fault.
+
+    Raises:
+        UserError: the file cannot be read on.
+    """
+    begin = _begin(path)
+    _refuse_object(begin, path)
+    yield from _each_item(path) if begin.startswith("[") else _each_line(path)
+
+
+def _begin(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(LONGEST_BEGIN).decode("utf-8-sig", "replace").lstrip()
+    except OSError:
+        return ""  # said where lines are read
+
+
+def _each_line(path: Path) -> Iterator[Placed | UserError]:
+    for number, line in enumerate(lines(path), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            yield json.loads(line, object_pairs_hook=_object), where
+        except UserError as e:
+            e.where = where
+            yield e
+        except RecursionError:
+            yield UserError("This row is nested too deeply.", where=where)
+        except ValueError as e:
+            at = getattr(e, "pos", 0)
+            why, remedy = _slip(line.rstrip(), at, e, "Each line is one JSON object.")
+            yield UserError(f"This line is not JSON (column {at + 1}).", where=where, why=why, remedy=remedy)
+
+
+def _each_item(path: Path) -> Iterator[Placed | UserError]:
+    text = _Values(path)
+    text.next()
+    text.at += 1
+    more = text.next() != "]"
+    while more:
+        text.next()
+        where = f"{path}:{text.line}"
+        try:
+            value = text.value()
+        except UserError as e:
+            e.where = where
+            raise
+        except RecursionError:
+            raise UserError("This row is nested too deeply.", where=where) from None
+        except ValueError as e:
+            raise text.fault(getattr(e, "pos", text.at), e) from None
+        yield value, where
+        if (mark := text.next()) not in (",", "]"):
+            raise text.fault(text.at, ValueError("A comma or ] is missing"))
+        more = mark == ","
+        text.at += more
+    text.at += 1
+    if text.next():
+        raise UserError("Something follows the list of rows.", where=f"{path}:{text.line}",
+                        why=f"It begins {text.held[text.at:][:40]!r}.",
+                        remedy="Leave it out, or put all rows into one list.")  # fmt: skip
+
+
+class _Values:
+    """The JSON values of a file one after another, of which no more is held than the longest needs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.held, self.at, self.line, self.counted = path, "", 0, 1, 0
+        self.decoder, self.pieces = json.JSONDecoder(object_pairs_hook=_object), pieces(path)
+
+    def next(self) -> str:
+        """Pass over blanks; the character that follows, none at the end."""
+        while True:
+            self.at = BLANK.match(self.held, self.at).end()  # type: ignore[union-attr]  # it matches nothing at all, too
+            if self.at < len(self.held) or not self._more():
+                break
+        self.line, self.counted = self.line + self.held.count("\n", self.counted, self.at), self.at
+        return self.held[self.at : self.at + 1]
+
+    def value(self) -> Any:
+        """The value that begins here."""
+        while True:
+            try:
+                value, self.at = self.decoder.raw_decode(self.held, self.at)
+            except json.JSONDecodeError as e:
+                cut = e.msg.startswith("Unterminated string") or e.pos + LONGEST_WORD > len(self.held)
+                if not cut or not self._more():
+                    raise
+            else:
+                return value
+
+    def fault(self, at: int, error: ValueError) -> UserError:
+        """What is wrong at a place in what is held."""
+        line = self.line + self.held.count("\n", self.counted, at)
+        why, remedy = _slip(self.held, at, error, "A list of rows is [{...}, {...}].")
+        return UserError("This is not a JSON list of rows.", where=f"{self.path}:{line}", why=why, remedy=remedy)
+
+    def _more(self) -> bool:
+        """Hold twice as much of what follows, and nothing of what was read."""
+        rest = self.held[self.at :]
+        if not (new := "".join(islice(self.pieces, 1 + len(rest) // PIECE))):
+            return False
+        self.line += self.held.count("\n", self.counted, self.at)
+        self.held, self.at, self.counted = rest + new, 0, 0
+        return True
+
+
+def _refuse_object(begin: str, path: Path) -> None:
+    """One object that holds the rows, or objects over several lines, are no list, and no objects line by line."""
+    files = f"{shlex.quote(str(path))} > {shlex.quote(f'{path.stem}-lines.jsonl')}"
+    if (found := WRAPPED.match(begin)) and found[1] not in ("messages", "conversations", "prompt"):
+        raise UserError(f"The rows stand in '{found[1]}' of one object.", where=str(path),
+                        remedy="jq -c " + shlex.quote(f'.["{found[1]}"][]') + f" {files}")  # fmt: skip
+    if re.match(r"\{[ \t\r]*\n\s*\"", begin):
+        raise UserError("An object is written over several lines.", where=f"{path}:1",
+                        why="A file holds one list of rows, or one row a line.",
+                        remedy=f"jq -c . {files}")  # fmt: skip
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"The key '{twice}' stands twice.", remedy="Leave one of them out.")
+    return made
+
+
+def _slip(text: str, at: int, error: ValueError, usual: str) -> tuple[str, str]:
+    """Why this is no JSON, and what to do."""
+    said = getattr(error, "msg", str(error))
+    if at >= len(text) or said.startswith("Unterminated string"):
+        return "It ends in the midst of a value.", f"It may have been cut off. {usual}"
+    if said.startswith("Illegal trailing comma"):  # since Python 3.13
+        return TRAILING
+    if text[at] in "]}" and not text[:at].rstrip().endswith(","):
+        return f"{said}.", usual
+    return SLIPS.get(text[at], (f"{said}.", usual))
