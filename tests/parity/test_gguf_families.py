@@ -1,5 +1,7 @@
 """A GGUF file of each family: llama.cpp, transformers and we read the same model; what it cannot say is refused."""
 
+import json
+
 import llamacpp
 import pytest
 import torch
@@ -90,6 +92,17 @@ def merging_tokenizer():
     fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     fast.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|pad|>"])
     return fast
+
+
+def test_a_tokenizer_without_merges_is_refused(tmp_path):
+    """llama.cpp wants the list to be there, and an empty one cannot be written."""
+    write_tiny(tmp_path)
+    said = json.loads((tmp_path / "tokenizer.json").read_text())
+    said["model"] |= {"merges": [], "vocab": {c: i for c, i in said["model"]["vocab"].items() if len(c) == 1}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(said))
+    with pytest.raises(UserError, match=r"has no merges.*Take --to peft, or deltaw merge"):
+        write(checkpoint.load(tmp_path), Tokenizer.load(tmp_path), tmp_path / "model.gguf", "F16", "x")
+    assert not (tmp_path / "model.gguf").exists()
 
 
 @pytest.mark.parametrize("packing", ["F16", "Q8_0", "Q4_1"])

@@ -212,6 +212,31 @@ def test_an_adapter_of_mlx_lm_adds_its_scale_times_its_transposed_product(tiny, 
         files.read(tmp_path, tiny)
 
 
+def test_an_adapter_of_torchtune_adds_its_scaled_product(tiny, tmp_path):
+    """y = W x + alpha / r * B A x, in fp64: its folder has PEFT's names, few of its keys, and a pickle beside."""
+    rng = torch.Generator().manual_seed(4)
+    stored, merged = {}, {}
+    weights = dict(checkpoint.tensors(tiny))
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
+        for layer in range(2):
+            o, i = weights[f"layers.{layer}.{name}.weight"].shape
+            a, b = torch.randn(3, i, generator=rng), torch.randn(o, 3, generator=rng)
+            key = f"base_model.model.model.layers.{layer}.{name}.lora_"
+            stored |= {f"{key}A.weight": a, f"{key}B.weight": b}
+            merged[f"layers.{layer}.{name}"] = (
+                weights[f"layers.{layer}.{name}.weight"] + (7 / 3 * b.double() @ a.double()).float()
+            )
+    save_file(stored, tmp_path / WEIGHTS)
+    (tmp_path / "adapter_model.pt").write_bytes(b"\x80\x02")
+    (tmp_path / CONFIG).write_text(json.dumps({"r": 3, "lora_alpha": 7, "peft_type": "LORA",
+                                               "target_modules": ["q_proj", "o_proj", "down_proj"]}))  # fmt: skip
+    with files.read(tmp_path, tiny).on():
+        got = our_logits(tiny, IDS)
+    for name, w in merged.items():
+        tiny.get_submodule(name).swap({"weight": tiny.get_submodule(name).weight.repack(w)})
+    torch.testing.assert_close(got, our_logits(tiny, IDS), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("key", ["r", "lora_alpha"])
 def test_a_rank_or_an_alpha_that_is_not_said_is_not_guessed(key, ours):
     folder, model = ours
