@@ -154,9 +154,12 @@ def test_texts_of_which_nothing_is_learnt_get_the_remedy(here_with_faults, shown
 def test_an_empty_file_a_table_to_fix_and_odd_limits_are_refused(here_with_faults, shown_check):
     (here_with_faults / "empty.jsonl").write_text("")
     assert "have no rows" in shown_check("empty.jsonl")[1]
-    assert "Take --fix out.jsonl" in shown_check("rows.jsonl", "--fix", "out.csv")[1]
+    assert "For example: --fix fixed.jsonl" in shown_check("rows.jsonl", "--fix", "out.csv")[1]
+    assert "written as .jsonl" in shown_check("rows.jsonl", "--fix", ".")[1]
+    (here_with_faults / "link.jsonl").symlink_to("nowhere")
+    assert "It is there already" in shown_check("rows.jsonl", "--fix", "link.jsonl")[1]
     assert shown_check("rows.jsonl", "--max-tokens", "-5")[0] == 2
-    assert "the model sees 512" in shown_check("rows.jsonl", "--max-tokens", "999")[1]
+    assert "cut at 512" in shown_check("rows.jsonl", "--max-tokens", "999")[1]
 
 
 def test_of_rows_that_are_all_thrown_out_no_file_is_written(here_with_faults, shown_check):
@@ -181,7 +184,7 @@ def test_what_is_cut_is_struck_out(tokenizer):
 
     ids = tuple(tokenizer.encode("askanswercut"))
     shown = coloured(Encoded(ids, (False,) * 3 + (True,) * 9), tokenizer, 9)
-    assert shown.plain == "ask«answer»cut"
+    assert shown.plain == "ask«answer»[cut: cut]"
     assert [str(span.style) for span in shown.spans] == ["dim", "green", "red strike"]
     long = coloured(Encoded(ids * 100, (True,) * 1200), tokenizer, 9999)
     assert long.plain.endswith(" … 500 more tokens")

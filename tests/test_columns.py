@@ -128,7 +128,7 @@ def test_what_cannot_be_read_is_said_in_a_panel(name, here, said):
 
 def test_without_datasets_it_is_said_what_to_install(here, said, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "remedy pip install 'deltaw[data]'" in said("train", "rows.parquet", *TRAIN[2:])
+    assert "remedy pip install datasets" in said("train", "rows.parquet", *TRAIN[2:])
 
 
 def test_a_run_trains_on_them_and_is_called_by_their_name(here, hub, capsys):

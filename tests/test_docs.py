@@ -15,6 +15,7 @@ import deltaw
 from deltaw.adapters.adapter import Adapter
 from deltaw.adapters.protocol import Method, Site
 from deltaw.cli.app import COMMANDS, application, run
+from deltaw.methods import names
 from deltaw.models.slots import Delta, Linear, Parts
 from deltaw.settings import settings
 
@@ -54,7 +55,12 @@ def known():
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setenv("COLUMNS", "200")
-        for command in ([], *([c] for c in COMMANDS), ["train", "--method", "full"], ["data", "check"]):
+        for command in (
+            [],
+            *([c] for c in COMMANDS),
+            *(["train", "--method", name] for name in names()),
+            ["data", "check"],
+        ):
             run([*command, "--help"])
     return set(re.findall(r"--[a-z][a-z-]+", said.getvalue())) | {"--debug"}
 

@@ -162,7 +162,8 @@ def test_a_fault_while_writing_leaves_what_was_there_and_no_litter(existing, fau
 
     with pytest.raises(type(fault)):
         write()
-    assert names_in(path.parent) == ([path.name] if existing else [])
+    assert names_in(tmp_path) == (["folder"] if existing else [])  # nor the folder that was made for it
+    assert not existing or names_in(path.parent) == [path.name]
     assert not existing or path.read_text() == existing
 
 
@@ -183,11 +184,19 @@ def test_runs_are_named_by_data_method_and_the_first_free_number(tmp_path):
     (tmp_path / "runs" / "train-lora-2").rmdir()
     assert runs.create(tmp_path / "runs", None, "train", "lora").name == "train-lora-2"
     assert runs.create(tmp_path / "runs", "mine", "train", "lora").name == "mine"
+    with pytest.raises(UserError, match=r"There is a run 'mine' already\. Take another --name\.$"):
+        runs.create(tmp_path / "runs", "mine", "train", "lora")  # an empty folder is no run to go on with
+    (tmp_path / "runs" / "mine" / "config.yaml").write_text("")
     with pytest.raises(UserError, match=r"There is a run 'mine' already.*--resume mine"):
         runs.create(tmp_path / "runs", "mine", "train", "lora")
+    for stem, name in ((".hidden", "hidden-lora-1"), ("--x", "x-lora-1"), ("-", "run-lora-1")):
+        assert runs.create(tmp_path / "runs", None, stem, "lora").name == name
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError):
+        runs.create(tmp_path / "link", None, "train", "lora")
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "a b", "a\n", "", "a:b", "~"])
+@pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "-x", "a b", "a\n", "", "a:b", "~"])
 def test_a_name_that_is_no_folders_name_is_refused(name, tmp_path):
     with pytest.raises(UserError):
         runs.create(tmp_path / "runs", name, "train", "lora")

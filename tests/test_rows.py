@@ -329,7 +329,7 @@ BROKEN = {
     "a fault among rows": ("rows.json", '[\n{"text": "a"},\n{"text": b},\n{"text": "c"},\n{"text": "d"}]', "list", 3),
     "a comma that is missing": ("rows.json", '[{"text": "a"}\n{"text": "b"}]', "not a JSON list of rows", 2),
     "a comma too many": ("rows.json", '[{"text": "a"},\n\n]', "not a JSON list of rows", 3),
-    "a list cut in a text": ("rows.json", '[\n{"text": "a"},\n{"text": "b', "in the midst.*may have been cut off", 3),
+    "a list cut in a text": ("rows.json", '[\n{"text": "a"},\n{"text": "b', "in the midst.*was cut off", 3),
     "a comma before the end": ("rows.json", '[{"text": "a"},\n\n]', "comma stands before the end.*last comma out", 3),
     "a comma before a brace": ("rows.json", '[{"text": "a",}]', "comma stands before the end.*last comma out", 1),
     "a comment in a list": ("rows.json", '[\n// one\n{"text": "a"}]', "A comment begins there.*leave them out", 2),
@@ -337,12 +337,17 @@ BROKEN = {
     "Python's quotes in a list": ("rows.json", "[{'text': 'a'}]", r"single quotes.*json\.dumps", 1),
     "a key twice in a list": ("rows.json", '[{"text": "a"},\n{"text": "a", "text": "b"}]', "'text' stands twice", 2),
     "rows within an object": ("rows.json", '{"data": [\n{"text": "a"}]}', "in 'data' of one object.*jq -c ", None),
-    "objects over several lines": ("rows.jsonl", '{\n"text": "a"\n}', "over several lines.*one row a line.*jq -c", 1),
+    "objects over several lines": ("rows.jsonl", '{\n"text": "a"\n}', "several lines.*one row a line.*jq -c", None),
     "a history of no pairs": ("rows.json", '[\n{"instruction": "a", "output": "b", "history": [5]}]', "of pairs", 2),
     "a history of objects": ("rows.json", '[{"instruction": "a", "output": "b", "history": [{"a": 1}]}]', "pairs", 1),
     "a history of texts": ("rows.json", '[{"instruction": "a", "output": "b", "history": ["ab"]}]', "of pairs", 1),
     "a weight between": ("rows.json", '[{"messages": [{"role": "user", "content": "a", "weight": 0.5}]}]', "0.5", 1),
-    "a column without a name": ("rows.csv", "text,\na,b\n", "Column 2 has no name", 1),
+    "an object that begins on its line": ("rows.jsonl", '{"text":\n"a"}', "over several lines.*jq -c", None),
+    "rows within an object, further in": ("rows.json", '{"v": 1,\n"data": [{"text": "a"}]}', "in 'data' of one", None),
+    "splits within an object": ("rows.json", '{"a": [{"text": "a"}], "b": [{"text": "a"}]}', "in 'a', 'b' of", None),
+    "a later object over several lines": ("rows.jsonl", '{"text": "a"}\n{"text":\n"b"}', "on where it must not", 2),
+    "a tab in a text": ("rows.jsonl", '{"text": "a\tb"}', "A tab or a line break stands in a text", 1),
+    "preferences": ("rows.jsonl", '{"chosen": [{"role": "user"}], "rejected": []}', "has: chosen, rejected", 1),
     "two columns of a name": ("rows.csv", "text,text\na,b\n", "Two columns are called 'text'", 1),
     "a list of numbers": ("rows.json", "[\n1]", "not a JSON object", 2),
     "a bad row of a list": ("rows.json", '[{"text": "a"},\n\n{"txet": "b"}]', "it has: txet", 3),
@@ -365,6 +370,29 @@ def test_a_list_is_a_list_whatever_its_file_is_called(tmp_path):
         (tmp_path / name).write_text('\ufeff \n[{"text": "a"},\n {"text": "b"}]', encoding="utf-8")
         assert [(row.text, row.where) for row in read(tmp_path / name)] == [
             ("a", f"{tmp_path / name}:2"), ("b", f"{tmp_path / name}:3")]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", [
+    {"tools": [{"type": "function"}], "messages": [USER, ANSWER]}, {"completion": [ANSWER], "prompt": [USER]},
+    {"references": [], "question": "Who?", "answer": "Hob."},
+    {"history": [], "instruction": "Who?", "output": "Hob."}])  # fmt: skip
+def test_a_row_that_begins_with_a_list_is_a_row(row, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    assert read(tmp_path / "rows.jsonl")[0].messages == (USER, ANSWER)
+
+
+def test_tables_as_other_programs_write_them(tmp_path):
+    """pandas' index has no name; an answer may be JSON; a weight is a text; shapes may be mixed."""
+    (tmp_path / "rows.csv").write_text(',prompt,completion,weight,messages\n0,q,"[{""role"": ""admin""}]",1,\n1,,,,"'
+                                       + json.dumps([USER, ANSWER]).replace('"', '""') + '"\n')  # fmt: skip
+    one, two = read(tmp_path / "rows.csv")
+    assert (one.answer, one.unread) == ('[{"role": "admin"}]', ("column 1",))
+    assert two.messages == (USER, ANSWER)
+
+
+def test_documents_may_end_their_lines_as_old_programs_do(tmp_path):
+    (tmp_path / "rows.txt").write_bytes(b"aaa\r---\rbbb\rccc\r")
+    assert [(row.text, row.where[-2:]) for row in read(tmp_path / "rows.txt")] == [("aaa", ":1"), ("bbb\rccc", ":3")]
 
 
 def test_a_table_may_end_its_lines_as_old_programs_do(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from deltaw.api.persona import BASE, Persona
@@ -60,9 +61,10 @@ class Chat:
                 self.turns = [*asked, {"role": "assistant", "content": said}]
 
     def retry(self) -> str | None:
-        """Take the last answer and its question back; gives the question."""
+        """Take the last answer and its question back; gives the question. What is drawn from now on is drawn anew."""
         if len(self.turns) < 2 or self.turns[-1]["role"] != "assistant":
             return None
+        self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)
         question = self.turns[-2]["content"]
         self.turns = self.turns[:-2]
         return question

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +18,12 @@ from deltaw.errors import UserError
 from deltaw.evaluate.measure import Difference
 from deltaw.files import adapters, ollama, peft
 from deltaw.files.atomic import replacing, replacing_folder, write_text
-from deltaw.files.runs import Run
+from deltaw.files.runs import Run, check_name
 from deltaw.models import checkpoint, gguf_write, source
 
 Target = Literal["peft", "vllm", "gguf", "gguf-lora", "ollama"]
+SYSTEM = "system_prompt.txt"
+"""Beside an adapter in PEFT's form, which has no place for the prompt that all its rows had."""
 Packing = Literal["F32", "F16", "Q8_0", "Q4_1"]
 
 
@@ -48,7 +51,7 @@ def export(persona: Persona, to: Target, out: Path, packing: Packing | None = No
     """
     if persona.adapter is None:
         raise UserError("The base has no adapter to export.")
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError("It is there already.", where=str(out), remedy="Take another --out.")
     if packing is not None and to not in ("gguf", "ollama"):
         raise UserError(f"A packing is of GGUF models; --to {to} has none.")
@@ -63,6 +66,8 @@ def _exported(persona: Persona, to: Target, out: Path, packing: Packing, example
         case "peft" | "vllm":
             with replacing_folder(out) as scratch:
                 peft.write(persona.adapter, base.model, base.origin, scratch, uniform=to == "vllm")
+                if persona.system:
+                    write_text(scratch / SYSTEM, persona.system)
                 if card is not None:
                     write_text(scratch / "README.md", card)
                 again = Persona(persona.name, base, peft.read(scratch, base.model))
@@ -107,14 +112,15 @@ def bring(folder: Path, base: Base, name: str, runs: Path) -> Path:
     Raises:
         UserError: it is no plain LoRA of this base, or there is such a run already.
     """
-    if not name or Path(name).name != name or not name.isprintable():
-        raise UserError(f"{name!r} is no name for a run.", remedy="Take another --name.")
+    check_name(name)
     run = Run(runs / name)
     if run.folder.exists():
         raise UserError(f"There is a run '{name}' already.", where=str(run.folder), remedy="Take another --name.")
     adapter = peft.read(folder, base.model)
+    system = (folder / SYSTEM).read_text(encoding="utf-8", errors="replace") if (folder / SYSTEM).is_file() else ""
+    header = adapters.Header.of(adapter, base.origin, base.fingerprint, system)
     with replacing_folder(run.folder) as scratch:
-        adapters.save(adapter, adapters.Header.of(adapter, base.origin, base.fingerprint), Run(scratch).adapter)
+        adapters.save(adapter, header, Run(scratch).adapter)
     return run.adapter
 
 

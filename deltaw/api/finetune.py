@@ -137,7 +137,8 @@ class Prepared:
                                   notices=(*self.started.notices, *lost))  # fmt: skip
         if self.plan is None:
             self.plan = planning.measure(self.job, self.job.settings.minutes)
-            self.job.steps, self.job.recompute = self.plan.steps, self.plan.recompute
+            self.job.steps = trainer.progress.steps or self.plan.steps
+            self.job.recompute = self.plan.recompute
             yield from self._write_plan({})
         yield _planned(self.plan)
         for event in trainer.run():
@@ -207,6 +208,8 @@ def resume(name: str | None, folder: Path, stop: Callable[[], bool] = lambda: Fa
     job, started = _job(base, run, adapter, settings, loaded, encoded, stop)
     moved = [f"It goes on with {key} {value}, and was begun with {config[key]}: losses may differ in the last digits."
              for key, value in (on or {}).items() if value != config[key]]  # fmt: skip
+    if not run.checkpoints():
+        moved.append("No checkpoint is left: the run begins anew.")
     prepared = Prepared(base, job, dataclasses.replace(started, notices=(*started.notices, *moved)))
     if run.plan.exists():
         prepared.plan = Plan.read(run.plan)

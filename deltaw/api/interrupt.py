@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from deltaw.errors import Interrupted
 
-HINT = "Stopping, with what is trained saved. Once more to leave at once."
+HINT = "Stopping as soon as what is trained is saved. Once more to leave at once."
 T = TypeVar("T")
 
 

@@ -55,7 +55,7 @@ def merge(persona: Persona, folder: Path, examples: Sequence[Example] = (), into
     """
     if persona.adapter is None:
         raise UserError("The base has no adapter to merge.")
-    if folder.exists() and any(folder.iterdir()):
+    if (folder.is_symlink() and not folder.exists()) or (folder.exists() and any(folder.iterdir())):
         raise UserError("The folder is there already, and not empty.", where=str(folder), remedy="Take another --out.")
     batches, worn = check_batches(persona, examples), persona if into is None else moved(persona, into)
     model = worn.base.model

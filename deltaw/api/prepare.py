@@ -6,6 +6,7 @@ import hashlib
 import random
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,10 +99,12 @@ def load(data: Sequence[str], settings: Training, stop: Callable[[], bool] = lam
     val = tuple(reading.stream(val_file)) if val_file else ()
     parts, hashes, systems, notices = [], [], set[str](), []
     asked: Example | None = None
+    unread = Counter[str]()
     for f, (path, weight) in enumerate(reading.split_weight(name) for name in data):
         contents = array("q")  # eight bytes a row
         for row in heeding(reading.stream(path), stop):
             contents.append(_content(row))
+            unread.update(row.unread)
             systems |= {row.system} if len(systems) < 2 else set()
             asked = asked or (row if row.answer and row.prompt else None)
         n = len(contents)
@@ -120,6 +123,9 @@ def load(data: Sequence[str], settings: Training, stop: Callable[[], bool] = lam
     if leaked := [row for row in val if _content(row) in learnt]:
         notices.append(f"{some(len(leaked), 'validation row')} trained on too (the first: {leaked[0].where}): "
                        "the validation loss flatters.")  # fmt: skip
+    if unread:
+        keys = ", ".join(f"{key} ({some(n, 'row')})" for key, n in unread.most_common())
+        notices.append(f"Keys that are passed over: {keys}.")
     system = systems.pop() if len(systems) == 1 else ""
     return Loaded(tuple(parts), val, system, asked, val_file, tuple(notices))
 

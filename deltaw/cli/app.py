@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from cyclopts import App
 from cyclopts.exceptions import CycloptsError, ValidationError
@@ -106,6 +106,12 @@ def _load(arguments: Sequence[str]) -> None:
         import torch  # noqa: F401 (only so that it is loaded)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, _terminated)
+
+
+def _terminated(*_: Any) -> NoReturn:
+    """Leave as the system would, but by way of what tidies up."""
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _unread() -> int:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from deltaw.api.interrupt import interruptible
 from deltaw.cli.show import busy, grid
-from deltaw.decode.sampling import Sampling
+from deltaw.decode.sampling import Talk
 from deltaw.errors import UserError
 from deltaw.settings import Machine, plain
 from deltaw.words import one_line, some
@@ -29,14 +29,14 @@ HELP = """/persona NAME   let another persona answer
 /compare TEXT   everybody answers
 /system TEXT    begin anew, with this system prompt
 /reset          begin anew
-/retry          answer the last question again
+/retry          answer the last question once more, in another way
 /save FILE      add the conversation to a file of training rows
 /help           this
 /quit           leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
 def chat(*runs: str, base: str | None = None, folder: Annotated[Path, Parameter(name="--runs")] = Path("runs"),
-         sampling: Annotated[Sampling | None, Parameter(name="*")] = None,
+         sampling: Annotated[Talk | None, Parameter(name="*")] = None,
          machine: Annotated[Machine | None, Parameter(name="*")] = None) -> None:  # fmt: skip
     """Talk with one or more personas; the base is loaded once.
 
@@ -54,7 +54,7 @@ def chat(*runs: str, base: str | None = None, folder: Annotated[Path, Parameter(
 
     with busy() as say:
         personas = load_all(runs, folder, base, say=say, **plain(machine or Machine()))
-    session = Chat(personas, sampling or Sampling(temperature=0.3, top_p=0.95))
+    session = Chat(personas, sampling or Talk())
     console = Console(highlight=False)
     if console.is_terminal:
         console.print(f"[bold]{session.current}[/] on {personas[0].base.name}. /help lists what you can do.")

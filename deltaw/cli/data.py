@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as encoding
+import os
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -57,10 +58,8 @@ def check(*files: str, base: str = "smollm2-135m", val: Path | None = None, trai
     if not files:
         raise UserError("There is no data to check.", remedy="deltaw data check FILE.jsonl")
     if fix is not None and fix.suffix != ".jsonl":
-        raise UserError(
-            "Rows are written as .jsonl.", where=str(fix), remedy=f"Take --fix {fix.with_suffix('.jsonl')}."
-        )
-    if fix is not None and fix.exists():
+        raise UserError("Rows are written as .jsonl.", where=str(fix), remedy="For example: --fix fixed.jsonl")
+    if fix is not None and os.path.lexists(fix):
         raise UserError("It is there already.", where=str(fix), remedy="Take another --fix.")
     with busy(json) as say, ExitStack() as stack:
         path = source.find(base, say)
@@ -89,7 +88,7 @@ def _report(found: Checked, tokenizer: Tokenizer, limit: int, as_json: bool, fix
     rows = {
         "rows": f"{found.rows:,}",
         "tokens": f"{found.tokens:,}, of which {found.trained_tokens:,} are learnt",
-        "tokens a row": ", ".join(f"{name} {n:,}" for name, n in lengths.items()) + f" (the model sees {limit:,})",
+        "tokens a row": ", ".join(f"{name} {n:,}" for name, n in lengths.items()) + f" (cut at {limit:,})",
         "by length": f"{sparkline(found.histogram(), 40)}  1 to {lengths['longest']:,}",
     }
     for finding, places in found.places.items():
@@ -123,7 +122,7 @@ def _report(found: Checked, tokenizer: Tokenizer, limit: int, as_json: bool, fix
 
 
 def coloured(row: Encoded, tokenizer: Tokenizer, limit: int) -> Text:
-    """The row as the model sees it: what is learnt in green, what is cut struck out. In plain text: «learnt»."""
+    """The row as the model sees it: «what is learnt» in green, [cut: what is cut] struck out."""
     text, start = Text(), 0
     while start < min(len(row.ids), LONGEST_SHOWN):
         learnt, cut = row.trained[start], start >= limit
@@ -132,7 +131,7 @@ def coloured(row: Encoded, tokenizer: Tokenizer, limit: int) -> Text:
         )
         piece = visible(tokenizer.decode(row.ids[start : min(stop, LONGEST_SHOWN)]))
         style = "red strike" if cut else "green" if learnt else "dim"
-        text.append(f"«{piece}»" if learnt and not cut else piece, style=style)
+        text.append(f"[cut: {piece}]" if cut else f"«{piece}»" if learnt else piece, style=style)
         start = stop
     if len(row.ids) > LONGEST_SHOWN:
         text.append(f" … {len(row.ids) - LONGEST_SHOWN:,} more tokens", style="dim")

@@ -19,6 +19,9 @@ from deltaw.words import some
 if TYPE_CHECKING:
     from deltaw.api.evaluate import Report
     from deltaw.scoring.text import Graded
+NOTHING_TO_COMPARE = UserError(
+    "These metrics need no answers, so there are none to compare.", remedy="Leave --metrics out."
+)
 
 
 @settings
@@ -52,7 +55,7 @@ def eval(run: str, file: Path, /, *, asked: Annotated[Asked | None, Parameter(na
     json
         Print one JSON object.
     """
-    from deltaw.api.evaluate import evaluate
+    from deltaw.api.evaluate import ONLY_TEXT, evaluate
     from deltaw.api.persona import BASE, Persona, load_any
     from deltaw.scoring.text import MEANINGS
 
@@ -61,6 +64,8 @@ def eval(run: str, file: Path, /, *, asked: Annotated[Asked | None, Parameter(na
         persona = load_any(run, runs, asked.base, say=say, **plain(machine or Machine()))
         personas = [Persona(BASE, persona.base), persona] if asked.compare and persona.adapter else [persona]
         names = [m.strip() for m in asked.metrics.split(",") if m.strip()]
+        if asked.compare and names == [ONLY_TEXT]:
+            raise NOTHING_TO_COMPARE
         reports = []
         for each in personas:
             say(f"Measuring {each.name} on {file}")
@@ -69,7 +74,7 @@ def eval(run: str, file: Path, /, *, asked: Annotated[Asked | None, Parameter(na
         json_line(_record(file, reports, asked.compare))
         return
     if asked.compare and not reports[0].graded:
-        raise UserError("These metrics need no answers, so there are none to compare.", remedy="Leave --metrics out.")
+        raise NOTHING_TO_COMPARE
     if asked.compare:
         picked = _spread(len(reports[0].graded), asked.compare)
         rows = [

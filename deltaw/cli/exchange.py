@@ -49,13 +49,14 @@ def export(run: str | None = None, /, *, to: Target, out: Path | None = None, pa
         persona = load(str(path), runs, base, **plain(machine or Machine()), say=say)
         say(f"Exporting {name}")
         card = folder / "MODEL_CARD.md"
-        done = exported(persona, to, out or folder / NAMES[to].format(name=name), packing, known_rows(folder),
+        examples = known_rows(folder)
+        done = exported(persona, to, out or folder / NAMES[to].format(name=name), packing, examples,
                         card.read_text(encoding="utf-8") if card.exists() else None)  # fmt: skip
     for text in done.notices:
         notice(text)
     rows = {"written": f"{done.path} ({size(done.size_bytes)})"}
     if done.difference is not None:
-        rows |= differences(done.difference, "exported")
+        rows |= differences(done.difference, "exported", bool(examples))
     if persona.system:
         rows["system prompt"] = f"{persona.system} (give it to whatever runs it)"
     facts(f"Exported {name}", rows, json, asdict(done))
@@ -80,9 +81,10 @@ def bring(folder: Path, /, *, base: str, name: str | None = None, runs: Path = P
     """
     from deltaw.api.exchange import bring as brought
     from deltaw.api.persona import load_base
+    from deltaw.files.runs import Run
 
     with busy(json) as say:
         loaded = load_base(base, **plain(machine or Machine()), say=say)
         path = brought(folder, loaded, name or folder.resolve().name, runs)
-    rows = {"written": str(path), "talk to it": f"deltaw chat {path.parent.parent.name}"}
+    rows = {"written": str(path), "talk to it": Run(path.parent.parent).command("chat")}
     facts(f"Imported {folder}", rows, json, {"adapter": str(path)})

@@ -57,7 +57,7 @@ def merge(run: str | None = None, /, *, out: Path | None = None, into: str = "ba
     rows = {"written": f"{done.folder} ({size(done.size_bytes)}, {done.dtype})"}
     if into != "base":
         rows["into"] = f"{done.dtype} again" if into in QUANTISED else f"{into}, on which it was not trained"
-    rows |= differences(done.difference, "merged")
+    rows |= differences(done.difference, "merged", bool(examples))
     if persona.system:
         rows["system prompt"] = f"{persona.system} (give it to whatever runs the merged model)"
     facts(f"Merged {name}", rows, json, asdict(done))

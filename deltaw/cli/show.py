@@ -43,10 +43,11 @@ def facts(title: str, rows: Mapping[str, Any], as_json: bool, record: Mapping[st
     return console.print(table)
 
 
-def differences(d: Difference, there: str) -> dict[str, str]:
-    """Rows that say how what was written differs from the persona here."""
+def differences(d: Difference, there: str, known: bool) -> dict[str, str]:
+    """Rows that say how what was written differs from the persona here; `known`: on rows of its own."""
+    told = "" if known else " of one sentence, as the run's own rows are not here"
     return {
-        "checked on": f"{d.tokens:,} tokens, read back from disk",
+        "checked on": f"{d.tokens:,} tokens{told}, read back from disk",
         "max |Δlogit|": f"{d.max_logit_difference:.2e}",
         "same first choice": f"{d.top1_agreement:.2%}",
         "perplexity": f"{d.perplexity_before:.4f} with the adapter, {d.perplexity_after:.4f} {there} "

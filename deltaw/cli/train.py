@@ -57,7 +57,7 @@ def register(app: App, arguments: Sequence[str]) -> None:
         settings, own = settings or Training(), own or method()
         with interruptible() as stop:
             if resume:
-                _refuse_changes((settings, Training()), (own, method()))
+                _refuse_changes(arguments, (settings, Training()), (own, method()))
                 on = {key: said for key in ELSEWHERE if (said := getattr(settings, key)) != getattr(Training(), key)}
                 return _resume(files, settings.runs, on, stop, json)
             return _begin(files or tuple([data] if isinstance(data, str) else data), {**plain(settings), **plain(own)},
@@ -90,11 +90,14 @@ def _resume(files: Sequence[str], runs: Path, on: dict[str, Any], stop: Callable
     return _show(prepared, as_json)
 
 
-def _refuse_changes(*said: tuple[Any, Any]) -> None:
-    """A run that goes on does so as it was begun: flags that would be ignored are refused."""
+def _refuse_changes(arguments: Sequence[str], *said: tuple[Any, Any]) -> None:
+    """A run that goes on does so as it was begun: flags that would be ignored are refused, at their defaults too."""
+    flags = {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in arguments if a.startswith("--")}
     for given, default in said:
         for name in names(given):
-            if name not in ("runs", *ELSEWHERE) and getattr(given, name) != getattr(default, name):
+            if name in ("runs", *ELSEWHERE):
+                continue
+            if name in flags or getattr(given, name) != getattr(default, name):
                 raise UserError("A run goes on with the settings it was begun with.",
                                 remedy=f"Leave --{name.replace('_', '-')} out, or train anew.")  # fmt: skip
 

@@ -25,7 +25,7 @@ def each(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         from datasets import load_dataset
     except ImportError:
         raise UserError("Parquet files and data sets of the hub need `datasets`.", where=name,
-                        remedy="pip install 'deltaw[data]'") from None  # fmt: skip
+                        remedy="pip install datasets") from None  # fmt: skip
     try:
         if not name.startswith(HUB) and Path(name).is_file() and not _rows_of(name):
             return
@@ -33,8 +33,8 @@ def each(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             yield {column: _turns(value) for column, value in row.items()}, f"{name}:{number}"
     except Exception as e:
         said = str(e).strip() or type(e).__name__
-        raise UserError("This data set cannot be read.", where=name, why=said.splitlines()[0],
-                        remedy="On the hub: hf:owner/name/configuration@split.") from None  # fmt: skip
+        remedy = "On the hub: hf:owner/name/configuration@split." if name.startswith(HUB) else "Fetch or write it anew."
+        raise UserError("This data set cannot be read.", where=name, why=said.splitlines()[0], remedy=remedy) from None
 
 
 def _rows_of(file: str) -> int:

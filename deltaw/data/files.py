@@ -24,8 +24,6 @@ from deltaw.words import some
 DIVIDER = "---"
 LEAST, MOST = 0.001, 1000
 """Weights of files."""
-ENDED = re.compile(r"[^\r]*\r|[^\r]+")
-"""Lines of a table may end in a carriage return alone."""
 LISTED = re.compile(r'\s*\[\s*\{\s*"(role|content)"\s*:')
 """How a cell begins that holds a list of messages."""
 LONGEST_CELL = 1 << 27
@@ -126,7 +124,7 @@ def _documents(path: Path) -> Iterator[Placed]:
 def _table(path: Path, delimiter: str) -> Iterator[Placed | UserError]:
     """A row for each line of a table; a cell may hold line breaks, so the line is that on which the row begins."""
     csv.field_size_limit(LONGEST_CELL)
-    table = csv.reader((part for line in lines(path) for part in ENDED.findall(line)), delimiter=delimiter, strict=True)
+    table = csv.reader(lines(path), delimiter=delimiter, strict=True)
     names: list[str] | None = None
     line = 1
     try:
@@ -135,9 +133,7 @@ def _table(path: Path, delimiter: str) -> Iterator[Placed | UserError]:
             if not any(cell.strip() for cell in cells):
                 continue
             if names is None:
-                names = [cell.strip() for cell in cells]
-                if "" in names:
-                    raise UserError(f"Column {names.index('') + 1} has no name.", where=where)
+                names = [cell.strip() or f"column {i}" for i, cell in enumerate(cells, 1)]  # as pandas' index has none
                 if double := next((name for name in names if names.count(name) > 1), None):
                     raise UserError(f"Two columns are called '{double}'.", where=where)
                 continue
@@ -153,9 +149,13 @@ def _table(path: Path, delimiter: str) -> Iterator[Placed | UserError]:
 
 def _cell(name: str, cell: str) -> Any:
     """A cell's text; lists are written as JSON."""
-    if name in ("messages", "conversations", "history", "references", "facts") or LISTED.match(cell):
+    listed = name in ("messages", "conversations", "history", "references", "facts")
+    if listed and not cell.strip():
+        return None
+    if listed or LISTED.match(cell):
         try:
-            return json.loads(cell) if cell.strip() else []
+            value = json.loads(cell)
         except (ValueError, RecursionError):
             return cell
+        return value if listed or all({"role", "content"} <= set(turn) for turn in value) else cell
     return cell

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.data.lines import PIECE, lines, pieces
+from deltaw.data.rows import shape_of
 from deltaw.errors import UserError
 
 Placed = tuple[Any, str]
@@ -29,9 +30,6 @@ SLIPS = {
     "}": TRAILING,
 }
 """What people write that is no JSON, by the character at which the parser stops."""
-WRAPPED = re.compile(r'\{\s*"([^"\\]+)"\s*:\s*\[\s*\{')
-"""How an object begins that holds a list of objects."""
-LONGEST_BEGIN = 4096
 
 
 def each(path: Path) -> Iterator[Placed | UserError]:
@@ -40,35 +38,45 @@ def each(path: Path) -> Iterator[Placed | UserError]:
     Raises:
         UserError: the file cannot be read on.
     """
-    begin = _begin(path)
-    _refuse_object(begin, path)
-    yield from _each_item(path) if begin.startswith("[") else _each_line(path)
+    yield from _each_item(path) if _begin(path) == "[" else _each_line(path)
 
 
 def _begin(path: Path) -> str:
+    """The first character that is no blank."""
     try:
         with path.open("rb") as file:
-            return file.read(LONGEST_BEGIN).decode("utf-8-sig", "replace").lstrip()
+            while piece := file.read(PIECE):
+                if begun := piece.lstrip(b" \t\r\n\xef\xbb\xbf"):
+                    return chr(begun[0])
     except OSError:
-        return ""  # said where lines are read
+        pass  # said where lines are read
+    return ""
 
 
 def _each_line(path: Path) -> Iterator[Placed | UserError]:
+    first = True
     for number, line in enumerate(lines(path), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         try:
-            yield json.loads(line, object_pairs_hook=_object), where
+            value = json.loads(line, object_pairs_hook=_object)
         except UserError as e:
             e.where = where
             yield e
         except RecursionError:
             yield UserError("This row is nested too deeply.", where=where)
         except ValueError as e:
+            if first:
+                _refuse_spread(path)
             at = getattr(e, "pos", 0)
-            why, remedy = _slip(line.rstrip(), at, e, "Each line is one JSON object.")
+            why, remedy = _slip(line.rstrip(), at, e, "Each line is one JSON object, whole.")
             yield UserError(f"This line is not JSON (column {at + 1}).", where=where, why=why, remedy=remedy)
+        else:
+            if first:
+                _refuse_wrapped(value, path, False)
+            yield value, where
+        first = False
 
 
 def _each_item(path: Path) -> Iterator[Placed | UserError]:
@@ -144,16 +152,30 @@ class _Values:
         return True
 
 
-def _refuse_object(begin: str, path: Path) -> None:
+def _refuse_wrapped(value: Any, path: Path, spread: bool) -> None:
     """One object that holds the rows, or objects over several lines, are no list, and no objects line by line."""
-    files = f"{shlex.quote(str(path))} > {shlex.quote(f'{path.stem}-lines.jsonl')}"
-    if (found := WRAPPED.match(begin)) and found[1] not in ("messages", "conversations", "prompt"):
-        raise UserError(f"The rows stand in '{found[1]}' of one object.", where=str(path),
-                        remedy="jq -c " + shlex.quote(f'.["{found[1]}"][]') + f" {files}")  # fmt: skip
-    if re.match(r"\{[ \t\r]*\n\s*\"", begin):
-        raise UserError("An object is written over several lines.", where=f"{path}:1",
+    parts = {} if not isinstance(value, dict) or shape_of(value) else value
+    inner = [key for key, part in parts.items() if isinstance(part, list) and part
+             and isinstance(part[0], dict) and shape_of(part[0])]  # fmt: skip
+    written = f"{shlex.quote(str(path))} > {shlex.quote(f'{path.stem}-lines.jsonl')}"
+    if inner:
+        names = "', '".join(inner)
+        raise UserError(f"The rows stand in '{names}' of one object.", where=str(path),
+                        remedy="jq -c " + shlex.quote(f'.["{inner[0]}"][]') + f" {written}")  # fmt: skip
+    if spread:
+        raise UserError("An object is written over several lines.", where=str(path),
                         why="A file holds one list of rows, or one row a line.",
-                        remedy=f"jq -c . {files}")  # fmt: skip
+                        remedy=f"jq -c . {written}")  # fmt: skip
+
+
+def _refuse_spread(path: Path) -> None:
+    """Where the first line is no JSON by itself, it may be so with those that follow."""
+    text = _Values(path)
+    try:
+        value = (text.next(), text.value())[1]
+    except (UserError, ValueError, RecursionError):
+        return
+    _refuse_wrapped(value, path, True)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -169,7 +191,9 @@ def _slip(text: str, at: int, error: ValueError, usual: str) -> tuple[str, str]:
     """Why this is no JSON, and what to do."""
     said = getattr(error, "msg", str(error))
     if at >= len(text) or said.startswith("Unterminated string"):
-        return "It ends in the midst of a value.", f"It may have been cut off. {usual}"
+        return "It ends in the midst of a value.", f"It was cut off, or goes on where it must not. {usual}"
+    if said.startswith("Invalid control character"):
+        return "A tab or a line break stands in a text as it is.", "Write it as \\t or \\n."
     if said.startswith("Illegal trailing comma"):  # since Python 3.13
         return TRAILING
     if text[at] in "]}" and not text[:at].rstrip().endswith(","):

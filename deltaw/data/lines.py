@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from deltaw.errors import UserError
 
+ENDED = re.compile(r"[^\r]*\r|[^\r]+")
 PIECE = 1 << 20
 """Characters that are read at once."""
 
 
 def lines(path: Path) -> Iterator[str]:
-    """The file's lines, with their ends, split at line feeds only: JSON strings may hold other line breaks.
+    """The file's lines, with their ends: line feeds, carriage returns, both. JSON strings may hold other line breaks.
 
     Raises:
         UserError: the file cannot be read, or a line is no UTF-8.
@@ -22,7 +24,8 @@ def lines(path: Path) -> Iterator[str]:
             for number, line in enumerate(file, 1):
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                    yield f"{text[:-2]}\n" if text.endswith("\r\n") else text
+                    text = f"{text[:-2]}\n" if text.endswith("\r\n") else text
+                    yield from ENDED.findall(text) if "\r" in text else (text,)
                 except UnicodeDecodeError:
                     raise UserError("This is not UTF-8 text.", where=f"{path}:{number}",
                                     why=_encoding(line), remedy="Save the file as UTF-8.") from None  # fmt: skip

@@ -72,7 +72,7 @@ def example(row: Any, where: str) -> Example:
     if not isinstance(row, dict):
         raise UserError("This row is not a JSON object.", where=where, remedy=f"A row looks like {SHAPES}")
     given = {key: value for key, value in row.items() if value is not None}
-    row = given if _shape(given) else row  # a table has every column in every row
+    row = given if shape_of(given) else row  # a table has every column in every row
     _refuse(row, where)
     extras = _strings(row, "references", where), _strings(row, "facts", where)
     turns, system = _turns(row, where), row.get("system")
@@ -88,7 +88,7 @@ def example(row: Any, where: str) -> Example:
         if not row["text"].strip():
             raise UserError("The text is empty.", where=where, remedy="Write some, or drop the row.")
         return Example((), row["text"], where, *extras, (), _unread(row))
-    keys = ", ".join(map(str, row)) or "none"
+    keys = ", ".join(f"{key}: null" if value is None else str(key) for key, value in row.items()) or "none"
     raise UserError(f"This row has none of the keys {KNOWN} (it has: {keys}).", where=where,
                     remedy=f"A row looks like {SHAPES}")  # fmt: skip
 
@@ -98,7 +98,7 @@ def _refuse(row: dict[str, Any], where: str) -> None:
     if (key := next((key for key, value in row.items() if _has_half_characters(value)), None)) is not None:
         raise UserError(f"'{key}' holds half a character (a lone surrogate).", where=where,
                         remedy="Write the character whole, or leave it out.")  # fmt: skip
-    if row.get("weight", 1) != 1:
+    if str(row.get("weight", 1)) not in ("1", "1.0", "", "None"):
         raise UserError("A weight of single rows is not read.", where=where,
                         remedy="Put the rows into a file of their own, and name it FILE:WEIGHT.")  # fmt: skip
     for key in ("system", "input"):
@@ -177,13 +177,13 @@ def _silent(turns: Sequence[dict[str, Any]], where: str) -> tuple[int, ...]:
     return tuple(i for i, turn in enumerate(turns) if turn.get("weight") == 0)
 
 
-def _shape(row: dict[str, Any]) -> tuple[str, ...]:
+def shape_of(row: dict[str, Any]) -> tuple[str, ...]:
     """The keys that are read of a row; none: it is in no known shape."""
     return next((keys for keys in READ if row.keys() >= {*keys[:2]}), ())
 
 
 def _unread(row: dict[str, Any]) -> tuple[str, ...]:
-    known = _shape(row)
+    known = shape_of(row)
     turns = {f"{key}.{name}" for key in known if isinstance(row.get(key), list)
              for turn in row[key] if isinstance(turn, dict) for name in turn.keys() - IN_TURNS}  # fmt: skip
     return (*(key for key in row if key not in known and key not in BESIDE), *sorted(turns))
@@ -202,7 +202,7 @@ def _has_half_characters(value: Any) -> bool:
 
 
 def _strings(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
-    value = row.get(key, [])
+    value = [] if row.get(key) is None else row[key]
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
         raise UserError(f"'{key}' is not a list of texts.", where=where)
     return tuple(value)

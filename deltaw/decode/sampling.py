@@ -31,6 +31,16 @@ class Sampling:
     """Seed of the draw; every answer in a batch has a stream of its own."""
 
 
+@settings
+class Talk(Sampling):
+    """How answers are drawn in a conversation: a little freer, so that it does not go round in circles."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.3
+    """0: always the likeliest token; 1: as likely as the model says; more: wilder."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Draw only from the likeliest tokens that together have this probability."""
+
+
 COLD = 1e-3
 """Below this temperature only the likeliest token has any probability left."""
 

@@ -18,8 +18,7 @@ PARTIAL, STALE_SECONDS = ".deltaw-partial-", 86_400
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a path to write to; what was written takes the place of `path` only if the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _told_of(path):
+    with _told_of(path), _parents(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
         os.close(handle)
         scratch = Path(name)
@@ -36,13 +35,12 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Give a folder to fill; it becomes `path`, which is empty or not there, if the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     home = path if path.exists() else path.parent  # what is there may be a mounted disk, and is not replaced
     for litter in home.glob(f".{glob.escape(path.name)}{PARTIAL}*"):
         with suppress(FileNotFoundError):
             if time.time() - litter.stat().st_mtime > STALE_SECONDS:  # of a process that was killed
                 shutil.rmtree(litter, ignore_errors=True)
-    with _told_of(path):
+    with _told_of(path), _parents(path):
         scratch = Path(tempfile.mkdtemp(dir=home, prefix=f".{path.name}{PARTIAL}"))
         try:
             yield scratch
@@ -54,6 +52,20 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             _flush(home)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """Make the folders above a path; those that were made go again if nothing is written."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 @contextmanager

@@ -134,13 +134,13 @@ class Run:
             raise UserError("This persona was imported: it was not trained here.", where=str(self.folder))
         try:
             values = dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+            json.dumps(values, default=str)
             if not (isinstance(values["data"], list) and all(isinstance(name, str) for name in values["data"])):
                 raise TypeError("data is no list of files")
             return values
-        except (OSError, yaml.YAMLError, TypeError, ValueError, KeyError) as e:
-            raise UserError(
-                "This run folder has no readable config.yaml.", where=str(self.folder), why=str(e)
-            ) from None
+        except (OSError, yaml.YAMLError, TypeError, ValueError, KeyError, RecursionError) as e:
+            raise UserError("This run folder has no readable config.yaml.", where=str(self.folder), why=str(e),
+                            remedy="Put it back as it was, or train anew.") from None  # fmt: skip
 
     def write_config(self, values: dict[str, Any]) -> None:
         """Write the settings as resolved."""
@@ -156,7 +156,7 @@ class Run:
         try:
             told = json.loads(self.manifest.read_text(encoding="utf-8"))
             made, settings = told["format"], dict(told["settings"] if told["format"] == FORMAT else {})
-        except (OSError, ValueError, TypeError, KeyError) as e:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
             raise UserError("This run folder has no readable manifest.json.", where=str(self.folder),
                             why=f"{type(e).__name__}: {e}.", remedy=anew) from None  # fmt: skip
         if made != FORMAT:
@@ -183,23 +183,35 @@ def create(runs: Path, name: str | None, stem: str, method: str) -> Run:
         UserError: a run of this name is there already.
     """
     if name is not None:
-        if not name or re.search(r"[^\w.-]", name) or name.startswith("."):
-            raise UserError(f"'{name}' is no name for a folder.", remedy="Use letters, digits, '-', '_' and '.'.")
+        check_name(name)
         if (runs / name).exists():
-            go_on = Run(runs / name).command("train --resume")
+            go_on = (
+                f", or go on with it: {Run(runs / name).command('train --resume')}" if Run(runs / name).there else ""
+            )
             raise UserError(f"There is a run '{name}' already.", where=str(runs / name),
-                            remedy=f"Take another --name, or go on with it: {go_on}")  # fmt: skip
+                            remedy=f"Take another --name{go_on or '.'}")  # fmt: skip
         (runs / name).mkdir(parents=True)
         return Run(runs / name)
-    number = 1
+    runs.mkdir(parents=True, exist_ok=True)
+    stem, number = stem.lstrip(".-") or "run", 1
     while True:
         folder = runs / f"{stem}-{method}-{number}"
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
         except FileExistsError:
             number += 1
         else:
             return Run(folder)
+
+
+def check_name(name: str) -> None:
+    """Stop at what is no name for a run.
+
+    Raises:
+        UserError: it is empty, has other characters, or begins as a hidden folder or a flag does.
+    """
+    if not name or re.search(r"[^\w.-]", name) or name[0] in ".-":
+        raise UserError(f"{name!r} is no name for a run.", remedy="Take a --name of letters, digits, '-', '_' and '.'.")
 
 
 def find(name: str | None, runs: Path, suits: Callable[[Run], bool] = lambda _: True) -> Run:
@@ -217,6 +229,9 @@ def find(name: str | None, runs: Path, suits: Callable[[Run], bool] = lambda _: 
     for folder in (runs / name, Path(name)):
         if Run(folder).there:
             return Run(folder)
+    if Path(name).exists():
+        raise UserError("This is no run.", where=name,
+                        remedy="Give a model with --base; of a PEFT folder deltaw import makes a run.")  # fmt: skip
     remedy = nearest(name, [run.name for run in known]) if known else "Train one: deltaw train FILE"
     raise UserError(f"There is no run '{name}'.", where=str(runs), remedy=remedy)
 

@@ -99,12 +99,15 @@ class GGUF:
             raise UserError("This is no readable GGUF file.", where=str(path), why=f"{e}.",
                             remedy="Fetch it anew.") from e  # fmt: skip
         with self._understood():
-            kind = self.field("general.architecture")
+            kind, holds = self.field("general.architecture"), self.field("general.type")
         known = {row.gguf: row for row in reversed(ROWS)}
         if kind not in known:
             listed = ", ".join(f"{name} ({row.shown})" for name, row in known.items())
             raise UserError(f"GGUF architecture '{kind}' is not supported.", where=str(path),
                             remedy=f"Supported: {listed}.")  # fmt: skip
+        if holds == "adapter":
+            raise UserError("This GGUF file is a LoRA, and no model.", where=str(path),
+                            remedy="llama.cpp wears it with --lora, beside the base's own file.")  # fmt: skip
         self.family = known[kind]
 
     def field(self, name: str, default: Any = None) -> Any:

@@ -216,7 +216,9 @@ def _optional(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise UserError("This metric's package is missing.", why=f"{e}.", remedy='pip install "deltaw[eval]"') from None
+        raise UserError(
+            "This metric's package is missing.", why=f"{e}.", remedy="pip install sacrebleu rouge-score"
+        ) from None
 
 
 def _parsed(text: str) -> dict[str, Any] | list[Any] | None:

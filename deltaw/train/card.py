@@ -41,9 +41,7 @@ def _lines(name: str, run: Run, config: dict[str, Any], manifest: dict[str, Any]
     yield "\n## Made from\n"
     yield f"{started['rows']:,} rows, {started['tokens']:,} tokens, of which {started['trained_tokens']:,} were learnt."
     yield (
-        f"{started['val_rows']:,} rows were held out and only measured."
-        if started["val_rows"]
-        else "No row was held out."
+        f"{started['val_rows']:,} rows were held out, and measured." if started["val_rows"] else "No row was held out."
     )
     yield "\n| file | SHA-256 |\n|---|---|"
     for file, digest in manifest.get("data", {}).items():

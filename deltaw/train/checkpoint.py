@@ -26,6 +26,8 @@ class Progress:
     """Where a run is: everything that decides the next step and is no tensor."""
 
     step: int = 0
+    steps: int = 0
+    """How many there will be, which the schedule of the rate goes by."""
     rate_scale: float = 1.0
     skipped: int = 0
     best_step: int | None = None

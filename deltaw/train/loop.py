@@ -57,6 +57,7 @@ class Trainer:
         for path in reversed(found):
             try:
                 self.progress = checkpoint.load(path, self.job.adapter, self.optimizer, self.job.model.device)
+                self.job.steps = self.progress.steps or self.job.steps
                 break
             except UserError as e:
                 if path == found[0]:
@@ -84,6 +85,7 @@ class Trainer:
 
     def _save(self, random: checkpoint.Random | None = None) -> Iterator[Event]:
         self._count_time()
+        self.progress.steps = self.job.steps
         try:
             yield from self.saver.checkpoint(self.progress, random)
         except Diverged as e:
@@ -190,14 +192,23 @@ class Trainer:
         job, progress = self.job, self.progress
         if self.saver.step != progress.step:
             yield from self._save()
-        if job.settings.keep_best and progress.best_step not in (None, progress.step) and job.run.best.exists():
-            self.saver.take_best()
-            yield from self._sample()
+        if job.settings.keep_best and progress.best_step not in (None, progress.step):
+            yield from self._take_best()
         elif self.sampled_at != progress.step:
             yield from self._sample()
         job.adapter.eval()
         yield from self.saver.result()
         yield self._finished(reason if job.run.adapter.exists() else DISK_FULL)
+
+    def _take_best(self) -> Iterator[Event]:
+        progress = self.progress
+        try:
+            self.saver.take_best()
+        except UserError:
+            yield Warned(text=f"The best adapter, that of step {progress.best_step}, is gone or damaged: "
+                         f"this is the one of step {progress.step}.")  # fmt: skip
+            progress.best_step = progress.best_loss = None
+        yield from self._sample()
 
     def _diverged(self, what: str = "The loss was not finite twice.") -> Iterator[Event]:
         job, best = self.job, self.progress.best_step

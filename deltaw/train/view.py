@@ -204,8 +204,10 @@ def _facts(event: Started) -> list[tuple[str, str]]:
 
 def _outcome(event: Finished) -> list[tuple[str, str]]:
     best = f"{words.loss(event.best_loss)} at step {event.best_step}" if event.best_loss is not None else ""
-    training = words.duration(event.train_seconds) + _against(event.train_seconds, event.predicted_seconds)
-    memory = words.size(event.peak_bytes) + _against(event.peak_bytes, event.predicted_bytes)
+    ended = event.reason == "done"  # of a part of a run, its beginning takes more than its share
+    seconds, size = (event.predicted_seconds, event.predicted_bytes) if ended else (None, None)
+    training = words.duration(event.train_seconds) + _against(event.train_seconds, seconds)
+    memory = words.size(event.peak_bytes) + _against(event.peak_bytes, size)
     rows = [("steps", str(event.step)), ("train loss", words.loss(event.loss)), ("best val loss", best)]
     return [(name, value) for name, value in [*rows, ("training", training), ("memory", memory)] if value]
 

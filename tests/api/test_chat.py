@@ -122,8 +122,10 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_was_heard(session):
 def test_an_answer_is_taken_back_with_its_question(session):
     assert session.retry() is None
     said(session, "say")
+    seed = session.sampling.seed
     assert session.retry() == "say"
     assert session.turns == []
+    assert session.sampling.seed == seed + 1  # or the same would be drawn again
 
 
 def test_a_saved_conversation_is_a_row_to_train_on(session, tmp_path, tokenizer):

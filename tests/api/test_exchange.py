@@ -16,6 +16,7 @@ from deltaw.api import exchange
 from deltaw.api.exchange import bring, export
 from deltaw.api.persona import Persona, load_base
 from deltaw.errors import UserError
+from deltaw.files import adapters
 from deltaw.methods import method
 from deltaw.models import checkpoint
 from deltaw.models.gguf_write import write
@@ -102,6 +103,15 @@ def test_what_a_format_cannot_hold_is_refused_and_nothing_is_left(to, options, s
     with pytest.raises(UserError, match=said):
         export(persona, to, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_system_prompt_goes_to_peft_and_comes_back(persona, tmp_path):
+    export(replace(persona, system="Be brief – bitte."), "peft", tmp_path / "theirs")
+    header = adapters.read_header(bring(tmp_path / "theirs", persona.base, "back", tmp_path / "runs"))
+    assert header.system == "Be brief – bitte."
+    export(persona, "peft", tmp_path / "plain")
+    header = adapters.read_header(bring(tmp_path / "plain", persona.base, "plain", tmp_path / "runs"))
+    assert header.system == persona.system
 
 
 @pytest.mark.parametrize("to", ["peft", "gguf", "gguf-lora", "ollama"])

@@ -22,7 +22,7 @@ def test_a_row_that_is_no_json(here, said):
     write_rows(here / "rows.jsonl", *[ROW] * 10, '{"messages": [}', ROW)
     text = said(*TRAIN)
     assert "This line is not JSON (column 15). where rows.jsonl:11 why Expecting value." in text
-    assert "remedy Each line is one JSON object." in text
+    assert "remedy Each line is one JSON object, whole." in text
 
 
 def test_a_file_without_rows(here, said):

@@ -60,7 +60,7 @@ def test_train_tells_its_course_in_json(here, shown):
     assert all(math.isfinite(r["loss"]) for r in records if r["event"] == "stepped")
 
 
-def test_train_goes_on_with_an_interrupted_run(here, shown, monkeypatch):
+def test_train_goes_on_with_an_interrupted_run(here, shown, said, monkeypatch):
     from deltaw.cli import train
 
     def show(made, as_json):
@@ -72,6 +72,8 @@ def test_train_goes_on_with_an_interrupted_run(here, shown, monkeypatch):
         patch.setattr(train, "_show", show)
         assert run([*TRAIN, "--steps", "4", "--name", "mine", "--batch-rows", "4"]) == 130
     assert [p.name for p in (here / "runs" / "mine" / "checkpoints").iterdir()] != []
+    for flag in ("--rank=16", "--dropout=0", "--no-rslora", "--steps=4"):  # at their defaults, too
+        assert "goes on with the settings it was begun with" in said("train", "mine", "--resume", flag)
     records = [json.loads(line) for line in shown("train", "mine", "--resume", "--json").splitlines()]
     assert records[0]["resumed_at"] == 1
     assert [r["step"] for r in records if r["event"] == "stepped"] == [2, 3, 4]
@@ -266,4 +268,11 @@ def test_a_lora_goes_to_peft_and_comes_back(here, shown, said):
     assert "adapter_config.json is missing" in said("import", "runs/mine", "--base=base", "--name=odd")
     told = json.loads(shown("export", "back", "--to=gguf-lora", "--out=back.gguf", "--json"))
     assert (told["path"], told["difference"]) == ("back.gguf", None)
+    assert "This GGUF file is a LoRA, and no model" in said("inspect", "back.gguf")
     assert "was not trained here" in said("train", "--resume", "back")
+    assert "This is no run. where runs/mine/peft remedy" in said("chat", "runs/mine/peft")
+    assert "chat back --runs elsewhere" in shown("import", "runs/mine/peft", "--base=base", "--name=back",
+                                                 "--runs=elsewhere")  # fmt: skip
+    (here / "rows.jsonl").rename(here / "other.jsonl")
+    assert "tokens of one sentence, as the run's own rows are not here" in shown("merge", "mine", "--out=one")
+    assert "one sentence" not in shown("merge", "mine", "--out=two", "--check=other.jsonl")

@@ -42,7 +42,7 @@ def test_an_unknown_command(here, said):
         ("--epochs", "many", "epochs"),
         ("--schedule", "cosin", "cosine"),
         ("--device", "tpu", "There is no device 'tpu' here."),
-        ("--name", "a/b", "'a/b' is no name for a folder."),
+        ("--name", "a/b", "'a/b' is no name for a run."),
         ("--rows.jsonl", "1", "--rows.jsonl"),
     ],
 )

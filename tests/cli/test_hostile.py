@@ -35,6 +35,35 @@ def test_ctrl_c_while_modules_load_ends_the_process(here, after):
     assert b"Error" not in err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("data", "check", "rows.jsonl", "--base=base", "--fix=new/x.jsonl"),
+        ("merge", "--out=new/m", "--base=base"),
+        ("export", "--to=gguf", "--out=new/x.gguf", "--base=base"),
+        ("export", "--to=peft", "--out=new/x", "--base=base"),
+    ],
+)
+def test_a_process_that_is_asked_to_end_tidies_up(here, command, monkeypatch):
+    values = {"base": "base", "dtype": "float32", "threads": 1, "name": "run", "steps": 1, "val": "0"}
+    list(prepared("rows.jsonl", values).events())
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("deltaw.cli.data.looked_at", end)
+    monkeypatch.setattr("deltaw.api.merge.compared", end)
+    monkeypatch.setattr("deltaw.api.exchange.compared", end)
+    try:
+        with pytest.raises(SystemExit) as e:
+            run(list(command))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert e.value.code == 143
+    assert not (here / "new").exists()
+
+
 def test_a_pipe_that_is_closed_ends_the_command_quietly(here):
     with started(*TRAIN, "--steps", "3", cwd=here) as process:
         process.stdout.readline()

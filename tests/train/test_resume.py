@@ -19,6 +19,7 @@ from deltaw.files import adapters
 from deltaw.files.runs import Run
 from deltaw.files.sealed import sealed
 from deltaw.train import checkpoint
+from deltaw.train.events import Evaluated, Planned, Warned
 
 CASES = {
     "accumulation, dropout, validation": {"micro_tokens": 64, "dropout": 0.3, "steps": 4, "evaluations": 2},
@@ -229,6 +230,42 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_serves(keep, in
     assert events[0].resumed_at == int(newest.stem[-7:]) - 1
     assert newest.with_suffix(".damaged").stat().st_size < Run(before).checkpoints()[-1].stat().st_size
     assert interrupted.adapter.read_bytes() == Run(before).adapter.read_bytes()
+
+
+def test_the_steps_are_those_it_was_begun_with_whatever_the_plan_says(interrupted):
+    plan = json.loads(interrupted.plan.read_text())
+    interrupted.plan.write_text(json.dumps({**plan, "steps": 99}))
+    assert end(list(gone_on(interrupted.folder).events())).step == 6
+
+
+def test_a_plan_made_anew_changes_no_schedule(tiny_path, tmp_path, rows_file):
+    made = prepared(rows_file, told(tiny_path, tmp_path, minutes=0.02, save_every=1), stopping_at(3))
+    steps = next(e.steps for e in list(made.events()) if isinstance(e, Planned))
+    made.job.run.plan.unlink()
+    assert end(list(gone_on(made.job.run.folder).events())).step == steps
+
+
+def test_a_run_without_any_checkpoint_says_that_it_begins_anew(interrupted):
+    shutil.rmtree(interrupted.folder / "checkpoints")
+    first = next(iter(gone_on(interrupted.folder).events()))
+    assert (first.resumed_at, "No checkpoint is left: the run begins anew." in first.notices) == (0, True)
+
+
+@pytest.mark.parametrize("keep", [None, 100])
+def test_where_the_best_adapter_is_lost_the_last_is_kept_and_it_is_said(keep, tiny_path, tmp_path, rows_file):
+    values = told(tiny_path, tmp_path, steps=6, evaluations=6, patience=0, val=write_contrary(tmp_path))
+    made = prepared(rows_file, values)
+    for event in made.events():
+        if isinstance(event, Evaluated) and event.step == 6:
+            best = made.job.run.best
+            best.write_bytes(best.read_bytes()[:keep]) if keep else best.unlink()
+        if isinstance(event, Warned):
+            assert "is gone or damaged: this is the one of step 6" in event.text
+            break
+    else:
+        pytest.fail("nothing was said")
+    list(gone_on(made.job.run.folder).events())
+    assert made.job.run.adapter.exists()
 
 
 def test_where_every_checkpoint_is_damaged_it_is_said(interrupted):
