@@ -353,6 +353,7 @@ BROKEN = {
     "a bad row of a list": ("rows.json", '[{"text": "a"},\n\n{"txet": "b"}]', "it has: txet", 3),
     "UTF-16": ("rows.csv", "prompt,completion\na,b\n".encode("utf-16"), "not UTF-8 text.*UTF-16", 1),
     "Latin-1 in a list": ("rows.json", '[{"text":"a"},\n{"text":"ä"}]'.encode("latin-1"), "not UTF-8", 2),
+    "gzip": ("rows.jsonl", b"\x1f\x8b\x08\x00\x80\x81", "not UTF-8 text.*compressed by gzip.*as plain UTF-8", 1),
     "Latin-1": ("rows.csv", "prompt,completion\na,ä\n".encode("latin-1"), "not UTF-8 text.*Latin-1", 2),
 }  # fmt: skip
 

@@ -27,10 +27,11 @@ def lines(path: Path) -> Iterator[str]:
                     text = f"{text[:-2]}\n" if text.endswith("\r\n") else text
                     yield from ENDED.findall(text) if "\r" in text else (text,)
                 except UnicodeDecodeError:
-                    raise UserError("This is not UTF-8 text.", where=f"{path}:{number}",
-                                    why=_encoding(line), remedy="Save the file as UTF-8.") from None  # fmt: skip
+                    raise UserError("This is not UTF-8 text.", where=f"{path}:{number}", why=_encoding(line),
+                                    remedy="Save the file as plain UTF-8 text.") from None  # fmt: skip
     except OSError as e:
-        raise UserError("The data file cannot be read.", where=str(path), why=str(e.strerror) + ".") from None
+        raise UserError("The data file cannot be read.", where=str(path), why=str(e.strerror) + ".",
+                        remedy="A path counts from the folder in which the command is given.") from None  # fmt: skip
 
 
 def pieces(path: Path) -> Iterator[str]:
@@ -47,6 +48,8 @@ def pieces(path: Path) -> Iterator[str]:
 
 def _encoding(line: bytes) -> str:
     """What the bytes of a line that is no UTF-8 probably are."""
+    if line.startswith(b"\x1f\x8b"):
+        return "It is compressed by gzip."
     if line.startswith((b"\xff\xfe", b"\xfe\xff")) or line.count(0) > len(line) // 4:
         return "It looks like UTF-16."
     return "It looks like an 8-bit encoding such as Latin-1 or Windows-1252."

@@ -54,6 +54,8 @@ def understood(folder: Path) -> tuple[Said, dict[str, Tensor]]:
     Raises:
         UserError: no such folder, a pickle, or something that is no plain LoRA.
     """
+    if not folder.is_dir():
+        raise UserError("There is no such folder.", where=str(folder), remedy="Give one that PEFT or mlx-lm wrote.")
     if not (folder / CONFIG).exists():
         pickled = next(iter([*folder.glob("*.pt"), *folder.glob("*.bin")]), None)
         why = f"{pickled.name} is a pickle, which may run code." if pickled else ""

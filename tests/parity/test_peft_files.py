@@ -151,6 +151,8 @@ def test_a_pickle_a_damaged_file_and_an_empty_folder_are_told_apart(ours, tmp_pa
         files.read(folder, model)
     with pytest.raises(UserError, match=r"adapter_config\.json is missing"):
         files.read(tmp_path, model)
+    with pytest.raises(UserError, match="There is no such folder"):
+        files.read(tmp_path / "nowhere", model)
 
 
 def test_an_adapter_with_nothing_of_low_rank_is_not_written(tiny, tmp_path):
