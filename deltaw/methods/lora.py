@@ -91,8 +91,11 @@ class LoRA(Method):
             A_RI.normal_(0, 1 / site.rank, generator=rng)
         else:
             A_RI.uniform_(-(i**-0.5), i**-0.5, generator=rng)
-        scale = site.alpha / (site.rank**0.5 if self.rslora else site.rank)
-        return LowRank(A_RI, torch.zeros(o, site.rank), scale, self.dropout)
+        return LowRank(A_RI, torch.zeros(o, site.rank), self.scale(site), self.dropout)
+
+    def scale(self, site: Site) -> float:
+        """What the product of a site's B and A is multiplied by."""
+        return site.alpha / (site.rank**0.5 if self.rslora else site.rank)
 
 
 def _first(patterns: dict[str, Any], name: str, otherwise: Any) -> Any:

@@ -13,7 +13,7 @@ from deltaw.adapters import protocol
 from deltaw.api import finetune
 from deltaw.cli.app import run
 from deltaw.errors import UserError
-from deltaw.methods import full, lora
+from deltaw.methods import full, lora, lora_fa
 from deltaw.settings import Training, names
 
 TRAINING = {
@@ -118,14 +118,16 @@ def sentences(module, cls):
             yield field.target.id, " ".join(after.value.value.split())
 
 
-@pytest.mark.parametrize("method", [lora, full])
+@pytest.mark.parametrize("method", [lora, lora_fa, full])
 def test_the_help_of_train_tells_each_settings_sentence(here, capsys, monkeypatch, method):
     monkeypatch.setenv("COLUMNS", "500")
     name = method.__name__.rpartition(".")[2]
     assert run(["train", "--method", name, "--help"]) == 0
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split()).replace("`", "")
     told = dict(sentences(settings, "Training"))
-    told |= dict(sentences(protocol, "Method")) | dict(sentences(method, {"lora": "LoRA", "full": "Full"}[name]))
+    told |= dict(sentences(protocol, "Method")) | dict(
+        sentences(method, {"lora": "LoRA", "lora_fa": "LoRAFA", "full": "Full"}[name])
+    )
     for field, sentence in told.items():
         assert f"--{field.replace('_', '-')}" in text
         assert sentence.replace("`", "") in text, field

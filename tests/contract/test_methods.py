@@ -20,6 +20,8 @@ from deltaw.settings import plain
 VARIANTS = {
     "lora": [{}, {"rank": 3, "alpha": 5.0, "rslora": True, "init": "gaussian"}, {"targets": "q,v", "dropout": 0.3},
              {"rank_pattern": {"layers.0.*": 2}, "alpha_pattern": {"mlp.*": 7.0}}],
+    "lora_fa": [{}, {"rank": 3, "init": "gaussian", "project": True}, {"init": "orthogonal", "a_seed": 7},
+                {"targets": "q,v", "dropout": 0.3, "modules_to_save": "norm"}],
     "full": [{}, {"targets": "all-linear"}, {"targets": "input_layernorm,embed_tokens"}],
 }  # fmt: skip
 CASES = [pytest.param(n, s, id=f"{n}-{i}") for n in names() for i, s in enumerate(VARIANTS.get(n, [{}]))]
