@@ -252,7 +252,7 @@ def test_a_fault_near_the_beginning_of_a_list_is_told_before_the_rest_is_read(tm
 @settings(deadline=None)
 @given(texts=st.lists(st.text(st.characters(codec="utf-8"), max_size=30).filter(str.strip), min_size=1, max_size=6),
        chunk=st.integers(1, 40), ascii=st.booleans())  # fmt: skip
-def test_a_list_is_read_the_same_whatever_is_read_at_once(texts, chunk, ascii, tmp_path_factory):  # noqa: A002 (as above)
+def test_a_list_is_read_the_same_whatever_is_read_at_once(texts, chunk, ascii, tmp_path_factory):  # noqa: A002 (json calls it so)
     file = tmp_path_factory.getbasetemp() / "chunks.json"
     file.write_text(json.dumps([{"text": text} for text in texts], ensure_ascii=ascii, indent=1), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
@@ -386,6 +386,8 @@ def test_tables_as_other_programs_write_them(tmp_path):
     """pandas' index has no name; an answer may be JSON; a weight is a text; shapes may be mixed."""
     (tmp_path / "rows.csv").write_text(',prompt,completion,weight,messages\n0,q,"[{""role"": ""admin""}]",1,\n1,,,,"'
                                        + json.dumps([USER, ANSWER]).replace('"', '""') + '"\n')  # fmt: skip
+    (tmp_path / "odd.csv").write_text('text\n"[{""role"": ""user"", ""content"": ""a""}, 5]"\n')
+    assert read(tmp_path / "odd.csv")[0].text == '[{"role": "user", "content": "a"}, 5]'
     one, two = read(tmp_path / "rows.csv")
     assert (one.answer, one.unread) == ('[{"role": "admin"}]', ("column 1",))
     assert two.messages == (USER, ANSWER)

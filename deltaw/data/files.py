@@ -157,5 +157,5 @@ def _cell(name: str, cell: str) -> Any:
             value = json.loads(cell)
         except (ValueError, RecursionError):
             return cell
-        return value if listed or all({"role", "content"} <= set(turn) for turn in value) else cell
+        return value if listed or all(isinstance(turn, dict) and "content" in turn for turn in value) else cell
     return cell
