@@ -212,7 +212,7 @@ class Trainer:
 
     def _diverged(self, what: str = "The loss was not finite twice.") -> Iterator[Event]:
         job, best = self.job, self.progress.best_step
-        self.resume()
+        yield from (Warned(text=text) for text in self.resume())
         good = self.progress.step
         if job.settings.keep_best and best is not None and job.run.best.exists():
             self.saver.take_best()
