@@ -50,7 +50,7 @@ class FrozenA(LowRank):
             return nearest_RO.t().to(grad_OR.dtype)
 
         # On what each pass adds, whatever was added before and whichever optimizer takes it.
-        self.B.register_hook(projected)  # type: ignore[no-untyped-call]
+        self.B.register_hook(projected)  # type: ignore[no-untyped-call]  # of torch's
 
 
 @settings
