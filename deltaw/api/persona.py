@@ -51,7 +51,7 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto", threads: int
     """Bring a base model into memory, fetched first if need be.
 
     Raises:
-        UserError: there is no such model, or it is not supported.
+        UserError: there is no such model, it is not supported, or its weights are not those we wrote.
     """
     cores = os.cpu_count() or 1
     if threads is not None and threads > MOST_THREADS * cores:
@@ -61,7 +61,9 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto", threads: int
         torch.set_num_threads(threads)
     path, where = source.find(name, say), choose_device(device)
     model = checkpoint.load(path, choose_dtype(dtype, where), str(where))
-    return Base(name, path, model, Tokenizer.load(path), checkpoint.fingerprint(model))
+    base = Base(name, path, model, Tokenizer.load(path), checkpoint.fingerprint(model))
+    checkpoint.check_seal(path, base.fingerprint)
+    return base
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ class Persona:
             UserError: no adapter, or one of another base.
         """
         system = adapters.read_header(path).system
-        return replace(self, name=name, adapter=adapters.load(path, self.base.model), system=system)
+        return replace(
+            self, name=name, adapter=adapters.load(path, self.base.model, self.base.fingerprint), system=system
+        )
 
 
 def locate(name: str | None, folder: Path) -> tuple[str, Path]:

@@ -59,17 +59,18 @@ def save(adapter: Adapter, header: Header, path: Path) -> None:
         save_file(tensors, scratch, metadata=sealed(KEY, vars(header), tensors))
 
 
-def load(path: Path, model: Decoder) -> Adapter:
-    """Build the adapter that the file describes on `model`, and read its tensors.
+def load(path: Path, model: Decoder, fingerprint: str | None = None) -> Adapter:
+    """Build the adapter that the file describes on `model`, whose fingerprint may be known, and read its tensors.
 
     Raises:
         UserError: no adapter file of ours, a damaged one, or one that was made for another base.
     """
     header, tensors = read(path)
-    if (have := checkpoint.fingerprint(model)) != header.fingerprint:
+    if (have := fingerprint or checkpoint.fingerprint(model)) != header.fingerprint:
         raise UserError("This adapter was made for another base model.", where=str(path),
-                        why=f"It was trained on '{header.base}' ({header.fingerprint[:8]}); this base is {have[:8]}.",
-                        remedy=f"Take --base {header.base}.")  # fmt: skip
+                        why=f"It was trained on '{header.base}' ({header.fingerprint[:8]}); this base is {have[:8]}, "
+                            "another one or damaged since.",
+                        remedy=f"Take --base {header.base}; if that is this one, fetch it anew.")  # fmt: skip
     adapter = Adapter.build(method(header.method, str(path), **header.settings), model).to(model.device)
     put(adapter, tensors, str(path))
     return adapter.eval()

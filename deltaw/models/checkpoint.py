@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,9 +24,14 @@ from deltaw.weights.dense import Dense
 from deltaw.words import some
 
 FORMS = "A model is a folder with config.json and *.safetensors, or one GGUF file."
+CONVERTED = "A model of the cache is fetched anew when it is asked for."
 ANEW = "Fetch the model anew: its files do not belong together."
 SAMPLED = 4096
-"""Values of each tensor that enter the fingerprint."""
+"""Values of each tensor that enter the fingerprint one by one; of the others, their sum."""
+SUMMED = 1 << 24
+"""Values that are summed at a time."""
+SEAL = "deltaw_fingerprint"
+"""Where a safetensors file of ours says what it holds."""
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Decoder:
@@ -55,7 +62,7 @@ def save(model: Decoder, folder: Path) -> None:
     """Write `model.safetensors` and `config.json` such that `transformers` loads the same model."""
     folder.mkdir(parents=True, exist_ok=True)
     named = {_hf_name(name): w.contiguous() for name, w in tensors(model)}
-    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt", SEAL: fingerprint(model)})
     (folder / "model.safetensors").chmod(0o644)  # as the other files; safetensors writes it for its owner alone
     config = {**model.config.to_hf(), "dtype": str(model.dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -68,17 +75,40 @@ def tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
 
 
 def fingerprint(model: Decoder) -> str:
-    """Hash of names, shapes and 4,096 evenly spaced values (as bf16) of every tensor: the identity of a base.
+    """Hash of names, shapes, 4,096 evenly spaced values and the sum of all values of every tensor: a base's identity.
 
-    As bf16, so that the same model loaded in fp32 and in bf16 is the same base.
+    Of the values as bf16, so that the same model loaded in fp32 and in bf16 is the same base. The sum is that of their
+    bits: one that is flipped anywhere changes it.
     """
     h = hashlib.sha256()
     for name, (owner, part) in sorted(_places(model), key=lambda item: item[0]):
         w = get(owner, part)
-        h.update(f"{name}{tuple(w.shape)}".encode())
-        picked = w.reshape(-1)[:: max(1, w.numel() // SAMPLED)]
-        h.update(picked.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+        flat = w.reshape(-1)
+        total = sum(int(_bits(flat[i : i + SUMMED]).sum()) for i in range(0, len(flat), SUMMED))
+        h.update(f"{name}{tuple(w.shape)}{total}".encode())
+        h.update(_bits(flat[:: max(1, w.numel() // SAMPLED)]).tobytes())
     return h.hexdigest()[:32]
+
+
+def _bits(values: Tensor) -> NDArray[np.uint64]:
+    """The bits of values as bf16, 64 at a time."""
+    halves = values.detach().to("cpu", torch.bfloat16).contiguous()
+    return torch.nn.functional.pad(halves, (0, -len(halves) % 4)).view(torch.int64).numpy().view(np.uint64)
+
+
+def check_seal(path: Path, fingerprint: str) -> None:
+    """Compare what was loaded with what was written, where `save` wrote it.
+
+    Raises:
+        UserError: it is not the same.
+    """
+    if (file := path / "model.safetensors").exists():
+        with safe_open(file, "pt") as opened:
+            said = (opened.metadata() or {}).get(SEAL)
+        if said not in (None, fingerprint):
+            raise UserError("The weights of this model are damaged.", where=str(file),
+                            why="They are not those that were written: their checksum does not fit.",
+                            remedy=f"Remove the folder and make it anew. {CONVERTED}")  # fmt: skip
 
 
 def get(owner: Any, part: str) -> Tensor:

@@ -14,6 +14,7 @@ from small import ROW, TRAIN, prepared, stopping_at, write_rows
 
 from deltaw.api import finetune
 from deltaw.files import adapters, runs
+from deltaw.models import checkpoint
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,27 @@ def adapter(change):
     return prepare
 
 
+def flip(file):
+    body = bytearray(file.read_bytes())
+    body[-201] ^= 1
+    file.write_bytes(body)
+
+
 def flipped(worn, header, run):
     adapters.save(worn, header, run.adapter)
-    body = bytearray(run.adapter.read_bytes())
-    body[-200] ^= 1
-    run.adapter.write_bytes(body)
+    flip(run.adapter)
+
+
+def flipped_base(worn, header, run):
+    """A bit of the base is flipped after the adapter was trained."""
+    adapters.save(worn, header, run.adapter)
+    flip(own_base(run.folder.parent.parent) / "model.safetensors")
+
+
+def sealed_and_flipped(folder):
+    """A model that was written by `deltaw`, and damaged."""
+    checkpoint.save(checkpoint.load(folder), folder)
+    flip(folder / "model.safetensors")
 
 
 def header_of(**changes):
@@ -249,6 +266,8 @@ WRONG = [
         "A chat template that never ends",
         base(lambda folder: (folder / "chat_template.jinja").write_text("{% for i in range(10**9) %}x{% endfor %}")),
     ),
+    Wrong("A flipped bit in a model that deltaw wrote", base(sealed_and_flipped)),
+    Wrong("A flipped bit in a base that an adapter was trained on", adapter(flipped_base), CHAT),
     Wrong("A flipped bit in an adapter", adapter(flipped), CHAT),
     Wrong("An adapter of another base", adapter(header_of(fingerprint="0" * 32)), CHAT),
     Wrong("An adapter whose rank is not the one it says", adapter(header_of(settings={"rank": 3})), CHAT),

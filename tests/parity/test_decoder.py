@@ -1,6 +1,7 @@
 """The decoder computes what transformers does, writes what transformers reads, and refuses what it would get wrong."""
 
 import json
+import random
 import shutil
 
 import pytest
@@ -198,6 +199,29 @@ def test_the_fingerprint_tells_models_apart_and_not_types(tmp_path, tiny_path, t
     assert checkpoint.fingerprint(checkpoint.load(tmp_path)) != checkpoint.fingerprint(tiny)
     tiny.norm.gain[3] += 1
     assert checkpoint.fingerprint(tiny) != checkpoint.fingerprint(checkpoint.load(tiny_path))
+
+
+def test_a_flipped_bit_anywhere_changes_the_fingerprint(tiny_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SAMPLED", 2)
+    monkeypatch.setattr(checkpoint, "SUMMED", 12)
+    model = checkpoint.load(tiny_path, torch.bfloat16)
+    rng, whole = random.Random(0), checkpoint.fingerprint(model)
+    for _, w in checkpoint.tensors(model):
+        bits = w.view(torch.int16).reshape(-1)
+        for _ in range(3):
+            i, flip = rng.randrange(len(bits)), 1 << rng.randrange(15)
+            bits[i] ^= flip
+            assert checkpoint.fingerprint(model) != whole
+            bits[i] ^= flip
+    assert checkpoint.fingerprint(model) == whole
+
+
+def test_a_model_that_was_written_is_known_again_in_another_type(tmp_path, tiny):
+    checkpoint.save(tiny, tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        checkpoint.check_seal(tmp_path, checkpoint.fingerprint(checkpoint.load(tmp_path, dtype)))
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.check_seal(tmp_path, "0" * 32)
 
 
 @pytest.mark.model
