@@ -17,6 +17,7 @@ from deltaw.adapters.protocol import Method, Site
 from deltaw.cli.app import COMMANDS, application, run
 from deltaw.methods import names
 from deltaw.models.slots import Delta, Linear, Parts
+from deltaw.scoring.text import MEANINGS
 from deltaw.settings import settings
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -116,3 +117,10 @@ def test_the_method_that_contributors_are_shown_works(tiny, ids):
     adapter.merge()
     torch.testing.assert_close(our_logits(tiny, ids), worn, rtol=0, atol=1e-4)
     assert (worn - bare).abs().max() > 0.01
+
+
+def test_the_page_of_metrics_has_every_one_and_no_other():
+    table = TEXTS["docs/use.md"].split("| metric |")[1].split("\n\n")[0]
+    assert {name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])} == {
+        *MEANINGS
+    }

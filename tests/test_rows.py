@@ -348,6 +348,7 @@ BROKEN = {
     "a later object over several lines": ("rows.jsonl", '{"text": "a"}\n{"text":\n"b"}', "on where it must not", 2),
     "a tab in a text": ("rows.jsonl", '{"text": "a\tb"}', "A tab or a line break stands in a text", 1),
     "preferences": ("rows.jsonl", '{"chosen": [{"role": "user"}], "rejected": []}', "has: chosen, rejected", 1),
+    "a row of empty cells": ("rows.csv", "prompt,completion\n\na,b\n,\n", "This row is empty", 4),
     "two columns of a name": ("rows.csv", "text,text\na,b\n", "Two columns are called 'text'", 1),
     "a list of numbers": ("rows.json", "[\n1]", "not a JSON object", 2),
     "a bad row of a list": ("rows.json", '[{"text": "a"},\n\n{"txet": "b"}]', "it has: txet", 3),

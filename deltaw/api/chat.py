@@ -17,10 +17,10 @@ class Chat:
     """Turns so far, the personas there are, and the one that answers next."""
 
     def __init__(self, personas: Sequence[Persona], sampling: Sampling) -> None:
-        names = [p.name for p in personas]
+        names = [p.name for p in personas if p.adapter is not None]
         if twice := next((n for n in [BASE, *names] if [BASE, *names].count(n) > 1), None):
             raise UserError(f"Two personas are called '{twice}'.", remedy="Give the path of a file with another name.")
-        self.personas = {BASE: Persona(BASE, personas[0].base), **dict(zip(names, personas, strict=True))}
+        self.personas = {BASE: Persona(BASE, personas[0].base), **{p.name: p for p in personas}}
         self.current, self.sampling = personas[0].name, sampling
         self.turns: list[dict[str, str]] = []
         self.cut = False

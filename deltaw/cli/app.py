@@ -41,7 +41,7 @@ COMMANDS = {
     "eval": "Measure a persona, beside its base if you like.",
     "merge": "Write base and adapter as one plain model, and check it.",
     "export": "Write a persona for other tools, and check it.",
-    "import": "Take in a LoRA that PEFT or mlx-lm wrote.",
+    "import": "Take in a LoRA that PEFT, mlx-lm or torchtune wrote.",
     "data": "Say what a model would learn from your data.",
     "inspect": "Say what a model, an adapter or a run is.",
     "doctor": "Say what this machine can do.",

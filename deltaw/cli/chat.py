@@ -43,17 +43,19 @@ def chat(*runs: str, base: str | None = None, folder: Annotated[Path, Parameter(
     Parameters
     ----------
     runs
-        Names or folders of runs, or adapter files. By default: the newest run.
+        Names or folders of runs, adapter files, or one model by itself. By default: the newest run.
     base
-        The base model, if it is not where the adapters were trained on it.
+        Without runs: talk with this model alone; beside them: the base, if it is not where they were trained on it.
     folder
         Folder of the run folders.
     """
     from deltaw.api.chat import Chat
-    from deltaw.api.persona import load_all
+    from deltaw.api.persona import load_all, load_any
 
+    alone = runs[0] if len(runs) == 1 else base if not runs else None
     with busy() as say:
-        personas = load_all(runs, folder, base, say=say, **plain(machine or Machine()))
+        how = {**plain(machine or Machine()), "say": say}
+        personas = [load_any(alone, folder, base, **how)] if alone else load_all(runs, folder, base, **how)
     session = Chat(personas, sampling or Talk())
     console = Console(highlight=False)
     if console.is_terminal:

@@ -130,7 +130,8 @@ def _table(path: Path, delimiter: str) -> Iterator[Placed | UserError]:
     try:
         for cells in table:
             where, line = f"{path}:{line}", table.line_num + 1
-            if not any(cell.strip() for cell in cells):
+            empty = not any(cell.strip() for cell in cells)
+            if empty and (names is None or len(cells) < 2):  # a blank line
                 continue
             if names is None:
                 names = [cell.strip() or f"column {i}" for i, cell in enumerate(cells, 1)]  # as pandas' index has none
@@ -140,6 +141,10 @@ def _table(path: Path, delimiter: str) -> Iterator[Placed | UserError]:
             if len(cells) != len(names):
                 yield UserError(f"This row has {some(len(cells), 'cell')} in {len(names)} columns.", where=where,
                                 why=f"The columns are: {', '.join(names)}.")  # fmt: skip
+                continue
+            if empty:
+                yield UserError("This row is empty.", where=where, why=f"Nothing stands in its {len(cells)} cells.",
+                                remedy="Delete it, or let deltaw data check --fix leave it out.")  # fmt: skip
                 continue
             yield {name: _cell(name, cell) for name, cell in zip(names, cells, strict=True)}, where
     except csv.Error as e:

@@ -39,6 +39,17 @@ def trained(here, shown):
     return here
 
 
+@pytest.mark.parametrize("how", [["merged"], ["--base", "merged"]])
+def test_a_merged_model_can_be_talked_to_as_a_persona_can(trained, shown, monkeypatch, how):
+    shown("merge", "mine", "--out", "merged")
+    said = []
+    for arguments in (["mine"], how):
+        monkeypatch.setattr("sys.stdin", io.StringIO("say 1\n/personas\n"))
+        said.append(shown("chat", *arguments, "--temperature", "0", "--dtype", "float32").splitlines())
+    assert said[0][0] == said[1][0] != ""
+    assert (said[0][1:], said[1][1:]) == (["  base", "* mine"], ["* base"])
+
+
 def test_train_tells_its_course_line_by_line(here, shown):
     lines = shown(*TRAIN, "--steps", "2", "--name", "mine").splitlines()
     assert lines[0].startswith("runs/mine: base base; method lora, ")
