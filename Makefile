@@ -2,7 +2,7 @@
 BIN := .venv/bin
 RUN := demo-village
 
-.PHONY: help demo test lint types imports size tests clean
+.PHONY: help demo test lint types imports size tests table clean
 
 help: ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/' | expand -t 10
@@ -40,6 +40,9 @@ size: .venv/.dev
 
 tests: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term
+
+table: .venv/.dev ## every technique for a minute, three seeds: docs/results.md
+	$(BIN)/python benchmarks/table.py
 
 clean: ## remove what was installed and built
 	rm -rf .venv build dist *.egg-info

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -19,6 +20,8 @@ class Adapter(nn.Module):
         super().__init__()
         self.method = method
         self.deltas = nn.ModuleDict()
+        self.shared = nn.Module()
+        """Tensors that several deltas have together; they refer to it, and it alone owns them."""
         self._slots: dict[str, Slot] = {}
         self._aside: list[tuple[Slot, Parts, Parts]] = []
         """Slots that were merged into: what stood there before, and what was put in its place."""
@@ -33,7 +36,7 @@ class Adapter(nn.Module):
         self = cls(method)
         rng = torch.Generator().manual_seed(seed)
         for site in method.plan(method.sites(model)):
-            delta = method.build(site, rng)
+            delta = method.build(replace(site, shared=self.shared), rng)
             self.deltas[site.name.replace(".", "/")] = delta
             self._slots[site.name] = site.slot
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +28,10 @@ class Site:
     alpha: float = 0.0
     whole: bool = False
     """The layer's own tensor is trained, not something beside it."""
+    shared: nn.Module = field(default_factory=nn.Module, compare=False, repr=False)
+    """The adapter's place for what several sites have together: owned, trained and saved once."""
+    shape: tuple[int, int] = (0, 0)
+    """Outputs and inputs of a matrix that is shared by layers of several sizes."""
 
 
 @settings

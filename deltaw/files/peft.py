@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, contiguous_format
 from torch.nn.functional import pad
 
 from deltaw.adapters.adapter import Adapter
@@ -83,7 +83,8 @@ def write(adapter: Adapter, model: Decoder, base: str, folder: Path, uniform: bo
         "alpha_pattern": {_hf(n): _whole(a) for n, a in alphas.items() if a != alpha},
         "modules_to_save": [*map(_hf, saved), *(["lm_head"] if tied else [])] or None, "ensure_weight_tying": tied,
     }  # fmt: skip
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    # Cloned, as layers may have one matrix together, and a file may not.
+    tensors = {name: t.detach().cpu().clone(memory_format=contiguous_format) for name, t in tensors.items()}
     refuse_nan(tensors)
     with replacing(folder / WEIGHTS) as scratch:
         save_file(tensors, scratch, metadata={"format": "pt"})

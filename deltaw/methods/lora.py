@@ -17,27 +17,43 @@ from deltaw.models.slots import Affine, Delta, Linear, Parts
 from deltaw.settings import Count, settings
 
 
-class LowRank(Delta):
-    """y = W x + scale * B (A dropout(x)); A and B are fp32, and computed with in the type of x."""
+class Product(Delta):
+    """y = W x + scale * B (A dropout(x)), whatever A and B are made of; fp32, and computed with in the type of x."""
 
-    def __init__(self, A_RI: Tensor, B_OR: Tensor, scale: float, dropout: float = 0.0) -> None:
+    def __init__(self, scale: float = 1.0, dropout: float = 0.0) -> None:
         super().__init__()
-        self.A, self.B = nn.Parameter(A_RI), nn.Parameter(B_OR)
         self.scale, self.dropout = scale, dropout
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A_RI and B_OR."""
+        raise NotImplementedError
+
     def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
+        A_RI, B_OR = self.factors()
         y_TO = slot.run(x_TI)
         x_TI = F.dropout(x_TI, self.dropout, self.training and self.dropout > 0)
-        down_TR = F.linear(x_TI, self.A.to(x_TI.dtype))
-        return y_TO.addmm_(down_TR, self.B.to(x_TI.dtype).t(), alpha=self.scale)
+        down_TR = F.linear(x_TI, A_RI.to(x_TI.dtype))
+        return y_TO.addmm_(down_TR, B_OR.to(x_TI.dtype).t(), alpha=self.scale)
 
     def merged(self, slot: Linear) -> Parts:
-        w_OI = slot.weight.dense()
+        A_RI, B_OR = self.factors()
         # Summed in fp32 and rounded once, to the type of the base.
-        return {"weight": slot.weight.repack(torch.addmm(w_OI.float(), self.B, self.A, alpha=self.scale))}
+        w_OI = torch.addmm(slot.weight.dense().float(), B_OR, A_RI, alpha=self.scale)
+        return {"weight": slot.weight.repack(w_OI)}
 
     def served(self, slot: Linear) -> Affine:  # noqa: ARG002 (the same at every slot)
-        return Affine(self.A, self.B, self.scale)
+        return Affine(*self.factors(), self.scale)
+
+
+class LowRank(Product):
+    """A and B are what is trained."""
+
+    def __init__(self, A_RI: Tensor, B_OR: Tensor, scale: float, dropout: float = 0.0) -> None:
+        super().__init__(scale, dropout)
+        self.A, self.B = nn.Parameter(A_RI), nn.Parameter(B_OR)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.A, self.B
 
 
 @settings
@@ -62,6 +78,8 @@ class LoRA(Method):
     """Layers that are trained whole beside, such as embed_tokens,norm; named as targets are."""
     ensure_weight_tying: bool = True
     """Whether a head that shares the embedding's table follows it, when the embedding is trained whole."""
+    loraplus_lr_ratio: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """B learns so many times as fast as A, as in LoRA+ (Hayou et al. 2024, arXiv:2402.12354), which takes 16."""
 
     def __post_init__(self) -> None:
         if self.alpha is None:  # written down as a number, so that no reader of an adapter has to know the default
@@ -85,13 +103,21 @@ class LoRA(Method):
     def build(self, site: Site, rng: torch.Generator) -> Delta:
         if site.whole:
             return Whole(site.slot, self.ensure_weight_tying)
+        delta = self.pair(site, rng)
+        delta.pace = {"B": self.loraplus_lr_ratio, **delta.pace}
+        return delta
+
+    def pair(self, site: Site, rng: torch.Generator) -> LowRank:
+        """A and B of a site, and how they are used."""
         o, i = site.slot.weight.shape
-        A_RI = torch.empty(site.rank, i)
+        return LowRank(self.drawn(site.rank, i, rng), torch.zeros(o, site.rank), self.scale(site), self.dropout)
+
+    def drawn(self, rank: int, i: int, rng: torch.Generator) -> Tensor:
+        """A, as it starts."""
+        A_RI = torch.empty(rank, i)
         if self.init == "gaussian":
-            A_RI.normal_(0, 1 / site.rank, generator=rng)
-        else:
-            A_RI.uniform_(-(i**-0.5), i**-0.5, generator=rng)
-        return LowRank(A_RI, torch.zeros(o, site.rank), self.scale(site), self.dropout)
+            return A_RI.normal_(0, 1 / rank, generator=rng)
+        return A_RI.uniform_(-(i**-0.5), i**-0.5, generator=rng)
 
     def scale(self, site: Site) -> float:
         """What the product of a site's B and A is multiplied by."""

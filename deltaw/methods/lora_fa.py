@@ -17,7 +17,7 @@ from torch import Tensor
 from deltaw.adapters.protocol import Site
 from deltaw.errors import UserError
 from deltaw.methods.lora import LoRA, LowRank
-from deltaw.models.slots import Delta, Linear
+from deltaw.models.slots import Linear
 from deltaw.settings import settings
 
 
@@ -66,9 +66,7 @@ class LoRAFA(LoRA):
     project: bool = False
     """Turn B's gradient into the one that comes nearest to a step of W itself."""
 
-    def build(self, site: Site, rng: torch.Generator) -> Delta:
-        if site.whole:
-            return super().build(site, rng)
+    def pair(self, site: Site, rng: torch.Generator) -> LowRank:
         o, i = site.slot.weight.shape
         drawn = int(torch.randint(1 << 31, (), generator=rng))
         seed = drawn if self.a_seed is None else zlib.crc32(f"{self.a_seed}/{site.name}".encode())

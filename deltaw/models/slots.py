@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,10 @@ class Delta(nn.Module):
 
     heads = True
     """Whether a head that shares an embedding's table follows what this does to it."""
+    pace: Mapping[str, float] = MappingProxyType({})
+    """How many times the learning rate some parameters learn with."""
+    undecayed: Collection[str] = ()
+    """Parameters that weight decay leaves alone."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Called as `forward(slot, *args)`: the layer's output; `slot.run(*args)` is its frozen part."""

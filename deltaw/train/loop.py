@@ -142,7 +142,7 @@ class Trainer:
                 text=f"The loss of step {progress.step + 1} is not finite: the step is skipped, the rate halved."
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = now
+            group["lr"] = now * group["pace"]
         self.optimizer.step()
         tokens, self.last_loss = sum(b.row_tokens for b in batches), total / targets
         self.recent.append((tokens, time.monotonic() - start))

@@ -11,12 +11,20 @@ from deltaw.settings import Training
 
 
 def adamw(module: nn.Module, settings: Training) -> torch.optim.AdamW:
-    """AdamW over what the adapter trains; one group, so that the order of parameters is that of the adapter."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    for p in parameters:
-        # Once, and before the activations: gradients that come and go among them leave holes that no large tensor fits.
-        p.grad = torch.zeros_like(p)
-    return torch.optim.AdamW(parameters, lr=1.0, weight_decay=settings.weight_decay, fused=True)
+    """AdamW over what the adapter trains, in groups of one `pace` (times the rate) and one weight decay.
+
+    Which those are is said by the delta that owns a parameter. Within a group the order is that of the adapter.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for owner in module.modules():
+        pace, undecayed = getattr(owner, "pace", {}), getattr(owner, "undecayed", ())
+        for name, p in owner.named_parameters(recurse=False):
+            # Once, and before the activations: gradients that come and go among them leave holes that none fits.
+            p.grad = torch.zeros_like(p)
+            groups.setdefault((pace.get(name, 1.0), name not in undecayed), []).append(p)
+    return torch.optim.AdamW(
+        [{"params": parameters, "pace": pace, "weight_decay": settings.weight_decay if decays else 0.0}
+         for (pace, decays), parameters in groups.items()], lr=1.0, fused=True)  # fmt: skip
 
 
 def rate(step: int, steps: int, peak: float, settings: Training) -> float:

@@ -7,11 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_tiny
-from oracles import our_logits, scramble
+from oracles import hf_logits, our_logits, scramble
+from peft import PeftModel
+from small import end, gone_on, stopping_at
+from transformers import AutoModelForCausalLM
 
 from deltaw.adapters.adapter import Adapter, bare
+from deltaw.adapters.whole import Whole
 from deltaw.errors import UserError
-from deltaw.files import adapters
+from deltaw.files import adapters, peft
 from deltaw.methods import find, method, name_of, names
 from deltaw.models import checkpoint
 from deltaw.models.slots import Affine, CannotMerge, Delta, Slot
@@ -22,6 +26,12 @@ VARIANTS = {
              {"rank_pattern": {"layers.0.*": 2}, "alpha_pattern": {"mlp.*": 7.0}}],
     "lora_fa": [{}, {"rank": 3, "init": "gaussian", "project": True}, {"init": "orthogonal", "a_seed": 7},
                 {"targets": "q,v", "dropout": 0.3, "modules_to_save": "norm"}],
+    "multi_lora": [{}, {"rank": 2, "parts": 4, "scales": "scalar", "init": "gaussian"},
+                   {"targets": "q,v", "dropout": 0.3, "loraplus_lr_ratio": 4.0}],
+    "tied_lora": [{}, {"variant": "tl5", "rank": 3}, {"variant": "tl2"}, {"variant": "vbua", "targets": "q,k,up"}],
+    "vera": [{"rank": 24}, {"targets": "q,down", "rank": 40, "d_initial": 1.0, "projection_prng_key": 3}],
+    "dora": [{"rank": 4}, {"targets": "q,v", "dropout": 0.3, "rslora": True}],
+    "pissa": [{"rank": 4}, {"rank": 3, "niter": 0, "alpha": 2.0}, {"targets": "q,v", "dropout": 0.3}],
     "full": [{}, {"targets": "all-linear"}, {"targets": "input_layernorm,embed_tokens"}],
 }  # fmt: skip
 CASES = [pytest.param(n, s, id=f"{n}-{i}") for n in names() for i, s in enumerate(VARIANTS.get(n, [{}]))]
@@ -172,6 +182,34 @@ def test_saving_and_loading_on_a_fresh_base_changes_no_bit(name, chosen, model, 
     assert again.method == adapter.method
     with again.on():
         assert torch.equal(our_logits(clean, ids), want)
+
+
+@each_method
+def test_what_is_of_low_rank_is_the_same_in_peft_and_when_it_comes_back(name, chosen, model, folder, ids, tmp_path):
+    adapter = scramble(fresh(name, chosen, model))
+    with adapter.on():
+        want = our_logits(model, ids)
+    low = adapter.low_rank()
+    forms = [low[layer] for layer, delta in adapter.named_deltas() if not isinstance(delta, Whole)]
+    if not forms or any(form is None for form in forms):
+        with pytest.raises(UserError, match="deltaw merge"):
+            peft.write(adapter, model, str(folder), tmp_path)
+        return
+    peft.write(adapter, model, str(folder), tmp_path)
+    with peft.read(tmp_path, model).on():
+        torch.testing.assert_close(our_logits(model, ids), want, rtol=0, atol=1e-4)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path)
+    torch.testing.assert_close(hf_logits(theirs, ids), want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_run_that_was_stopped_ends_with_the_same_bits(name, ready, rows_file):
+    chosen = {"method": name, "steps": 4, "evaluations": 2, "micro_tokens": 128, "learning_rate": 0.001}
+    whole, broken = ready(**chosen), ready(stopping_at(6), **chosen)
+    list(whole.events())
+    assert end(list(broken.events())).reason == "interrupted"
+    assert end(list(gone_on(broken.job.run.folder).events())).reason == "done"
+    assert broken.job.run.adapter.read_bytes() == whole.job.run.adapter.read_bytes()
 
 
 @each_method

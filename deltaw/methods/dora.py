@@ -1,0 +1,70 @@
+"""DoRA: LoRA on the direction of W's rows, whose lengths are trained apart (Liu et al. 2024, arXiv:2402.09353)."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltaw.adapters.protocol import Site
+from deltaw.methods.lora import LoRA, LowRank
+from deltaw.models.slots import Affine, Linear, Parts
+from deltaw.settings import settings
+
+
+class Directed(LowRank):
+    """y = m / |W + scale * B A| * (W + scale * B A) x, the norm taken by row and held constant on the way back.
+
+    The norm comes from W A' and A A', so that no second W is ever made; outside of training it is kept.
+    """
+
+    undecayed = ("m",)
+
+    def __init__(self, A_RI: Tensor, B_OR: Tensor, w_OI: Tensor, scale: float, dropout: float) -> None:
+        super().__init__(A_RI, B_OR, scale, dropout)
+        self.squares: Tensor
+        self.register_buffer("squares", w_OI.float().square().sum(1), persistent=False)
+        self.m = nn.Parameter(self.squares.sqrt())
+        self._norm: tuple[object, Tensor] | None = None
+
+    def gain(self, slot: Linear) -> Tensor:
+        """What each output of the layer and its LoRA is multiplied by."""
+        now = (self.A._version, self.B._version, self.A.device, slot.weight)
+        if self.training or self._norm is None or self._norm[0] != now:  # fused optimizers leave versions as they were
+            with torch.no_grad():
+                cross_OR = slot.weight.dense().float() @ self.A.t()
+                own_OR = self.B @ (self.A @ self.A.t())
+                added_O = ((2 * self.scale * cross_OR + self.scale**2 * own_OR) * self.B).sum(1)
+                self._norm = now, (self.squares + added_O).sqrt()
+        return self.m / self._norm[1]
+
+    def train(self, mode: bool = True) -> Self:
+        self._norm = None
+        return super().train(mode)
+
+    def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
+        y_TO: Tensor = slot.weight(x_TI)
+        x_TI = F.dropout(x_TI, self.dropout, self.training and self.dropout > 0)
+        down_TR = F.linear(x_TI, self.A.to(x_TI.dtype))
+        y_TO = y_TO.addmm_(down_TR, self.B.to(x_TI.dtype).t(), alpha=self.scale) * self.gain(slot).to(x_TI.dtype)
+        return y_TO if slot.bias is None else y_TO + slot.bias
+
+    def merged(self, slot: Linear) -> Parts:
+        w_OI = torch.addmm(slot.weight.dense().float(), self.B, self.A, alpha=self.scale)
+        return {"weight": slot.weight.repack(self.gain(slot)[:, None] * w_OI)}
+
+    def served(self, slot: Linear) -> Affine:
+        gain_O = self.gain(slot)
+        return Affine(self.A, gain_O[:, None] * self.B, self.scale, gain_O)
+
+
+@settings
+class DoRA(LoRA):
+    """Train LoRA, and beside it the length of each row of the weights."""
+
+    def pair(self, site: Site, rng: torch.Generator) -> LowRank:
+        o, i = site.slot.weight.shape
+        A_RI, B_OR = self.drawn(site.rank, i, rng), torch.zeros(o, site.rank)
+        return Directed(A_RI, B_OR, site.slot.weight.dense(), self.scale(site), self.dropout)

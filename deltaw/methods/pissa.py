@@ -1,0 +1,73 @@
+"""PiSSA: LoRA that starts as the strongest directions of W itself (Meng et al. 2024, arXiv:2404.02948).
+
+The base stays as it is: what A and B start as is kept beside them, and taken off again. So nothing has to know of a
+changed base, and what is exported is a plain LoRA of twice the rank on the base as it was.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from deltaw.adapters.protocol import Site
+from deltaw.methods.lora import LoRA, LowRank
+from deltaw.models.slots import Linear
+from deltaw.settings import settings
+
+SPARE = 10
+"""Directions that are looked for beyond those that are kept (Halko et al. 2011, arXiv:0909.4061)."""
+
+
+class Moved(LowRank):
+    """y = W x + scale * (B (A x) - B0 (A0 x)), with A0 and B0 what A and B started as."""
+
+    def __init__(self, A_RI: Tensor, B_OR: Tensor, scale: float, dropout: float) -> None:
+        super().__init__(A_RI, B_OR, scale, dropout)
+        self.A0: Tensor
+        self.B0: Tensor
+        self.register_buffer("A0", A_RI.clone())
+        self.register_buffer("B0", B_OR.clone())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return torch.cat((self.A, self.A0)), torch.cat((self.B, -self.B0), 1)
+
+    def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
+        y_TO = slot.run(x_TI)
+        x_TI = F.dropout(x_TI, self.dropout, self.training and self.dropout > 0)
+        # Two products of the same sizes, so that at the start their difference is zero to the last bit.
+        now_TO, then_TO = (F.linear(F.linear(x_TI, A_RI.to(x_TI.dtype)), B_OR.to(x_TI.dtype))
+                           for A_RI, B_OR in ((self.A, self.B), (self.A0, self.B0)))  # fmt: skip
+        return y_TO.add_(now_TO - then_TO, alpha=self.scale)
+
+
+@settings
+class PiSSA(LoRA):
+    """Train the strongest directions of each weight, in place of new ones."""
+
+    init: Literal["pissa"] = "pissa"  # type: ignore[assignment]  # it is only read
+    """There is one way to start: as the strongest directions of each weight."""
+    niter: Annotated[int, Field(ge=0, le=64)] = 4
+    """Rounds of the randomised search for those directions; 0: the whole decomposition, exact and slow."""
+
+    def pair(self, site: Site, rng: torch.Generator) -> LowRank:
+        scale = self.scale(site)
+        A_RI, B_OR = principal(site.slot.weight.dense().float().cpu(), site.rank, self.niter, rng)
+        return Moved(A_RI / scale**0.5, B_OR / scale**0.5, scale, self.dropout)
+
+
+def principal(w_OI: Tensor, rank: int, niter: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A and B whose product is the part of W with the `rank` largest singular values, the root of each in either."""
+    o, i = w_OI.shape
+    q_OK = torch.eye(o)
+    if niter and (wide := min(rank + SPARE, o, i)) < o:
+        q_OK = torch.linalg.qr(w_OI @ torch.randn(i, wide, generator=rng)).Q
+        for _ in range(niter):
+            q_OK = torch.linalg.qr(w_OI @ torch.linalg.qr(w_OI.t() @ q_OK).Q).Q
+    u, s, vt = torch.linalg.svd(q_OK.t() @ w_OI, full_matrices=False)
+    rank = min(rank, len(s))
+    root = s[:rank].sqrt()
+    return (root[:, None] * vt[:rank]).contiguous(), ((q_OK @ u[:, :rank]) * root).contiguous()
