@@ -79,7 +79,7 @@ def test_an_answer_stops_before_the_first_end_token_and_the_others_go_on(model, 
 @given(prompts=prompts, new=st.lists(st.lists(st.integers(0, 255), min_size=5, max_size=5), min_size=1, max_size=6))
 def test_the_cache_gives_what_the_full_forward_pass_gives(model, prompts, new):
     batch = lay([Encoded(tuple(p), (False,) * len(p)) for p in prompts])
-    cache = Cache(model.config, batch.seen, [len(new)] * len(prompts), model.dtype, model.device)
+    cache = Cache(model, batch.seen, [len(new)] * len(prompts))
     h_TD = model.hidden(batch.ids_T, batch.at_T, cache.prefill())[cache.last_tokens()]
     texts, alive = [list(p) for p in prompts], list(range(len(prompts)))
     for step in new:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -40,6 +40,13 @@ class Adapter(nn.Module):
             self.deltas[site.name.replace(".", "/")] = delta
             self._slots[site.name] = site.slot
         return self
+
+    def like(self, method: Method, deltas: Mapping[str, Delta]) -> Adapter:
+        """An adapter of another method at the same slots."""
+        other = Adapter(method)
+        other.deltas.update({name.replace(".", "/"): delta for name, delta in deltas.items()})
+        other._slots = self._slots
+        return other
 
     def named_deltas(self) -> Iterator[tuple[str, Delta]]:
         """Slot names and the deltas made for them."""

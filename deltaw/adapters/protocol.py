@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deltaw.errors import UserError, nearest
 from deltaw.models.slots import Delta, Embedding, Linear, RMSNorm, Slot
 from deltaw.settings import settings
+
+if TYPE_CHECKING:
+    from deltaw.adapters.adapter import Adapter
+    from deltaw.models.decoder import Decoder
+    from deltaw.models.tokenizer import Tokenizer
 
 ALL_LINEAR = "all-linear"
 HEAD = "lm_head"
@@ -56,6 +61,13 @@ class Method(ABC):
     def build(self, site: Site, rng: torch.Generator) -> Delta:
         """Make the delta of one site; random numbers come from `rng`."""
 
+    def begin(self, adapter: Adapter, model: Decoder, tokenizer: Tokenizer) -> None:  # noqa: B027 (most set nothing)
+        """Set what a fresh adapter starts from, where that takes the whole model. By default: nothing."""
+
+    def finished(self, adapter: Adapter) -> Adapter:
+        """What is kept of a trained adapter: by default, all of it."""
+        return adapter
+
     def sites(self, model: nn.Module) -> list[Site]:
         """Return the slots of `model` that `targets` names, in the model's order.
 
@@ -82,6 +94,14 @@ class Method(ABC):
         if not wanted:
             raise UserError("There are no targets to adapt.", remedy=f"Try --targets {ALL_LINEAR}.")
         return [Site(name, slot) for name, slot in slots.items() if name in wanted]
+
+
+def hold(owner: nn.Module, name: str, t: Tensor, trained: bool, stored: bool = True) -> None:
+    """Give a module a tensor: a parameter, or a buffer that is saved or is not."""
+    if trained:
+        owner.register_parameter(name, nn.Parameter(t))
+    else:
+        owner.register_buffer(name, t, persistent=stored)
 
 
 def chosen(target: str, name: str, slot: object) -> bool:

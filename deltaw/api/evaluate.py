@@ -49,8 +49,8 @@ def evaluate(persona: Persona, file: str | Path, metrics: Sequence[str] = (), li
     graded: tuple[Graded, ...] = ()
     named = [m for m in metrics if m != ONLY_TEXT]
     check(named)  # before anything is computed
-    asked, notices = _askable(examples, persona) if named or not metrics else ((), [])
     with persona.on():
+        asked, notices = _askable(examples, persona) if named or not metrics else ((), [])
         model, tokenizer = persona.base.model, persona.base.tokenizer
         if not metrics or ONLY_TEXT in metrics:
             rows, lost = _encoded(examples, persona)
@@ -68,7 +68,7 @@ def evaluate(persona: Persona, file: str | Path, metrics: Sequence[str] = (), li
 def _askable(examples: Sequence[Example], persona: Persona) -> tuple[tuple[Example, ...], list[str]]:
     """The rows whose question the model can be asked, and what is said of the others."""
     asked = [e for e in examples if e.prompt]
-    context = persona.base.model.config.context
+    context = persona.base.model.context
     fitting = tuple(e for e in asked if len(prompt_ids(e, persona.base.tokenizer)) < context)
     notices = []
     if asked and len(asked) < len(examples):
@@ -79,7 +79,7 @@ def _askable(examples: Sequence[Example], persona: Persona) -> tuple[tuple[Examp
 
 
 def _encoded(examples: Sequence[Example], persona: Persona) -> tuple[list[Encoded], list[str]]:
-    tokenizer, context = persona.base.tokenizer, persona.base.model.config.context
+    tokenizer, context = persona.base.tokenizer, persona.base.model.context
     rows: list[Encoded] = []
     notices: list[str] = []
     kinds: tuple[TrainOn, TrainOn] = ("answers", "all")

@@ -164,9 +164,10 @@ def prepare(data: Sequence[str], values: Mapping[str, Any], stop: Callable[[], b
     settings, method = resolve(values)
     loaded = load(data, settings, stop)  # before the model: a fault in the data is found at once
     base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say)
-    encoded = encode(loaded, base, settings, stop)
+    adapter = _begun(method, base, settings)
+    with adapter.on():
+        encoded = encode(loaded, base, settings, stop)
     settings = _resolved(settings, method, base, encoded)
-    adapter = Adapter.build(method, base.model, settings.seed).to(base.model.device)
     run = runs.create(settings.runs, settings.name, called(loaded.parts[0].path), settings.method)
     _check_disk(run, adapter)
     # Without the name, so that the file can be given back with --config.
@@ -199,12 +200,13 @@ def resume(name: str | None, folder: Path, stop: Callable[[], bool] = lambda: Fa
     except (KeyError, TypeError, ValueError):
         raise UserError("The manifest does not say when the run was begun.", where=str(run.manifest),
                         remedy="Train anew.") from None  # fmt: skip
-    encoded = encode(loaded, base, settings, stop)
+    adapter = _begun(method, base, settings)
+    with adapter.on():
+        encoded = encode(loaded, base, settings, stop)
     now = manifest(base, loaded, encoded)
     if changed := [key for key in now if then.get(key) != now[key]]:
         raise UserError(f"The run '{run.name}' cannot go on: {', '.join(changed)} changed since it began.",
                         where=str(run.manifest), remedy="Put it back as it was, or train anew.")  # fmt: skip
-    adapter = Adapter.build(method, base.model, settings.seed).to(base.model.device)
     job, started = _job(base, run, adapter, settings, loaded, encoded, stop)
     moved = [f"It goes on with {key} {value}, and was begun with {config[key]}: losses may differ in the last digits."
              for key, value in (on or {}).items() if value != config[key]]  # fmt: skip
@@ -223,6 +225,13 @@ def called(file: Path) -> str:
         return str(file).removeprefix(HUB).partition("@")[0].rpartition("/")[2]
     folder = file.resolve().parent.name
     return folder if file.stem in ("train", "data") and folder else file.stem
+
+
+def _begun(method: Method, base: Base, settings: Training) -> Adapter:
+    """A fresh adapter, as its run begins with it."""
+    adapter = Adapter.build(method, base.model, settings.seed).to(base.model.device)
+    method.begin(adapter, base.model, base.tokenizer)
+    return adapter
 
 
 def _resolved(settings: Training, method: Method, base: Base, encoded: EncodedData) -> Training:

@@ -131,13 +131,13 @@ def load(data: Sequence[str], settings: Training, stop: Callable[[], bool] = lam
 
 
 def encode(loaded: Loaded, base: Base, settings: Training, stop: Callable[[], bool] = lambda: False) -> EncodedData:
-    """Encode what was loaded, with the base's tokenizer and template.
+    """Encode what was loaded, with the base's tokenizer and template, for what the base wears.
 
     Raises:
         UserError: rows longer than the model's context are asked for, or nothing is left to learn. Interrupted: `stop`
         says so.
     """
-    context = base.model.config.context
+    context = base.model.context
     limit = settings.max_tokens or context
     if limit > context:
         raise UserError(f"max_tokens is {limit:,}, but this model sees only {context:,} tokens.",
@@ -181,7 +181,7 @@ def question(loaded: Loaded, base: Base, settings: Training) -> Question | None:
         turns, expected = asked.prompt, asked.answer
     ids = base.tokenizer.encode(base.tokenizer.chat(turns, prompt=True))
     _check_ids(ids, base, "")
-    if len(ids) + SAMPLE_TOKENS > base.model.config.context:
+    if len(ids) + SAMPLE_TOKENS > base.model.context:
         return None  # as long as this, it shows nothing at a glance
     return Question(turns[-1]["content"], tuple(ids), expected)
 

@@ -33,7 +33,7 @@ def room(model: Decoder, prompt: Sequence[int], sampling: Sampling) -> int:
     Raises:
         UserError: the prompt fills the model's context.
     """
-    context = model.config.context
+    context = model.context
     if len(prompt) >= context:
         raise UserError(f"The conversation is {len(prompt):,} tokens long, and this model sees {context:,}.",
                         remedy="Say less at a time; in a chat, /reset begins anew.")  # fmt: skip
@@ -59,7 +59,7 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Samplin
     streams = range(len(prompts)) if streams is None else streams
     draws = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + streams[i]) for i in order]
     with torch.inference_mode():
-        cache = Cache(model.config, batch.seen, rooms, model.dtype, model.device)
+        cache = Cache(model, batch.seen, rooms)
         h_TD = model.hidden(batch.ids_T, batch.at_T, cache.prefill())[cache.last_tokens()]
         alive = list(range(len(order)))
         for step in range(max(rooms)):

@@ -48,6 +48,11 @@ class Said:
     modules_to_save: list[str] = field(default_factory=list)
 
 
+def raw(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration as it is, and the tensors."""
+    return read_json(folder / CONFIG), _tensors(folder / WEIGHTS)
+
+
 def understood(folder: Path) -> tuple[Said, dict[str, Tensor]]:
     """The configuration and the tensors of a folder, in PEFT's terms.
 

@@ -21,11 +21,12 @@ from deltaw.adapters.adapter import Adapter
 from deltaw.adapters.protocol import HEAD, matches
 from deltaw.adapters.whole import PART, Whole
 from deltaw.errors import UserError
+from deltaw.files import peft_prefix
 from deltaw.files.adapters import put, refuse_nan
 from deltaw.files.atomic import replacing, write_text
-from deltaw.files.foreign import CONFIG, WEIGHTS, Said, understood
+from deltaw.files.foreign import CONFIG, WEIGHTS, Said, raw, understood
 from deltaw.methods import method
-from deltaw.models.checkpoint import get
+from deltaw.models.checkpoint import get, read_json
 from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Linear, Slot
 from deltaw.words import some
@@ -45,6 +46,11 @@ def write(adapter: Adapter, model: Decoder, base: str, folder: Path, uniform: bo
         UserError: a delta is not plain low rank, or `uniform` and there is more than the linear layers of the blocks.
         Diverged: a weight is not finite.
     """
+    if peft_prefix.is_prefix(adapter):
+        if uniform:
+            raise UserError("vLLM loads no prefix.", remedy="Take --to peft.")
+        peft_prefix.write(adapter, model, base, folder)
+        return
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -104,11 +110,13 @@ def _refuse_for_vllm(names: Mapping[str, Any], most: int) -> None:
 
 
 def read(folder: Path, model: Decoder) -> Adapter:
-    """Build the LoRA that a folder of PEFT, or of mlx-lm, holds on `model`.
+    """Build the LoRA or prefix that a folder of PEFT, or of mlx-lm, holds on `model`.
 
     Raises:
         UserError: no such folder, a pickle, something that is no plain LoRA, or tensors that do not fit the model.
     """
+    if (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("peft_type") == peft_prefix.KIND:
+        return peft_prefix.read(*raw(folder), model, folder)
     config, tensors = understood(folder)
     low, whole = _sorted(tensors, model, config.modules_to_save, str(folder))
     _missing(config, model, {*low, *whole}, folder)

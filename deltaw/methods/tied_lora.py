@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from deltaw.adapters.protocol import Method, Site
+from deltaw.adapters.protocol import Method, Site, hold
 from deltaw.errors import UserError
 from deltaw.methods.lora import Product
 from deltaw.settings import settings
@@ -32,19 +32,11 @@ class Tied(Product):
         super().__init__()
         self._owner, self._names, self._i = (owner,), names, i  # in a tuple, so that it is not registered here
         self.v: Tensor
-        put(self, "v", v_O, trained)
+        hold(self, "v", v_O, trained)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A_RI, B_OR, u_R = (getattr(self._owner[0], name) for name in self._names)
         return A_RI[:, : self._i], self.v[:, None] * B_OR[: len(self.v)] * u_R
-
-
-def put(owner: nn.Module, name: str, t: Tensor, trained: bool, stored: bool = True) -> None:
-    """Give a module a tensor: a parameter, or a buffer that is saved or is not."""
-    if trained:
-        owner.register_parameter(name, nn.Parameter(t))
-    else:
-        owner.register_buffer(name, t, persistent=stored)
 
 
 @settings
@@ -70,7 +62,7 @@ class TiedLoRA(Method):
         for key, t, trained in ((names[0], A_RI, self.variant != "tl2"), (names[1], B_OR, self.variant != "tl2"),
                                 (u, torch.ones(self.rank), not fixed)):  # fmt: skip
             if not hasattr(site.shared, key):
-                put(site.shared, key, t, trained)
+                hold(site.shared, key, t, trained)
             elif getattr(site.shared, key).shape != t.shape:
                 raise UserError("Layers of different sizes cannot have one matrix.", where=site.name,
                                 why=f"{tuple(t.shape)} is not {tuple(getattr(site.shared, key).shape)}.",

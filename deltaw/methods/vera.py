@@ -13,8 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from deltaw.adapters.protocol import Method, Site
-from deltaw.methods.tied_lora import Tied, put
+from deltaw.adapters.protocol import Method, Site, hold
+from deltaw.methods.tied_lora import Tied
 from deltaw.settings import settings
 
 
@@ -38,11 +38,11 @@ class VeRA(Method):
     def build(self, site: Site, rng: torch.Generator) -> Tied:  # noqa: ARG002 (its own seed decides)
         if not hasattr(site.shared, "A"):
             random = np.random.RandomState(self.projection_prng_key)
-            put(site.shared, "A", _kaiming((self.rank, site.shape[1]), random), trained=False, stored=False)
-            put(site.shared, "B", _kaiming((site.shape[0], self.rank), random), trained=False, stored=False)
+            hold(site.shared, "A", _kaiming((self.rank, site.shape[1]), random), trained=False, stored=False)
+            hold(site.shared, "B", _kaiming((site.shape[0], self.rank), random), trained=False, stored=False)
         o, i = site.slot.weight.shape
         u = site.name.replace(".", "/") + "/u"
-        put(site.shared, u, torch.full((self.rank,), self.d_initial), trained=True)
+        hold(site.shared, u, torch.full((self.rank,), self.d_initial), trained=True)
         return Tied(site.shared, ("A", "B", u), i, torch.zeros(o), trained=True)
 
 

@@ -47,7 +47,8 @@ class Attention(nn.Module):
         self.o_proj = _linear(c.width, q, c.o_bias)
         if self.normed:
             self.q_norm, self.k_norm = _norm(c, c.head_width), _norm(c, c.head_width)
-        self.attend = Attend(Score(c.score_scale or 1 / math.sqrt(c.head_width), c.score_cap, window))
+        score = Score(c.score_scale or 1 / math.sqrt(c.head_width), c.score_cap, window)
+        self.attend = Attend(score, c.heads, c.kv_heads, c.head_width)
 
     def forward(self, x_TD: Tensor, turn: tuple[Tensor, Tensor], seen: Seen) -> Tensor:
         q_THE, k_TKE, v_TKE = self._projected(x_TD)
@@ -139,6 +140,7 @@ class Decoder(nn.Module):
                 f"The tokenizer gives the id {int(ids_T.max())}, and the model has {self.config.vocab} rows.",
                 why="Tokenizer and model do not belong together.",
             ) from None
+        at_T = at_T + self.before
         length_T = seen.lengths(at_T)
         far = self.config.rope.turns(at_T, length_T, x_TD.dtype)
         local = self.config.local_rope
@@ -148,6 +150,17 @@ class Decoder(nn.Module):
             x_TD = checkpoint(layer, *around, use_reentrant=False) if recompute else layer(*around)
         h_TD: Tensor = self.norm(x_TD)
         return h_TD
+
+    @property
+    def before(self) -> int:
+        """How many tokens what is worn puts before the first."""
+        worn = (module.delta for module in self.modules() if isinstance(module, Attend))
+        return max((delta.before for delta in worn if delta is not None), default=0)
+
+    @property
+    def context(self) -> int:
+        """How many tokens a document may have."""
+        return self.config.context - self.before
 
     def head_VD(self) -> Tensor:
         """The output matrix as the adapter left it (a tied one is the embedding's table), gradients included."""

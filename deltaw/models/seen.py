@@ -31,6 +31,10 @@ class Seen(Protocol):
         """How long the document of each token is, or is going to be."""
         ...
 
+    def after(self, k_PKE: Tensor, v_PKE: Tensor) -> Seen:
+        """The same, but every document sees these keys and values before its first token."""
+        ...
+
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, score: Score) -> Tensor:
         """Softmax attention of every token over those it sees; the result has the shape of `q_THE`."""
         ...
@@ -58,6 +62,8 @@ class Documents:
     """Whole documents, as in training and scoring: nothing is remembered afterwards."""
 
     spans: tuple[Span, ...]
+    before: tuple[Tensor, Tensor] | None = None
+    """Keys and values that every document sees before its first token."""
 
     @classmethod
     def of_lengths(cls, *lengths: int) -> Documents:
@@ -74,11 +80,13 @@ class Documents:
             length_T[span.start : span.stop] = at_T[span.stop - 1] + 1
         return length_T
 
+    def after(self, k_PKE: Tensor, v_PKE: Tensor) -> Documents:
+        return Documents(self.spans, (k_PKE, v_PKE))
+
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, score: Score) -> Tensor:
         return torch.cat([y for span in self.spans for y in self._one(span, q_THE, k_TKE, v_TKE, score)])
 
-    @staticmethod
-    def _one(span: Span, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, score: Score) -> Iterator[Tensor]:
+    def _one(self, span: Span, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, score: Score) -> Iterator[Tensor]:
         """A document's tokens; where they see a window only, in pieces, so that far pairs cost nothing."""
         start, stop, stem_start, stem_stop = span
         stem, window = stem_stop - stem_start, score.window
@@ -86,6 +94,9 @@ class Documents:
         if stem:
             k_SKE = torch.cat((k_TKE[stem_start:stem_stop], k_SKE))
             v_SKE = torch.cat((v_TKE[stem_start:stem_stop], v_SKE))
+        if self.before is not None:
+            k_SKE, v_SKE = torch.cat((self.before[0], k_SKE)), torch.cat((self.before[1], v_SKE))
+            stem += len(self.before[0])
         piece = PIECE if 0 < window < len(k_SKE) else stop - start
         for at in range(0, stop - start, piece):
             q_PHE = q_THE[start + at : min(start + at + piece, stop)]

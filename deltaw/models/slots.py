@@ -36,6 +36,8 @@ class Delta(nn.Module):
 
     heads = True
     """Whether a head that shares an embedding's table follows what this does to it."""
+    before = 0
+    """How many tokens this puts before the first of every document: positions begin after them."""
     pace: Mapping[str, float] = MappingProxyType({})
     """How many times the learning rate some parameters learn with."""
     undecayed: Collection[str] = ()
@@ -132,11 +134,11 @@ class Embedding(Slot):
 
 
 class Attend(Slot):
-    """Softmax attention over ready queries, keys and values; `seen` says which token sees which."""
+    """Softmax attention of `heads` over keys and values of `kv_heads`; `seen` says which token sees which."""
 
-    def __init__(self, score: Score) -> None:
+    def __init__(self, score: Score, heads: int, kv_heads: int, head_width: int) -> None:
         super().__init__()
-        self.score = score
+        self.score, self.heads, self.kv_heads, self.head_width = score, heads, kv_heads, head_width
 
     def run(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, seen: Seen) -> Tensor:
         return seen.attend(q_THE, k_TKE, v_TKE, self.score)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from safetensors import SafetensorError
 
 from deltaw.files import adapters
 from deltaw.files.atomic import disk_is_full
+from deltaw.settings import plain
 from deltaw.train import checkpoint
 from deltaw.train.checkpoint import Progress
 from deltaw.train.events import Event, Saved, Warned
@@ -57,7 +59,9 @@ class Saver:
 
     def result(self) -> Iterator[Event]:
         """Write the adapter as what the run made; whether it was, `run.adapter` tells."""
-        yield from guarded(lambda: adapters.save(self.job.adapter, self.job.header, self.job.run.adapter))
+        kept = self.job.adapter.method.finished(self.job.adapter)
+        header = replace(self.job.header, settings=plain(kept.method))
+        yield from guarded(lambda: adapters.save(kept, header, self.job.run.adapter))
 
 
 def guarded(write: Callable[[], object], text: str = LATER) -> Iterator[Warned]:

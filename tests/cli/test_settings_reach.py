@@ -8,12 +8,12 @@ import re
 import pytest
 import yaml
 
-from deltaw import settings
+from deltaw import methods, settings
 from deltaw.adapters import protocol
 from deltaw.api import finetune
 from deltaw.cli.app import run
 from deltaw.errors import UserError
-from deltaw.methods import full, lora, lora_fa
+from deltaw.methods import lora
 from deltaw.settings import Training, names
 
 TRAINING = {
@@ -25,7 +25,7 @@ TRAINING = {
 }  # fmt: skip
 LORA = {"targets": "q,v", "rank": 4, "alpha": 8.5, "rslora": True, "dropout": 0.1, "init": "gaussian",
         "rank_pattern": {"layers.0.*": 2}, "alpha_pattern": {"mlp.up_proj": 3.5},
-        "modules_to_save": "norm", "ensure_weight_tying": False}  # fmt: skip
+        "modules_to_save": "norm", "ensure_weight_tying": False, "loraplus_lr_ratio": 4.0}  # fmt: skip
 CASES = [*TRAINING.items(), ("runs", "elsewhere"), *LORA.items()]
 
 
@@ -118,16 +118,15 @@ def sentences(module, cls):
             yield field.target.id, " ".join(after.value.value.split())
 
 
-@pytest.mark.parametrize("method", [lora, lora_fa, full])
-def test_the_help_of_train_tells_each_settings_sentence(here, capsys, monkeypatch, method):
+@pytest.mark.parametrize("name", methods.names())
+def test_the_help_of_train_tells_each_settings_sentence(here, capsys, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "500")
-    name = method.__name__.rpartition(".")[2]
     assert run(["train", "--method", name, "--help"]) == 0
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split()).replace("`", "")
     told = dict(sentences(settings, "Training"))
-    told |= dict(sentences(protocol, "Method")) | dict(
-        sentences(method, {"lora": "LoRA", "lora_fa": "LoRAFA", "full": "Full"}[name])
-    )
+    for cls in reversed(methods.find(name).__mro__):  # a subclass may say it otherwise
+        if issubclass(cls, protocol.Method):
+            told |= dict(sentences(inspect.getmodule(cls), cls.__name__))
     for field, sentence in told.items():
         assert f"--{field.replace('_', '-')}" in text
         assert sentence.replace("`", "") in text, field

@@ -1,0 +1,77 @@
+"""Prefixes in the format of PEFT: one matrix of P rows, each with K and V of every layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deltaw.adapters.adapter import Adapter
+from deltaw.errors import UserError
+from deltaw.files.adapters import put, refuse_nan
+from deltaw.files.atomic import replacing, write_text
+from deltaw.files.foreign import CONFIG, WEIGHTS
+from deltaw.methods import method
+from deltaw.methods.prefix_tuning import Prefix
+from deltaw.models.decoder import Decoder
+
+KIND, KEY = "PREFIX_TUNING", "prompt_embeddings"
+
+
+def is_prefix(adapter: Adapter) -> bool:
+    """Whether this adapter is keys and values, and nothing else."""
+    return all(isinstance(delta, Prefix) for _, delta in adapter.named_deltas())
+
+
+def write(adapter: Adapter, model: Decoder, base: str, folder: Path) -> None:
+    """Write a prefix so that PEFT loads it onto `base`.
+
+    Raises:
+        UserError: it is attended to apart, which PEFT cannot. Diverged: a value is not finite.
+    """
+    c, pairs = model.config, []
+    for _, delta in adapter.named_deltas():
+        assert isinstance(delta, Prefix)
+        if not delta.before:
+            raise UserError("PEFT knows no prefix behind a gate.", remedy="Train without --gate to go there.")
+        pairs.append(torch.stack(delta.pair(), 1))
+    tensors = {KEY: torch.stack(pairs, 1).flatten(1).detach().cpu().contiguous()}
+    refuse_nan(tensors)
+    width = c.kv_heads * c.head_width
+    config = {"peft_type": KIND, "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+              "num_virtual_tokens": len(tensors[KEY]), "num_layers": c.layers, "num_attention_heads": c.kv_heads,
+              "token_dim": width, "encoder_hidden_size": width, "prefix_projection": False,
+              "num_transformer_submodules": 1}  # fmt: skip
+    with replacing(folder / WEIGHTS) as scratch:
+        save_file(tensors, scratch, metadata={"format": "pt"})
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def read(told: dict[str, Any], tensors: dict[str, Tensor], model: Decoder, folder: Path) -> Adapter:
+    """Build the prefix that a folder of PEFT holds on `model`.
+
+    Raises:
+        UserError: it has other tensors, or is one of another model.
+    """
+    c, t = model.config, tensors.get(KEY)
+    if t is None or len(tensors) > 1:
+        raise UserError(f"A prefix is one tensor, '{KEY}'.", where=str(folder / WEIGHTS),
+                        why=f"There are: {', '.join(tensors)[:100] or 'none'}.")  # fmt: skip
+    if t.shape[1:] != (2 * c.layers * c.kv_heads * c.head_width,):
+        raise UserError("This prefix was made for another model.", where=str(folder),
+                        why=f"It has {tuple(t.shape)[-1]:,} values a token, and this model takes "
+                            f"{2 * c.layers * c.kv_heads * c.head_width:,}.")  # fmt: skip
+    if told.get("num_virtual_tokens", len(t)) != len(t):
+        raise UserError(
+            f"{CONFIG} says {told['num_virtual_tokens']} tokens, and there are {len(t)}.", where=str(folder)
+        )
+    adapter = Adapter.build(method("prefix_tuning", str(folder), tokens=len(t)), model).to(model.device)
+    parts_PL2KE = t.float().view(len(t), c.layers, 2, c.kv_heads, c.head_width)
+    put(adapter, {f"{name}.{part}": parts_PL2KE[:, i, j].contiguous()
+                  for i, (name, _) in enumerate(adapter.named_deltas()) for j, part in enumerate("kv")},
+        str(folder))  # fmt: skip
+    return adapter.eval()
