@@ -25,7 +25,8 @@ TECHNIQUES = {
     "lora": {}, "rslora": {"method": "lora", "rslora": True}, "lora+": {"method": "lora", "loraplus_lr_ratio": 16},
     "dora": {}, "pissa": {}, "lora_fa": {}, "multi_lora": {},
     "tied_lora": {}, "tied_lora tl5": {"method": "tied_lora", "variant": "tl5"},
-    "tied_lora tl2": {"method": "tied_lora", "variant": "tl2"}, "vera": {}, "prefix_tuning": {}, "full": {},
+    "tied_lora tl2": {"method": "tied_lora", "variant": "tl2"}, "vera": {}, "prefix_tuning": {},
+    "long_lora": {}, "full": {},
 }  # fmt: skip
 BASE = "base"
 

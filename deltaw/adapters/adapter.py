@@ -60,8 +60,8 @@ class Adapter(nn.Module):
             yield self._slots[name], delta
 
     def low_rank(self) -> dict[str, Affine | None]:
-        """What every delta adds as scale * B A, by slot name; None where it does more than that."""
-        forms = {name: delta.served(self._slots[name]) for name, delta in self.named_deltas()}
+        """What every lasting delta adds as scale * B A, by slot name; None where it does more than that."""
+        forms = {name: delta.served(self._slots[name]) for name, delta in self.named_deltas() if delta.lasting}
         return {name: None if f is None or f.gain_O is not None or f.bias_O is not None else f
                 for name, f in forms.items()}  # fmt: skip
 

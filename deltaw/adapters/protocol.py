@@ -37,6 +37,8 @@ class Site:
     """The adapter's place for what several sites have together: owned, trained and saved once."""
     shape: tuple[int, int] = (0, 0)
     """Outputs and inputs of a matrix that is shared by layers of several sizes."""
+    context: int = 0
+    """Tokens that the model is to see."""
 
 
 @settings

@@ -55,7 +55,7 @@ def write(adapter: Adapter, model: Decoder, base: str, folder: Path, uniform: bo
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     saved: list[str] = []
-    names = dict(adapter.named_deltas())
+    names = {name: delta for name, delta in adapter.named_deltas() if delta.lasting}
     forms = adapter.low_rank()
     most = max((len(form.A_RI) for form in forms.values() if form is not None), default=0)
     if uniform:

@@ -7,6 +7,7 @@ names are those of the Hugging Face checkpoint, without the leading `model.`.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from deltaw.errors import UserError
 from deltaw.models.config import ModelConfig
 from deltaw.models.rope import Dynamic, rotate
 from deltaw.models.seen import Score, Seen
-from deltaw.models.slots import Attend, Embedding, Linear, RMSNorm, Slot
+from deltaw.models.slots import Attend, Embedding, Linear, Positions, RMSNorm, Slot
 from deltaw.weights import Weight
 from deltaw.weights.dense import Dense
 
@@ -50,7 +51,7 @@ class Attention(nn.Module):
         score = Score(c.score_scale or 1 / math.sqrt(c.head_width), c.score_cap, window)
         self.attend = Attend(score, c.heads, c.kv_heads, c.head_width)
 
-    def forward(self, x_TD: Tensor, turn: tuple[Tensor, Tensor], seen: Seen) -> Tensor:
+    def forward(self, x_TD: Tensor, turn: Tensor, seen: Seen) -> Tensor:
         q_THE, k_TKE, v_TKE = self._projected(x_TD)
         if self.normed:
             q_THE, k_TKE = self.q_norm(q_THE), self.k_norm(k_TKE)
@@ -99,7 +100,7 @@ class Layer(nn.Module):
         if self.sandwich:
             self.pre_feedforward_layernorm, self.post_feedforward_layernorm = _norm(c, c.width), _norm(c, c.width)
 
-    def forward(self, x_TD: Tensor, turn: tuple[Tensor, Tensor], seen: Seen) -> Tensor:
+    def forward(self, x_TD: Tensor, turn: Tensor, seen: Seen) -> Tensor:
         y_TD = self.self_attn(self.input_layernorm(x_TD), turn, seen)
         if self.sandwich:
             x_TD = x_TD + self.post_attention_layernorm(y_TD)
@@ -116,7 +117,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self._config = config
+        self.positions = Positions(config.rope, config.context)
         scale = config.width**0.5 if config.family.scaled_embedding else 1.0
         self.embed_tokens = Embedding(torch.empty(config.vocab, config.width), scale)
         windows = config.windows or (0,) * config.layers
@@ -142,14 +144,19 @@ class Decoder(nn.Module):
             ) from None
         at_T = at_T + self.before
         length_T = seen.lengths(at_T)
-        far = self.config.rope.turns(at_T, length_T, x_TD.dtype)
-        local = self.config.local_rope
-        near = far if local is None else local.turns(at_T, length_T, x_TD.dtype)
+        far = self.positions(at_T, length_T, x_TD.dtype)
+        local = self._config.local_rope
+        near = far if local is None else torch.stack(local.turns(at_T, length_T, x_TD.dtype))
         for i, layer in enumerate(self.layers[:depth]):
             around = (x_TD, near if layer.local else far, seen.layer(i))
             x_TD = checkpoint(layer, *around, use_reentrant=False) if recompute else layer(*around)
         h_TD: Tensor = self.norm(x_TD)
         return h_TD
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes and constants, as they are now: positions may have been merged into."""
+        return replace(self._config, rope=self.positions.rope, context=self.positions.context)
 
     @property
     def before(self) -> int:
@@ -160,7 +167,12 @@ class Decoder(nn.Module):
     @property
     def context(self) -> int:
         """How many tokens a document may have."""
-        return self.config.context - self.before
+        return int(self._reach.context) - self.before
+
+    @property
+    def _reach(self) -> Any:
+        """The positions as they are worn: something with a `rope` and a `context`."""
+        return self.positions.delta or self.positions
 
     def head_VD(self) -> Tensor:
         """The output matrix as the adapter left it (a tied one is the embedding's table), gradients included."""
@@ -178,7 +190,7 @@ class Decoder(nn.Module):
 
     def shares(self, longest: int) -> bool:
         """Whether documents of up to so many tokens may share their beginnings: not where lengths change the angles."""
-        scaling = self.config.rope.scaling
+        scaling = self._reach.rope.scaling
         return not isinstance(scaling, Dynamic) or longest <= scaling.original_max_position_embeddings
 
     @property

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltaw.models.rope import Rope
 from deltaw.models.seen import Score, Seen
 from deltaw.weights import Weight
 
-Parts = dict[str, Weight | Tensor | None]
+Parts = dict[str, Any]
 """Attributes of a slot by name, such as `weight` and `bias`."""
 
 
@@ -36,6 +37,8 @@ class Delta(nn.Module):
 
     heads = True
     """Whether a head that shares an embedding's table follows what this does to it."""
+    lasting = True
+    """Whether this does anything outside of training."""
     before = 0
     """How many tokens this puts before the first of every document: positions begin after them."""
     pace: Mapping[str, float] = MappingProxyType({})
@@ -131,6 +134,17 @@ class Embedding(Slot):
         x_TD = F.embedding(ids_T, self.table if table_VD is None else table_VD)
         # As in the reference, the factor has the type of the table.
         return x_TD if self.scale == 1 else x_TD * torch.tensor(self.scale, dtype=x_TD.dtype, device=x_TD.device)
+
+
+class Positions(Slot):
+    """Positions to angles, and how far they reach: cosine and sine, of shape 2 x T x 1 x E."""
+
+    def __init__(self, rope: Rope, context: int) -> None:
+        super().__init__()
+        self.rope, self.context = rope, context
+
+    def run(self, at_T: Tensor, length_T: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.stack(self.rope.turns(at_T, length_T, dtype))
 
 
 class Attend(Slot):
