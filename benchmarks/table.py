@@ -39,6 +39,7 @@ def measured(name, task, seed, settings):
     from deltaw.api.merge import merge
     from deltaw.api.persona import Persona, load_base
     from deltaw.decode.sampling import Sampling
+    from deltaw.errors import UserError
     from deltaw.evaluate.measure import grade
     from deltaw.scoring.text import score
     from deltaw.train.events import Stepped
@@ -61,13 +62,16 @@ def measured(name, task, seed, settings):
         events = list(made.events())
         finished, tokens = events[-1], sum(e.tokens for e in events if isinstance(e, Stepped))
         persona = Persona("tuned", made.base, made.job.adapter.eval())
-        merged = merge(persona, Path(folder) / "merged", asked[:16])
+        try:
+            merged = merge(persona, Path(folder) / "merged", asked[:16]).difference.max_logit_difference
+        except UserError:  # a prefix is no weight
+            merged = None
         return {
             **scored(persona), "trained": persona.adapter.parameter_count, "bytes": made.job.run.adapter.stat().st_size,
             "peak_bytes": finished.peak_bytes,
             "tokens_per_second": tokens / finished.train_seconds,
             "train_seconds": finished.train_seconds, "steps": finished.step, "loss": finished.loss,
-            "merge_error": merged.difference.max_logit_difference, "learning_rate": made.job.learning_rate,
+            "merge_error": merged, "learning_rate": made.job.learning_rate,
             "threads": torch.get_num_threads(),
         }  # fmt: skip
 
@@ -120,9 +124,11 @@ def table(done):
         cells += [f"{(statistics.median(got) - bleu[BASE][0]) / gain:.0%}" if gain and name != BASE else ""]
         cells += [f"{intent[0]:.2f}" if intent else ""]
         if name != BASE:
-            wanted = ("trained", "bytes", "peak_bytes", "tokens_per_second", "merge_error")
-            trained, size, peak, speed, off = (statistics.median(d[k] for d in mine) for k in wanted)
-            cells += [f"{trained:,.0f}", f"{size / 1e6:.2f} MB", f"{peak / 1e9:.2f} GB", f"{speed:.0f}", f"{off:.0e}"]
+            wanted = ("trained", "bytes", "peak_bytes", "tokens_per_second")
+            trained, size, peak, speed = (statistics.median(d[k] for d in mine) for k in wanted)
+            off = [d["merge_error"] for d in mine if d["merge_error"] is not None]
+            cells += [f"{trained:,.0f}", f"{size / 1e6:.2f} MB", f"{peak / 1e9:.2f} GB", f"{speed:.0f}"]
+            cells += [f"{max(off):.0e}" if off else "none"]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 

@@ -120,7 +120,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize(("tensors", "config", "said"), [
-    (None, {"peft_type": "PREFIX_TUNING"}, "the kind PREFIX_TUNING"),
+    (None, {"peft_type": "IA3"}, "the kind IA3"),
     (None, {"use_dora": True}, "It is a dora"),
     (None, {"bias": "all"}, "Biases of the base were trained"),
     (None, {"init_lora_weights": "pissa_niter_4"}, "began by pissa_niter_4, which changed the base"),
