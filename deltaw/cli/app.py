@@ -40,6 +40,7 @@ COMMANDS = {
     "generate": "Answer questions given on the command line, or one a line.",
     "eval": "Measure a persona, beside its base if you like.",
     "merge": "Write base and adapter as one plain model, and check it.",
+    "combine": "Make one persona out of several.",
     "export": "Write a persona for other tools, and check it.",
     "import": "Take in a LoRA that PEFT, mlx-lm or torchtune wrote.",
     "data": "Say what a model would learn from your data.",

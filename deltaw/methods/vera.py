@@ -22,7 +22,7 @@ from deltaw.settings import settings
 class VeRA(Method):
     """Train two vectors in each layer, around random matrices that all of them have together."""
 
-    peak_rate: ClassVar[float] = 1e-2
+    peak_rate: ClassVar[float] = 3e-2
 
     rank: Annotated[int, Field(ge=1, le=8192)] = 256
     """Rank R of the random matrices."""
