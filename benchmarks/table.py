@@ -26,7 +26,7 @@ TECHNIQUES = {
     "dora": {}, "pissa": {}, "lora_fa": {}, "multi_lora": {},
     "tied_lora": {}, "tied_lora tl5": {"method": "tied_lora", "variant": "tl5"},
     "tied_lora tl2": {"method": "tied_lora", "variant": "tl2"}, "vera": {}, "prefix_tuning": {},
-    "long_lora": {}, "full": {},
+    "glora": {}, "long_lora": {}, "full": {},
 }  # fmt: skip
 BASE = "base"
 

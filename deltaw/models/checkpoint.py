@@ -69,9 +69,30 @@ def save(model: Decoder, folder: Path) -> None:
 
 
 def tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Every weight, by its checkpoint name without the leading `model.`."""
+    """Every weight, by its checkpoint name without the leading `model.`; where others have a bias, zeros for one.
+
+    Raises:
+        UserError: a bias has no place in a model of this family.
+    """
+    config, given = model.config, set[str]()
     for name, (owner, part) in _places(model):
+        given.add(name)
         yield name, get(owner, part)
+    for name, slot in model.layers.named_modules(prefix="layers"):
+        biased, own = _bias_of(name.rsplit(".", 1)[-1], config)
+        if isinstance(slot, Linear) and biased and not own:
+            raise UserError(f"The bias that was trained has no place in a {config.family.name} model.",
+                            remedy="Train without it: --c none --e none.")  # fmt: skip
+        if isinstance(slot, Linear) and biased and f"{name}.bias" not in given:
+            yield f"{name}.bias", torch.zeros(slot.weight.shape[0], dtype=model.dtype, device=model.device)
+
+
+def _bias_of(last: str, config: ModelConfig) -> tuple[bool, bool]:
+    """Whether a layer called so has a bias, and whether the family has a place for it."""
+    if last in ("gate_proj", "up_proj", "gate_up_proj", "down_proj"):
+        return config.mlp_bias, "mlp" in config.family.biases
+    own = "attention" in config.family.biases or (config.family.qkv_bias and last != "o_proj")
+    return config.o_bias if last == "o_proj" else config.qkv_bias, own
 
 
 def fingerprint(model: Decoder) -> str:
@@ -81,8 +102,7 @@ def fingerprint(model: Decoder) -> str:
     bits: one that is flipped anywhere changes it.
     """
     h = hashlib.sha256()
-    for name, (owner, part) in sorted(_places(model), key=lambda item: item[0]):
-        w = get(owner, part)
+    for name, w in sorted(tensors(model)):
         flat = w.reshape(-1)
         total = sum(int(_bits(flat[i : i + SUMMED]).sum()) for i in range(0, len(flat), SUMMED))
         h.update(f"{name}{tuple(w.shape)}{total}".encode())

@@ -155,8 +155,16 @@ class Decoder(nn.Module):
 
     @property
     def config(self) -> ModelConfig:
-        """Sizes and constants, as they are now: positions may have been merged into."""
-        return replace(self._config, rope=self.positions.rope, context=self.positions.context)
+        """Sizes and constants, as they are now: positions and biases may have been merged into.
+
+        Attention, or the feed-forward networks, have biases as soon as one of their layers has one that is new.
+        """
+        given, biased = self._config, {name.split(".")[1] + "." * name.endswith("o_proj")
+                                       for name, layer in self.layers.named_modules()
+                                       if isinstance(layer, Linear) and layer.bias is not None}  # fmt: skip
+        new = "self_attn." in biased or ("self_attn" in biased and not given.qkv_bias)
+        return replace(given, rope=self.positions.rope, context=self.positions.context, mlp_bias="mlp" in biased,
+                       qkv_bias=given.qkv_bias or new, o_bias=given.o_bias or new)  # fmt: skip
 
     @property
     def before(self) -> int:
@@ -185,7 +193,7 @@ class Decoder(nn.Module):
 
     def logits(self, h_TD: Tensor) -> Tensor:
         """Logits of shape T x V."""
-        logits_TV, cap = F.linear(h_TD, self.head_VD()), self.config.logit_cap
+        logits_TV, cap = F.linear(h_TD, self.head_VD()), self._config.logit_cap
         return logits_TV.div(cap).tanh().mul(cap) if cap else logits_TV
 
     def shares(self, longest: int) -> bool:

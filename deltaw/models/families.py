@@ -19,6 +19,8 @@ class Family:
     activation: Literal["silu", "gelu_tanh"] = "silu"
     qkv_bias: bool = False
     """Queries, keys and values have biases, whatever `attention_bias` says of the whole attention."""
+    biases: tuple[str, ...] = ()
+    """Which biases `transformers` has a place for: those of `attention`, those of the `mlp`."""
     head_norms: bool = False
     """Queries and keys are normalised per head before they are rotated."""
     sandwich: bool = False
@@ -40,19 +42,20 @@ class Family:
 
 
 GEMMA: dict[str, Any] = {
-    "activation": "gelu_tanh", "sandwich": True, "unit_gain": True, "scaled_embedding": True, "tied": True,
+    "biases": ("attention",), "activation": "gelu_tanh", "sandwich": True, "unit_gain": True,
+    "scaled_embedding": True, "tied": True,
 }  # fmt: skip
 HEADS = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096}
 CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 ROPES = {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
 ROWS = (
     Family(name="llama", architecture="LlamaForCausalLM", shown="Llama 2 and 3, SmolLM2", gguf="llama",
-           interleaved=True),
+           interleaved=True, biases=("attention", "mlp")),
     Family(name="mistral", architecture="MistralForCausalLM", shown="Mistral", gguf="llama",
            interleaved=True, defaults={"sliding_window": 4096}),
     Family(name="qwen2", architecture="Qwen2ForCausalLM", shown="Qwen2, Qwen2.5", qkv_bias=True, gguf="qwen2"),
     Family(name="qwen3", architecture="Qwen3ForCausalLM", shown="Qwen3", head_norms=True, gguf="qwen3",
-           defaults={"head_dim": 128}),
+           biases=("attention",), defaults={"head_dim": 128}),
     Family(name="gemma2", architecture="Gemma2ForCausalLM", shown="Gemma 2", gguf="gemma2", defaults=HEADS | CAPS,
            **GEMMA),
     Family(name="gemma3_text", architecture="Gemma3ForCausalLM", shown="Gemma 3, text", head_norms=True, gguf="gemma3",

@@ -35,6 +35,8 @@ VARIANTS = {
     "prefix_tuning": [{"tokens": 5}, {"tokens": 3, "projection": 6}, {"tokens": 4, "gate": True}],
     "long_lora": [{}, {"context": 512, "group": 8, "rope": "yarn"}, {"modules_to_save": "", "grouped": False},
                   {"targets": "q,v", "group": 6, "shift": False, "modules_to_save": "norm", "dropout": 0.3}],
+    "glora": [{}, {"a": "lora", "c": "vector", "e": "vector"}, {"a": "none", "b": "constant", "c": "lora", "rank": 2},
+              {"a": "constant", "b": "vector", "d": "vector", "e": "constant", "targets": "q,v"}],
     "full": [{}, {"targets": "all-linear"}, {"targets": "input_layernorm,embed_tokens"}],
 }  # fmt: skip
 CASES = [pytest.param(n, s, id=f"{n}-{i}") for n in names() for i, s in enumerate(VARIANTS.get(n, [{}]))]

@@ -1,0 +1,204 @@
+"""GLoRA: (W + W ∘ A + B) x + (b + b ∘ D + E + W C), each of A to E a matrix, a vector, a number or nothing.
+
+Chavan et al. 2023, arXiv:2306.07967; ∘ is elementwise, as in the authors' code (Arnav0400/ViT-Slim). What is chosen at
+a layer is its *path*. A supernet draws one for every layer and pass, so that a search can try them all afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import field
+from typing import Annotated, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from deltaw.adapters.protocol import Method, Site
+from deltaw.errors import UserError
+from deltaw.models.slots import Affine, Delta, Linear, Parts
+from deltaw.settings import settings
+
+Wide = Literal["lora", "vector", "constant", "none"]
+Prompt = Literal["lora", "vector", "none"]
+Flat = Literal["vector", "constant", "none"]
+CHOICES = (get_args(Wide), get_args(Wide), get_args(Prompt), get_args(Flat), get_args(Flat))
+
+
+class Path(NamedTuple):
+    """What each of the five terms of a layer is."""
+
+    a: str
+    b: str
+    c: str
+    d: str
+    e: str
+
+    def numbers(self, o: int, i: int, rank: int) -> int:
+        """How many numbers this path trains at a layer of this size."""
+        wide = {"lora": rank * (o + i), "vector": o, "constant": 1, "none": 0}
+        flat = {"vector": o, "constant": 1, "none": 0}
+        prompt = {"lora": rank * (i + 1), "vector": i, "none": 0}
+        return wide[self.a] + wide[self.b] + prompt[self.c] + flat[self.d] + flat[self.e]
+
+
+LARGEST = Path("lora", "lora", "lora", "vector", "vector")
+
+
+def drawn(bias: bool, rng: torch.Generator | None = None) -> Path:
+    """A path, all equally likely; D, which multiplies the bias, is nothing where there is none."""
+    picked = (int(torch.randint(len(some), (), generator=rng)) for some in CHOICES)
+    path = Path(*(some[i] for some, i in zip(CHOICES, picked, strict=True)))
+    return path if bias else path._replace(d="none")
+
+
+class General(Delta):
+    """The terms of one layer. A vector or a number is a part of the matrices, which all paths of a supernet share."""
+
+    A_down: nn.Parameter
+    A_up: nn.Parameter
+    B_down: nn.Parameter
+    B_up: nn.Parameter
+
+    def __init__(self, o: int, i: int, rank: int, path: Path, rng: torch.Generator) -> None:
+        super().__init__()
+        self.size, self.path, self.roams = (o, i, rank), path, False
+        for term, choice, rows, columns in (("A", path.a, o, i), ("B", path.b, o, i), ("C", path.c, i, 1)):
+            if choice == "lora":
+                bound = math.sqrt(6 / (rank + columns))  # Xavier's
+                up = torch.empty(rank, columns).uniform_(-bound, bound, generator=rng)
+                self.register_parameter(f"{term}_up", nn.Parameter(up))
+            if choice != "none":
+                shape = {"lora": (rows, rank), "vector": (rows, 1), "constant": (1, 1)}[choice]
+                self.register_parameter(f"{term}_down", nn.Parameter(torch.zeros(shape)))
+        for term, choice in (("D", path.d), ("E", path.e)):
+            if choice != "none":
+                self.register_parameter(term, nn.Parameter(torch.zeros(o if choice == "vector" else 1)))
+
+    def term(self, name: str, choice: str) -> Tensor | None:
+        """What a term is by this choice: O x I, O x 1 or 1 x 1 (A, B), I x 1 (C), O or 1 (D, E)."""
+        if choice == "none":
+            return None
+        if name in "DE":
+            flat: Tensor = getattr(self, name)
+            return flat[:1] if choice == "constant" else flat
+        down: Tensor = getattr(self, f"{name}_down")
+        if choice == "lora":
+            up: Tensor = getattr(self, f"{name}_up")
+            return down @ up
+        return down[:1, :1] if choice == "constant" else down[:, :1]
+
+    def bias(self, slot: Linear, path: Path, dtype: torch.dtype) -> Tensor | None:
+        """B + b ∘ D + E + W C, or None where there is nothing of it."""
+        bias_O = slot.bias
+        if (d := self.term("D", path.d)) is not None and bias_O is not None:
+            bias_O = bias_O * (1 + d)
+        if (e := self.term("E", path.e)) is not None:
+            bias_O = e.expand(slot.weight.shape[0]) if bias_O is None else bias_O + e
+        if (c_I1 := self.term("C", path.c)) is not None:
+            prompt_O = slot.weight(c_I1.t().to(dtype))[0]
+            bias_O = prompt_O if bias_O is None else bias_O + prompt_O
+        return bias_O
+
+    def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
+        path = drawn(slot.bias is not None) if self.roams and self.training else self.path
+        a, bias_O = self.term("A", path.a) if path.a != "lora" else None, self.bias(slot, path, x_TI.dtype)
+        y_TO: Tensor = slot.weight(x_TI) if a is None else slot.weight(x_TI) * (1 + a.flatten()).to(x_TI.dtype)
+        if path.a == "lora":
+            y_TO = y_TO + self._elementwise(slot, x_TI)
+        if path.b == "lora":
+            low_TR = F.linear(x_TI, self.B_up.to(x_TI.dtype))
+            y_TO = y_TO + F.linear(low_TR, self.B_down.to(x_TI.dtype))
+        elif (b := self.term("B", path.b)) is not None:
+            y_TO = y_TO + x_TI.sum(-1, keepdim=True) * b.flatten().to(x_TI.dtype)
+        return y_TO if bias_O is None else y_TO + bias_O.to(x_TI.dtype)
+
+    def _elementwise(self, slot: Linear, x_TI: Tensor) -> Tensor:
+        """(W ∘ A_down A_up) x: as `rank` products with W where there are fewer tokens than make that dearer."""
+        down_OR, up_RI, rank = self.A_down.to(x_TI.dtype), self.A_up.to(x_TI.dtype), self.size[2]
+        if len(x_TI) * (rank - 1) > rank + 1:
+            return F.linear(x_TI, slot.weight.dense() * (down_OR @ up_RI))
+        parts = [slot.weight(x_TI * up) * down for up, down in zip(up_RI, down_OR.t(), strict=True)]
+        return torch.stack(parts).sum(0)
+
+    def merged(self, slot: Linear) -> Parts:
+        w_OI = slot.weight.dense().float()
+        a, b = self.term("A", self.path.a), self.term("B", self.path.b)
+        new_OI = w_OI if a is None else w_OI + w_OI * a
+        dtype = slot.weight.dense().dtype
+        bias_O = self.bias(slot, self.path, dtype)
+        parts: Parts = {"weight": slot.weight.repack(new_OI if b is None else new_OI + b)}
+        return parts if bias_O is None else {**parts, "bias": bias_O.to(dtype)}
+
+    def served(self, slot: Linear) -> Affine | None:
+        if self.path.a == "lora":
+            return None  # W ∘ A is of full rank
+        o, i = slot.weight.shape
+        a = self.term("A", self.path.a)
+        low: tuple[Tensor, Tensor] = torch.ones(1, i), torch.zeros(o, 1)
+        if self.path.b == "lora":
+            low = self.B_up, self.B_down
+        elif (b := self.term("B", self.path.b)) is not None:
+            low = torch.ones(1, i), b.expand(o, 1)
+        bias_O = self.bias(slot, self.path, slot.weight.dense().dtype) if set(self.path[2:]) != {"none"} else None
+        return Affine(*low, 1.0, None if a is None else (1 + a).flatten().expand(o), bias_O)
+
+    def along(self, path: Path) -> Delta:
+        """The same by one of a supernet's paths, without what that does not use."""
+        other = General(*self.size, path, torch.Generator())
+        with torch.no_grad():
+            for name, p in other.named_parameters():
+                mine = self.get_parameter(name)
+                p.copy_(mine[tuple(slice(n) for n in p.shape)])
+        return other
+
+
+@settings
+class GLoRA(Method):
+    """Train a scale for the weights, a LoRA beside them, and biases, each in the form that is chosen."""
+
+    rank: Annotated[int, Field(ge=1, le=8192)] = 4
+    """Rank R of the terms that are matrices."""
+    a: Wide = "vector"
+    """What multiplies W: a matrix of rank R, a number for every output, one number, or nothing."""
+    b: Wide = "lora"
+    """What is added to W: a matrix of rank R, a number for every output, one number, or nothing."""
+    c: Prompt = "none"
+    """What W is applied to and added as a bias: a vector of rank R, a vector, or nothing."""
+    d: Flat = "none"
+    """What multiplies the bias: a vector, a number, or nothing. Only where the layer has one."""
+    e: Flat = "none"
+    """What is added to the bias: a vector, a number, or nothing."""
+    supernet: bool = False
+    """Train all of it, along a path drawn for every layer and pass, for deltaw search to choose from."""
+    paths: dict[str, str] = field(default_factory=dict)
+    """Other paths for some layers, by their names: {"layers.0.mlp.up_proj": "none/lora/none/none/vector"}."""
+
+    def plan(self, sites: list[Site]) -> list[Site]:
+        if unknown := sorted(self.paths.keys() - {site.name for site in sites}):
+            raise UserError(f"There is a path for {unknown[0]}, which is no adapted layer.")
+        return sites
+
+    def build(self, site: Site, rng: torch.Generator) -> General:
+        o, i = site.slot.weight.shape
+        path = LARGEST if self.supernet else Path(self.a, self.b, self.c, self.d, self.e)
+        if site.name in self.paths:
+            path = read_path(self.paths[site.name])
+        if site.slot.bias is None:
+            path = path._replace(d="none")
+        delta = General(o, i, self.rank, path, rng)
+        delta.roams = self.supernet
+        return delta
+
+
+def read_path(text: str) -> Path:
+    """Read a path as it is written: A to E, divided by slashes.
+
+    Raises:
+        UserError: it is none.
+    """
+    parts = text.split("/")
+    if len(parts) != len(CHOICES) or any(part not in some for part, some in zip(parts, CHOICES, strict=False)):
+        raise UserError(f"'{text}' is no path.", remedy="One looks like vector/lora/none/none/none: A to E.")
+    return Path(*parts)
