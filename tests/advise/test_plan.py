@@ -156,7 +156,7 @@ def test_layers_are_recomputed_only_where_memory_is_short(unequal, monkeypatch):
 
 def test_auto_recomputes_between_what_both_ways_need(unequal, monkeypatch):
     job = unequal(gradient_checkpointing="auto", rank=1)
-    job.model.config = dataclasses.replace(job.model.config, layers=20)  # recomputing saves little with two layers
+    job.model._config = dataclasses.replace(job.model.config, layers=20)  # recomputing saves little with two layers
     monkeypatch.setattr(planning, "cost", lambda *a, **k: Cost(0.5, whole=True))
     chosen = []
     for n_bytes in sorted({int(10 ** (4.5 + i / 10)) for i in range(40)}, reverse=True):

@@ -57,7 +57,7 @@ def thirty(job, monkeypatch):
     monkeypatch.setattr(probe, "head_seconds", lambda job, targets: 0.01 * targets)
     monkeypatch.setattr(probe, "PROBED_LABELS", 5)
     monkeypatch.setattr(probe, "peak_bytes", lambda device: next(peaks))
-    job.model.config = replace(job.model.config, layers=30)
+    job.model._config = replace(job.model.config, layers=30)
     return ran
 
 
