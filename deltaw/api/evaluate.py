@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deltaw.api.persona import Persona
 from deltaw.data import files as reading
-from deltaw.data.batch import micro_batches
+from deltaw.data.batch import Batch, micro_batches
 from deltaw.data.encode import Encoded, TrainOn, encode_all
 from deltaw.data.rows import Example
 from deltaw.decode.sampling import Sampling
@@ -63,6 +63,17 @@ def evaluate(persona: Persona, file: str | Path, metrics: Sequence[str] = (), li
         notices.append(f"{cut} of {some(len(graded), 'answer')} cut after {some(sampling.max_new_tokens, 'token')} "
                        "(--max-new-tokens).")  # fmt: skip
     return Report(persona.name, len(examples), scores, asked, graded, tuple(notices))
+
+
+def rows_of(file: Path, persona: Persona) -> list[Batch]:
+    """A file's rows as `persona` is measured on them: answers, or of plain texts everything.
+
+    Raises:
+        UserError: a fault in the data, or nothing to measure.
+    """
+    with persona.on():
+        rows, _ = _encoded(tuple(reading.stream(file)), persona)
+        return micro_batches(rows, MICRO_TOKENS, persona.base.model.shares)
 
 
 def _askable(examples: Sequence[Example], persona: Persona) -> tuple[tuple[Example, ...], list[str]]:

@@ -41,6 +41,7 @@ COMMANDS = {
     "eval": "Measure a persona, beside its base if you like.",
     "merge": "Write base and adapter as one plain model, and check it.",
     "combine": "Make one persona out of several.",
+    "search": "Choose what each layer of a GLoRA supernet trains.",
     "export": "Write a persona for other tools, and check it.",
     "import": "Take in a LoRA that PEFT, mlx-lm or torchtune wrote.",
     "data": "Say what a model would learn from your data.",

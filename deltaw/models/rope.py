@@ -9,25 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltaw.errors import UserError
-
-
-class Scaling(Protocol):
-    """A way to stretch RoPE."""
-
-    @property
-    def magnitude(self) -> float:
-        """What cosines and sines are multiplied by."""
-        ...
-
-    def frequencies(self, theta: float, width: int, length_T1: Tensor) -> Tensor:
-        """Angle per position of each rotary pair: of shape E/2, or T x E/2 where documents' lengths matter."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, no network. Colours come from the page (`--ink`, `--grid`, `--series-1` …)."""
+"""Line charts as inline SVG: no script, no network. Colours come from the page, `report.css`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,6 @@ HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 250, 58, 14, 34, 28
 LINE_POINTS, HOVERS = 1200, 160
 FLAT = 1e-6
 """Values that differ by less than this share are drawn as equal: it is noise of the arithmetic."""
-STYLE = """
-svg.chart { display: block; width: 100%; font: 12px system-ui, sans-serif; fill: var(--muted); overflow: visible }
-.chart .grid { stroke: var(--grid); stroke-width: 1 }
-.chart .axis { stroke: var(--muted); stroke-width: 1; opacity: .5 }
-.chart path { fill: none; stroke-width: 2.25; stroke-linejoin: round; stroke-linecap: round }
-.chart path.faint { stroke-width: 1; opacity: .4 }
-.chart .s1 { stroke: var(--series-1) } .chart .s2 { stroke: var(--series-2) }
-.chart circle { fill: var(--card); stroke-width: 2.25 }
-.chart .mark circle { fill: var(--series-2); stroke: var(--card); stroke-width: 2 }
-.chart .mark text { fill: var(--ink); font-weight: 600; paint-order: stroke; stroke: var(--card); stroke-width: 4px }
-.chart .hover rect { fill: transparent } .chart .hover line { stroke: var(--muted); opacity: 0 }
-.chart .hover:hover line { opacity: .6 }
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
