@@ -17,7 +17,8 @@ from deltaw.words import size
 
 
 def search(run: str, file: Path, /, *, out: Annotated[str, Parameter(name=["--out", "-o"])],
-           chosen: Annotated[Search, Parameter(name="*")], base: str | None = None, runs: Path = Path("runs"),
+           chosen: Annotated[Search, Parameter(name="*")] = Search(), base: str | None = None,  # noqa: B008 (frozen)
+           runs: Path = Path("runs"),
            machine: Annotated[Machine | None, Parameter(name="*")] = None, json: bool = False) -> None:  # fmt: skip
     """Find the best paths through a supernet within a budget, and keep them as a run; it goes on where it was stopped.
 
