@@ -81,7 +81,7 @@ def search(persona: Persona, batches: Sequence[Batch], chosen: Search, log: Path
             paths = _legal(bred, i, deltas, chosen, rng, {m.paths for m in found})
             key, size = "|".join("/".join(path) for path in paths), numbers(deltas, paths)
             if key not in known:
-                known[key] = _measure(persona, deltas, paths, batches)
+                known[key] = measure(persona, deltas, paths, batches)
                 with log.open("a", encoding="utf-8") as file:
                     file.write("\n" + json.dumps({"paths": key, "parameters": size, "perplexity": known[key]}))
             found.append(Measured(paths, size, known[key]))
@@ -123,7 +123,8 @@ def _known(log: Path) -> dict[str, float]:
     return known
 
 
-def _measure(persona: Persona, deltas: Sequence[General], paths: Candidate, batches: Sequence[Batch]) -> float:
+def measure(persona: Persona, deltas: Sequence[General], paths: Candidate, batches: Sequence[Batch]) -> float:
+    """The perplexity of a supernet by these paths; afterwards it is as it was."""
     before = [delta.path for delta in deltas]
     try:
         for delta, path in zip(deltas, paths, strict=True):

@@ -104,9 +104,8 @@ def _refuse_for_vllm(names: Mapping[str, Any], most: int) -> None:
     if "lm_head" in names:
         raise UserError("vLLM loads no LoRA of the head.", remedy="Take deltaw merge, or train without lm_head.")
     if most > VLLM_RANK:
-        raise UserError(
-            f"vLLM loads ranks up to {VLLM_RANK}, and this adapter has {most}.", remedy="Take deltaw merge."
-        )
+        raise UserError(f"vLLM loads ranks up to {VLLM_RANK}, and this adapter has {most}.",
+                        remedy="Take deltaw merge.")  # fmt: skip
 
 
 def read(folder: Path, model: Decoder) -> Adapter:

@@ -66,9 +66,8 @@ def read(told: dict[str, Any], tensors: dict[str, Tensor], model: Decoder, folde
                         why=f"It has {tuple(t.shape)[-1]:,} values a token, and this model takes "
                             f"{2 * c.layers * c.kv_heads * c.head_width:,}.")  # fmt: skip
     if told.get("num_virtual_tokens", len(t)) != len(t):
-        raise UserError(
-            f"{CONFIG} says {told['num_virtual_tokens']} tokens, and there are {len(t)}.", where=str(folder)
-        )
+        raise UserError(f"{CONFIG} says {told['num_virtual_tokens']} tokens, and there are {len(t)}.",
+                        where=str(folder))  # fmt: skip
     adapter = Adapter.build(method("prefix_tuning", str(folder), tokens=len(t)), model).to(model.device)
     parts_PL2KE = t.float().view(len(t), c.layers, 2, c.kv_heads, c.head_width)
     put(adapter, {f"{name}.{part}": parts_PL2KE[:, i, j].contiguous()

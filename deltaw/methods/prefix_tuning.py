@@ -93,7 +93,7 @@ class PrefixTuning(Method):
 
     identity_at_start: ClassVar[bool] = False
     kinds: ClassVar[tuple[type[Slot], ...]] = (Attend,)
-    peak_rate: ClassVar[float] = 5e-3
+    peak_rate: ClassVar[float] = 3e-2
 
     targets: str = "attend"
     """The layers' attention: all of them."""

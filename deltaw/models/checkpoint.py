@@ -52,9 +52,8 @@ def load(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
             raise UserError(f"The weight '{name}' has no place in this model.", where=str(path), remedy=ANEW)
         _put(*wanted.pop(name), w.to(device=device, dtype=dtype), f"{path}: {name}")
     if wanted:
-        raise UserError(
-            f"{some(len(wanted), 'weight')} missing, such as '{min(wanted)}'.", where=str(path), remedy=ANEW
-        )
+        raise UserError(f"{some(len(wanted), 'weight')} missing, such as '{min(wanted)}'.", where=str(path),
+                        remedy=ANEW)  # fmt: skip
     return model.eval()
 
 

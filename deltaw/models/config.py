@@ -98,27 +98,15 @@ class ModelConfig:
         bias = bool(config.get("attention_bias", False))
         scalar = config.get("query_pre_attn_scalar") or head_width
         return cls(
-            family=family,
-            vocab=int(config["vocab_size"]),
-            width=width,
-            layers=int(config["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_width=head_width,
-            hidden=int(config["intermediate_size"]),
-            context=context,
-            eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope=far,
-            local_rope=near,
-            windows=_windows(family, config),
-            score_scale=1 / math.sqrt(float(scalar)),
+            family=family, vocab=int(config["vocab_size"]), width=width, layers=int(config["num_hidden_layers"]),
+            heads=heads, kv_heads=int(config.get("num_key_value_heads") or heads), head_width=head_width,
+            hidden=int(config["intermediate_size"]), context=context, eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope=far, local_rope=near, windows=_windows(family, config), score_scale=1 / math.sqrt(float(scalar)),
             score_cap=float(config.get("attn_logit_softcapping") or 0),
             logit_cap=float(config.get("final_logit_softcapping") or 0),
-            tied=bool(config.get("tie_word_embeddings", family.tied)),
-            qkv_bias=bias or family.qkv_bias,
-            o_bias=bias,
+            tied=bool(config.get("tie_word_embeddings", family.tied)), qkv_bias=bias or family.qkv_bias, o_bias=bias,
             mlp_bias=bool(config.get("mlp_bias", False)),
-        )
+        )  # fmt: skip
 
     def to_hf(self) -> dict[str, Any]:
         """Write the `config.json` from which `transformers` builds the same model."""
@@ -128,25 +116,14 @@ class ModelConfig:
         if isinstance(self.rope.scaling, Dynamic):
             context = self.rope.scaling.original_max_position_embeddings
         written: dict[str, Any] = {
-            "architectures": [family.architecture],
-            "model_type": family.name,
-            "hidden_activation" if family.sandwich else "hidden_act": act,
-            "vocab_size": self.vocab,
-            "hidden_size": self.width,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_width,
-            "intermediate_size": self.hidden,
-            "max_position_embeddings": context,
-            "rms_norm_eps": self.eps,
-            "rope_theta": self.rope.theta,
-            "rope_parameters": rope,
-            "tie_word_embeddings": self.tied,
-            "attention_bias": self.o_bias,
-            "mlp_bias": self.mlp_bias,
-            "pad_token_id": None,  # a family's default may lie outside this vocabulary
-        }
+            "architectures": [family.architecture], "model_type": family.name,
+            "hidden_activation" if family.sandwich else "hidden_act": act, "vocab_size": self.vocab,
+            "hidden_size": self.width, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads, "head_dim": self.head_width, "intermediate_size": self.hidden,
+            "max_position_embeddings": context, "rms_norm_eps": self.eps, "rope_theta": self.rope.theta,
+            "rope_parameters": rope, "tie_word_embeddings": self.tied, "attention_bias": self.o_bias,
+            "mlp_bias": self.mlp_bias, "pad_token_id": None,  # a family's default may lie outside this vocabulary
+        }  # fmt: skip
         if self.local_rope is not None:
             local = self.local_rope.to_hf(self.head_width)
             written["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}

@@ -158,9 +158,8 @@ def score(rows: Sequence[Graded], names: Sequence[str] | None = None) -> dict[st
         raise UserError("There are no answers to score.")
     chosen = suits(rows) if names is None else names
     if not chosen:
-        raise UserError(
-            "There is nothing to score these answers by.", why="Every row needs references, or every row facts."
-        )
+        raise UserError("There is nothing to score these answers by.",
+                        why="Every row needs references, or every row facts.")  # fmt: skip
     check(chosen)
     for name in chosen:
         if why := _obstacle(name, rows):

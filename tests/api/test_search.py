@@ -76,7 +76,7 @@ def test_it_goes_on_where_it_was_stopped_and_a_line_cut_off_is_measured_again(su
 
 def test_later_candidates_come_from_the_best_unless_they_are_to_be_random(supernet, tmp_path, monkeypatch):
     """With a score that only counts one term, evolution finds it everywhere, and chance does not."""
-    monkeypatch.setattr(api, "_measure", lambda *a: 1.0 + sum(path.b != "constant" for path in a[2]))
+    monkeypatch.setattr(api, "measure", lambda *a: 1.0 + sum(path.b != "constant" for path in a[2]))
     bred = found(supernet, tmp_path / "a", evaluations=200, budget=10**6)
     drawn = found(supernet, tmp_path / "b", evaluations=200, budget=10**6, evolve=False)
     assert bred[:8] == drawn[:8]
