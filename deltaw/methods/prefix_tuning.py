@@ -94,6 +94,7 @@ class PrefixTuning(Method):
     identity_at_start: ClassVar[bool] = False
     kinds: ClassVar[tuple[type[Slot], ...]] = (Attend,)
     peak_rate: ClassVar[float] = 3e-2
+    """BLEU 34.0, 40.3 at 5e-3, 3e-2 (benchmarks/table.py --set minutes=null steps=30)."""
 
     targets: str = "attend"
     """The layers' attention: all of them."""
