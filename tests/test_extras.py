@@ -117,6 +117,36 @@ def test_pissa_begins_and_goes_on_as_pefts_does(both, ids):
     torch.testing.assert_close(ours, hf_logits(theirs, ids), rtol=0, atol=1e-3)
 
 
+def test_pissa_loses_nothing_on_a_bf16_base():
+    """A has moved by less than bf16 tells apart: what counts is the difference, taken before it is rounded."""
+    rng = torch.Generator().manual_seed(0)
+    slot = Linear(Dense(torch.randn(40, 48, generator=rng).bfloat16()))
+    (site,) = method("pissa", rank=4).plan([Site("q", slot)])
+    delta = method("pissa", rank=4).build(site, rng)
+    with torch.no_grad():
+        for p in (delta.A, delta.B):
+            p += 1e-3 * torch.randn(p.shape, generator=rng).sign()
+        A_RI, B_OR = delta.factors()
+        exact = delta.scale * (delta.B.double() @ delta.A.double() - delta.B0.double() @ delta.A0.double())
+        low = delta.scale * B_OR.bfloat16().double() @ A_RI.bfloat16().double()
+    assert (low - exact).norm() / exact.norm() < 0.01
+
+
+def test_dora_follows_the_weight_it_is_worn_on_and_bears_a_row_of_zeros(tiny, ids):
+    lora, adapter = scramble(Adapter.build(method("lora"), tiny), 0.2), Adapter.build(method("dora", rank=4), tiny)
+    slot, delta = next(iter(adapter.items()))
+    assert torch.equal(delta.eval().gain(slot), torch.ones(len(delta.m)))
+    lora.merge()
+    torch.testing.assert_close(delta.gain(slot), delta.m / slot.weight.dense().norm(dim=1), rtol=1e-5, atol=0)
+    lora.unmerge()
+    w_OI = slot.weight.dense().clone()
+    w_OI[3] = 0
+    slot.swap({"weight": slot.weight.repack(w_OI)})
+    before = our_logits(tiny, ids)
+    with Adapter.build(method("dora"), tiny).on():
+        assert torch.equal(our_logits(tiny, ids), before)
+
+
 def test_pissa_serves_twice_the_rank_on_the_base_as_it_is():
     rng = torch.Generator().manual_seed(0)
     slot = Linear(Dense(torch.randn(20, 30, generator=rng)))

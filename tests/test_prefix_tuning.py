@@ -7,7 +7,7 @@ import torch
 from conftest import write_tiny
 from oracles import our_logits, scramble
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
-from small import end, gone_on, stopping_at
+from small import end, gone_on, stopping_at, write_rows
 from test_lora import SMOLLM2
 from transformers import AutoModelForCausalLM
 
@@ -92,7 +92,11 @@ def test_prefixes_of_other_shapes_and_gates_are_refused(model, folder, tmp_path)
         peft.read(tmp_path, checkpoint.load(tmp_path / "wide"))
     config = tmp_path / "adapter_config.json"
     config.write_text(config.read_text().replace(f'"num_virtual_tokens": {P}', '"num_virtual_tokens": 9'))
-    with pytest.raises(UserError, match=f"says 9 tokens, and there are {P}"):
+    with pytest.raises(UserError, match=f"says 9 as num_virtual_tokens, and it is {P} here"):
+        peft.read(tmp_path, model)
+    config.write_text(config.read_text().replace('"num_virtual_tokens": 9', f'"num_virtual_tokens": {P}')
+                      .replace('"num_layers": 2', '"num_layers": 4'))  # fmt: skip
+    with pytest.raises(UserError, match="says 4 as num_layers, and it is 2 here"):
         peft.read(tmp_path, model)
 
 
@@ -144,6 +148,25 @@ def test_it_takes_its_tokens_out_of_the_context(model):
         with pytest.raises(UserError, match=f"this model sees {context - P:,}"):
             next(generate(model, [[1] * (context - P)], Sampling(), set()))
     assert model.context == context
+    with pytest.raises(UserError, match=f"fills the context of {context}"):
+        fresh(model, tokens=context)
+
+
+def test_a_sample_that_does_not_fit_beside_the_prefix_is_not_asked(here, ready, tmp_path):
+    write_rows(tmp_path / "long.jsonl", {"prompt": "say " + "a" * 350, "completion": "bbb"})
+    made = ready(method="prefix_tuning", tokens=100, val=str(tmp_path / "long.jsonl"), steps=1)
+    assert made.job.question is None
+    assert end(list(made.events())).reason == "done"
+
+
+def test_lengths_that_change_angles_count_the_prefix(tmp_path):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    write_tiny(tmp_path, {"rope_parameters": rope, "max_position_embeddings": 64})
+    model = checkpoint.load(tmp_path)
+    assert model.shares(60)
+    with fresh(model).on():
+        assert model.shares(64 - P)
+        assert not model.shares(60)
 
 
 @pytest.mark.parametrize(("projection", "numbers"), [(0, 115_200), (128, 1_512_704)])

@@ -27,6 +27,8 @@ from deltaw.methods import method
 from deltaw.models.decoder import Decoder
 from deltaw.settings import Count, Seed, settings
 
+MOST = 8192
+"""The largest rank of a LoRA here."""
 CANCELLED = 1e-10
 """Share of the squares of all updates below which their sum is rounding."""
 Pair = tuple[Tensor, Tensor]
@@ -42,8 +44,8 @@ class Combination:
     or drop numbers at random, and make up for it (dare)."""
     rank: Count | None = None
     """Rank of the result. By default: of a sum the ranks together, which is exact; else the largest of them."""
-    density: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of each update's numbers that ties and dare keep."""
+    density: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of each update's numbers that ties and dare keep. By default: half."""
     seed: Seed = 0
     """Seed of what dare drops."""
 
@@ -57,6 +59,9 @@ def combine(personas: Sequence[Persona], weights: Sequence[float], chosen: Combi
     Raises:
         UserError: an adapter does more than add B A, or they cancel out.
     """
+    if chosen.how == "sum" and chosen.density is not None:
+        raise UserError("A sum keeps every number.", remedy="Leave --density out, or take --how ties or dare.")
+    density = chosen.density or 0.5
     low = [_pairs(persona) for persona in personas]
     rng = torch.Generator().manual_seed(chosen.seed)
     pairs: dict[str, Pair] = {}
@@ -65,10 +70,10 @@ def combine(personas: Sequence[Persona], weights: Sequence[float], chosen: Combi
         found = [(each[name], weight) for each, weight in zip(low, weights, strict=True) if name in each]
         if chosen.how == "sum":
             pair = torch.cat([A for (A, _), _ in found]), torch.cat([w * B for (_, B), w in found], 1)
-            most = chosen.rank or len(pair[0])
+            most = chosen.rank or min(len(pair[0]), MOST)
         else:
             trimmed = [(B @ A, w) for (A, B), w in found]
-            mixed_OI = _ties(trimmed, chosen.density) if chosen.how == "ties" else _dare(trimmed, chosen.density, rng)
+            mixed_OI = _ties(trimmed, density) if chosen.how == "ties" else _dare(trimmed, density, rng)
             pair, most = (torch.eye(mixed_OI.shape[1]), mixed_OI), chosen.rank or max(len(A) for (A, _), _ in found)
         pairs[name], squares = _within(pair, most) if most < len(pair[0]) else (pair, torch.zeros(1))
         given += sum(w * w * float((B @ A).square().sum()) for (A, B), w in found)

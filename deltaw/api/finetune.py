@@ -95,7 +95,7 @@ class Prepared:
         with run.held():
             try:
                 yield from self._within_memory()
-            except WillNotFit:
+            except UserError:
                 if not run.checkpoints():
                     run.remove()  # nothing was trained, and the name is free again
                 raise
@@ -230,6 +230,8 @@ def called(file: Path) -> str:
 def _begun(method: Method, base: Base, settings: Training) -> Adapter:
     """A fresh adapter, as its run begins with it."""
     adapter = Adapter.build(method, base.model, settings.seed).to(base.model.device)
+    if not adapter.parameter_count:
+        raise UserError("These settings leave nothing to train.", remedy="See the page of the method, docs/methods.")
     method.begin(adapter, base.model, base.tokenizer)
     return adapter
 
@@ -251,9 +253,11 @@ def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loa
     batch_rows = settings.batch_rows or rows_per_step(encoded.rows.mean_tokens)
     steps = settings.steps or max(1, round(settings.epochs * per_epoch(encoded.weights, batch_rows)))
     header = adapters.Header.of(adapter, base.origin, base.fingerprint, loaded.system)
+    with adapter.on():
+        asked = question(loaded, base, settings)
     job = Job(run, base.model, base.tokenizer, adapter, header, settings, encoded.rows, encoded.weights,
               encoded.val, steps, settings.learning_rate or 0.0,
-              question=question(loaded, base, settings), stop=stop)  # fmt: skip
+              question=asked, stop=stop)  # fmt: skip
     started = Started(
         run=str(run.folder), base=base.name, method=settings.method, trained_parameters=adapter.parameter_count,
         base_parameters=sum(b.numel() for b in base.model.buffers()), rows=len(encoded.rows),

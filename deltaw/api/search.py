@@ -6,6 +6,7 @@ The rows that decide are neither those of training nor those of a test (the auth
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -81,7 +82,8 @@ def search(persona: Persona, batches: Sequence[Batch], chosen: Search, log: Path
             paths = _legal(bred, i, deltas, chosen, rng, {m.paths for m in found})
             key, size = "|".join("/".join(path) for path in paths), numbers(deltas, paths)
             if key not in known:
-                known[key] = measure(persona, deltas, paths, batches)
+                value = measure(persona, deltas, paths, batches)
+                known[key] = math.inf if math.isnan(value) else value
                 with log.open("a", encoding="utf-8") as file:
                     file.write("\n" + json.dumps({"paths": key, "parameters": size, "perplexity": known[key]}))
             found.append(Measured(paths, size, known[key]))
@@ -117,9 +119,11 @@ def _supernet(persona: Persona) -> Adapter:
 def _known(log: Path) -> dict[str, float]:
     """What was measured before; a line that was cut off by a sudden end is measured again."""
     known: dict[str, float] = {}
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
-        with suppress(ValueError):
-            known[json.loads(line)["paths"]] = json.loads(line)["perplexity"]
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []:
+        with suppress(ValueError, TypeError, KeyError):
+            said = json.loads(line)
+            if not math.isnan(value := float(said["perplexity"])):
+                known[str(said["paths"])] = value
     return known
 
 
@@ -147,7 +151,7 @@ def _legal(best: Sequence[Measured], i: int, deltas: Sequence[General], chosen: 
             mother = father = (NOTHING,) * len(deltas)
             rate = rng.random()
         paths = tuple(_child(m, f, rate, delta, rng) for m, f, delta in zip(mother, father, deltas, strict=True))
-        if paths not in seen and numbers(deltas, paths) <= chosen.budget:
+        if paths not in seen and 0 < numbers(deltas, paths) <= chosen.budget:
             return paths
     raise UserError(f"No new paths within {chosen.budget:,} parameters were found.", remedy="Take a larger --budget.")
 
@@ -156,5 +160,4 @@ def _child(mother: glora.Path, father: glora.Path, rate: float, delta: General, 
     """Each term that of one parent, or drawn anew."""
     terms = (rng.choice(some) if rng.random() < rate else rng.choice(pair)
              for some, pair in zip(CHOICES, zip(mother, father, strict=True), strict=True))  # fmt: skip
-    path = glora.Path(*terms)
-    return path if delta.path.d != "none" else path._replace(d="none")
+    return delta.within(glora.Path(*terms))

@@ -46,7 +46,7 @@ def combine(*runs: str, out: Annotated[str, Parameter(name=["--out", "-o"])], ba
     parts = [f"{w:g} × {persona.name}" for persona, w in zip(personas, weights, strict=True)]
     facts("Combined", {"from": ", ".join(parts), "written": f"{file} ({size(file.stat().st_size)})",
                        "left out": f"{lost:.2%} of the update, for which the rank is too low" if lost else "nothing"},
-          json, {"file": str(file), "from": dict(zip(names, weights, strict=True)), "left_out": lost})  # fmt: skip
+          json, {"file": str(file), "from": list(zip(names, weights, strict=True)), "left_out": lost})  # fmt: skip
 
 
 def weighed(said: str) -> tuple[str, float]:

@@ -54,7 +54,7 @@ def _adapter(name: str, runs: Path) -> dict[str, Any]:
 
     shown, path = locate(name, runs)
     header, tensors = adapters.read(path)
-    layers = sorted({t.rpartition(".")[0] for t in tensors}, key=_natural)
+    layers = sorted({t.rpartition(".")[0] for t in tensors if not t.startswith("shared.")}, key=_natural) or ["none"]
     return {
         "adapter": shown,
         "path": str(path),

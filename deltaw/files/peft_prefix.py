@@ -17,6 +17,7 @@ from deltaw.files.atomic import replacing, write_text
 from deltaw.files.foreign import CONFIG, WEIGHTS
 from deltaw.methods import method
 from deltaw.methods.prefix_tuning import Prefix
+from deltaw.models.config import ModelConfig
 from deltaw.models.decoder import Decoder
 
 KIND, KEY = "PREFIX_TUNING", "prompt_embeddings"
@@ -41,14 +42,18 @@ def write(adapter: Adapter, model: Decoder, base: str, folder: Path) -> None:
         pairs.append(torch.stack(delta.pair(), 1))
     tensors = {KEY: torch.stack(pairs, 1).flatten(1).detach().cpu().contiguous()}
     refuse_nan(tensors)
-    width = c.kv_heads * c.head_width
     config = {"peft_type": KIND, "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-              "num_virtual_tokens": len(tensors[KEY]), "num_layers": c.layers, "num_attention_heads": c.kv_heads,
-              "token_dim": width, "encoder_hidden_size": width, "prefix_projection": False,
+              **_shape(c, len(tensors[KEY])), "prefix_projection": False,
               "num_transformer_submodules": 1}  # fmt: skip
     with replacing(folder / WEIGHTS) as scratch:
         save_file(tensors, scratch, metadata={"format": "pt"})
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def _shape(c: ModelConfig, tokens: int) -> dict[str, int]:
+    width = c.kv_heads * c.head_width
+    return {"num_virtual_tokens": tokens, "num_layers": c.layers, "num_attention_heads": c.kv_heads,
+            "token_dim": width, "encoder_hidden_size": width}  # fmt: skip
 
 
 def read(told: dict[str, Any], tensors: dict[str, Tensor], model: Decoder, folder: Path) -> Adapter:
@@ -58,16 +63,16 @@ def read(told: dict[str, Any], tensors: dict[str, Tensor], model: Decoder, folde
         UserError: it has other tensors, or is one of another model.
     """
     c, t = model.config, tensors.get(KEY)
-    if t is None or len(tensors) > 1:
+    if t is None or len(tensors) > 1 or t.ndim != 2:
         raise UserError(f"A prefix is one tensor, '{KEY}'.", where=str(folder / WEIGHTS),
                         why=f"There are: {', '.join(tensors)[:100] or 'none'}.")  # fmt: skip
     if t.shape[1:] != (2 * c.layers * c.kv_heads * c.head_width,):
         raise UserError("This prefix was made for another model.", where=str(folder),
                         why=f"It has {tuple(t.shape)[-1]:,} values a token, and this model takes "
                             f"{2 * c.layers * c.kv_heads * c.head_width:,}.")  # fmt: skip
-    if told.get("num_virtual_tokens", len(t)) != len(t):
-        raise UserError(f"{CONFIG} says {told['num_virtual_tokens']} tokens, and there are {len(t)}.",
-                        where=str(folder))  # fmt: skip
+    own = {**_shape(c, len(t)), "num_transformer_submodules": 1}
+    if odd := next((key for key in own if told.get(key, own[key]) != own[key]), None):
+        raise UserError(f"{CONFIG} says {told[odd]} as {odd}, and it is {own[odd]} here.", where=str(folder))
     adapter = Adapter.build(method("prefix_tuning", str(folder), tokens=len(t)), model).to(model.device)
     parts_PL2KE = t.float().view(len(t), c.layers, 2, c.kv_heads, c.head_width)
     put(adapter, {f"{name}.{part}": parts_PL2KE[:, i, j].contiguous()

@@ -131,7 +131,7 @@ class Run:
             UserError: the folder has none.
         """
         if self.adapter.exists() and not self.config.exists():
-            raise UserError("This persona was imported: it was not trained here.", where=str(self.folder))
+            raise UserError("This persona was imported or combined: it was not trained here.", where=str(self.folder))
         try:
             values = dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
             json.dumps(values, default=str)

@@ -24,9 +24,8 @@ class Directed(LowRank):
 
     def __init__(self, A_RI: Tensor, B_OR: Tensor, w_OI: Tensor, scale: float, dropout: float) -> None:
         super().__init__(A_RI, B_OR, scale, dropout)
-        self.squares: Tensor
-        self.register_buffer("squares", w_OI.float().square().sum(1), persistent=False)
-        self.m = nn.Parameter(self.squares.sqrt())
+        self.m = nn.Parameter(w_OI.float().square().sum(1).sqrt())
+        self._rows: tuple[object, Tensor] | None = None
         self._norm: tuple[object, Tensor] | None = None
 
     def gain(self, slot: Linear) -> Tensor:
@@ -34,10 +33,12 @@ class Directed(LowRank):
         now = (self.A._version, self.B._version, self.A.device, slot.weight)
         if self.training or self._norm is None or self._norm[0] != now:  # fused optimizers leave versions as they were
             with torch.no_grad():
-                cross_OR = slot.weight.dense().float() @ self.A.t()
-                own_OR = self.B @ (self.A @ self.A.t())
-                added_O = ((2 * self.scale * cross_OR + self.scale**2 * own_OR) * self.B).sum(1)
-                self._norm = now, (self.squares + added_O).sqrt()
+                w_OI = slot.weight.dense().float()
+                if self._rows is None or self._rows[0] is not slot.weight:
+                    self._rows = slot.weight, w_OI.square().sum(1)
+                added_OR = 2 * self.scale * (w_OI @ self.A.t()) + self.scale**2 * self.B @ (self.A @ self.A.t())
+                squares_O = self._rows[1] + (added_OR * self.B).sum(1)
+                self._norm = now, squares_O.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
         return self.m / self._norm[1]
 
     def train(self, mode: bool = True) -> Self:
@@ -48,7 +49,8 @@ class Directed(LowRank):
         y_TO: Tensor = slot.weight(x_TI)
         x_TI = F.dropout(x_TI, self.dropout, self.training and self.dropout > 0)
         down_TR = F.linear(x_TI, self.A.to(x_TI.dtype))
-        y_TO = y_TO.addmm_(down_TR, self.B.to(x_TI.dtype).t(), alpha=self.scale) * self.gain(slot).to(x_TI.dtype)
+        y_TO = y_TO.addmm_(down_TR, self.B.to(x_TI.dtype).t(), alpha=self.scale)
+        y_TO = y_TO + (self.gain(slot) - 1).to(x_TI.dtype) * y_TO  # the gain itself would be rounded to one
         return y_TO if slot.bias is None else y_TO + slot.bias
 
     def merged(self, slot: Linear) -> Parts:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import field
 from typing import Annotated, ClassVar, Literal, NamedTuple, get_args
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from deltaw.adapters.protocol import Method, Site
+from deltaw.adapters.protocol import HEAD, Method, Site
 from deltaw.errors import UserError
 from deltaw.models.slots import Affine, Delta, Linear, Parts
 from deltaw.settings import settings
@@ -43,14 +44,14 @@ class Path(NamedTuple):
         return wide[self.a] + wide[self.b] + prompt[self.c] + flat[self.d] + flat[self.e]
 
 
+USUAL = Path("vector", "lora", "none", "none", "none")
 LARGEST = Path("lora", "lora", "lora", "vector", "vector")
 
 
-def drawn(bias: bool, rng: torch.Generator | None = None) -> Path:
-    """A path, all equally likely; D, which multiplies the bias, is nothing where there is none."""
+def drawn(rng: torch.Generator | None = None) -> Path:
+    """A path, all equally likely."""
     picked = (int(torch.randint(len(some), (), generator=rng)) for some in CHOICES)
-    path = Path(*(some[i] for some, i in zip(CHOICES, picked, strict=True)))
-    return path if bias else path._replace(d="none")
+    return Path(*(some[i] for some, i in zip(CHOICES, picked, strict=True)))
 
 
 class General(Delta):
@@ -75,6 +76,11 @@ class General(Delta):
         for term, choice in (("D", path.d), ("E", path.e)):
             if choice != "none":
                 self.register_parameter(term, nn.Parameter(torch.zeros(o if choice == "vector" else 1)))
+
+    def within(self, path: Path) -> Path:
+        """The path without the terms that this layer does not have."""
+        there = {name[0] for name, _ in self.named_parameters()}
+        return Path(*(choice if term in there else "none" for term, choice in zip("ABCDE", path, strict=True)))
 
     def term(self, name: str, choice: str) -> Tensor | None:
         """What a term is by this choice: O x I, O x 1 or 1 x 1 (A, B), I x 1 (C), O or 1 (D, E)."""
@@ -102,9 +108,11 @@ class General(Delta):
         return bias_O
 
     def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
-        path = drawn(slot.bias is not None) if self.roams and self.training else self.path
+        path = self.within(drawn()) if self.roams and self.training else self.path
         a, bias_O = self.term("A", path.a) if path.a != "lora" else None, self.bias(slot, path, x_TI.dtype)
-        y_TO: Tensor = slot.weight(x_TI) if a is None else slot.weight(x_TI) * (1 + a.flatten()).to(x_TI.dtype)
+        y_TO: Tensor = slot.weight(x_TI)
+        if a is not None:
+            y_TO = y_TO + y_TO * a.flatten().to(x_TI.dtype)  # 1 + a would be rounded to one
         if path.a == "lora":
             y_TO = y_TO + self._elementwise(slot, x_TI)
         if path.b == "lora":
@@ -181,6 +189,8 @@ class GLoRA(Method):
     def plan(self, sites: list[Site]) -> list[Site]:
         if unknown := sorted(self.paths.keys() - {site.name for site in sites}):
             raise UserError(f"There is a path for {unknown[0]}, which is no adapted layer.")
+        if self.supernet and (self.paths or (self.a, self.b, self.c, self.d, self.e) != USUAL):
+            raise UserError("A supernet trains every term of every layer.", remedy="Leave --a to --e and --paths out.")
         return sites
 
     def build(self, site: Site, rng: torch.Generator) -> General:
@@ -190,8 +200,11 @@ class GLoRA(Method):
             path = read_path(self.paths[site.name])
         if site.slot.bias is None:
             path = path._replace(d="none")
-        delta = General(o, i, self.rank, path, rng)
-        delta.roams = self.supernet
+        head = site.name == HEAD  # it is used as a matrix, and has no bias
+        delta = General(o, i, self.rank, path._replace(c="none", d="none", e="none") if head else path, rng)
+        if self.supernet and not head:  # outside of training along one path that is like those that are drawn
+            delta.roams = True
+            delta.path = delta.within(drawn(torch.Generator().manual_seed(crc32(site.name.encode()))))
         return delta
 
 

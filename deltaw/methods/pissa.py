@@ -9,13 +9,11 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from deltaw.adapters.protocol import Site
 from deltaw.methods.lora import LoRA, LowRank
-from deltaw.models.slots import Linear
 from deltaw.settings import settings
 
 SPARE = 10
@@ -23,7 +21,7 @@ SPARE = 10
 
 
 class Moved(LowRank):
-    """y = W x + scale * (B (A x) - B0 (A0 x)), with A0 and B0 what A and B started as."""
+    """y = W x + scale * (B (A - A0) + (B - B0) A0) x, with A0 and B0 what A and B started as: zero at the start."""
 
     def __init__(self, A_RI: Tensor, B_OR: Tensor, scale: float, dropout: float) -> None:
         super().__init__(A_RI, B_OR, scale, dropout)
@@ -33,15 +31,8 @@ class Moved(LowRank):
         self.register_buffer("B0", B_OR.clone())
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return torch.cat((self.A, self.A0)), torch.cat((self.B, -self.B0), 1)
-
-    def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
-        y_TO = slot.run(x_TI)
-        x_TI = F.dropout(x_TI, self.dropout, self.training and self.dropout > 0)
-        # Two products of the same sizes, so that at the start their difference is zero to the last bit.
-        now_TO, then_TO = (F.linear(F.linear(x_TI, A_RI.to(x_TI.dtype)), B_OR.to(x_TI.dtype))
-                           for A_RI, B_OR in ((self.A, self.B), (self.A0, self.B0)))  # fmt: skip
-        return y_TO.add_(now_TO - then_TO, alpha=self.scale)
+        # As differences, which are taken in fp32: in bf16 that of the two products would be their rounding.
+        return torch.cat((self.A - self.A0, self.A0)), torch.cat((self.B, self.B - self.B0), 1)
 
 
 @settings

@@ -17,7 +17,7 @@ from deltaw.adapters.protocol import Method, Site, hold
 from deltaw.errors import UserError
 from deltaw.models.decoder import Decoder
 from deltaw.models.seen import Documents, Seen, attention
-from deltaw.models.slots import Attend, CannotMerge, Delta, Parts, Slot
+from deltaw.models.slots import Attend, CannotMerge, Delta, Parts, Positions, Slot
 from deltaw.models.tokenizer import Tokenizer
 from deltaw.settings import settings
 
@@ -110,7 +110,10 @@ class PrefixTuning(Method):
     """Attend to them apart, behind a number for each head that starts at zero: a fresh adapter changes nothing."""
 
     def sites(self, model: nn.Module) -> list[Site]:
-        found = super().sites(model)
+        found, (positions,) = super().sites(model), self.named(model, "positions", (Positions,))
+        if self.tokens >= positions.slot.context:
+            raise UserError(f"A prefix of {self.tokens:,} tokens fills the context of {positions.slot.context:,}.",
+                            remedy="Take fewer --tokens.")  # fmt: skip
         if len(found) < sum(isinstance(slot, Attend) for slot in model.modules()):
             raise UserError("Every layer has a prefix, or none has.", remedy="Leave --targets out.")
         return found

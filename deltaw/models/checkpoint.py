@@ -98,7 +98,7 @@ def fingerprint(model: Decoder) -> str:
     """Hash of names, shapes, 4,096 evenly spaced values and the sum of all values of every tensor: a base's identity.
 
     Of the values as bf16, so that the same model loaded in fp32 and in bf16 is the same base. The sum is that of their
-    bits: one that is flipped anywhere changes it.
+    bits: one that is flipped anywhere changes it, if it moves the bf16.
     """
     h = hashlib.sha256()
     for name, w in sorted(tensors(model)):

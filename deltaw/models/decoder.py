@@ -199,7 +199,7 @@ class Decoder(nn.Module):
     def shares(self, longest: int) -> bool:
         """Whether documents of up to so many tokens may share their beginnings: not where lengths change the angles."""
         scaling = self._reach.rope.scaling
-        return not isinstance(scaling, Dynamic) or longest <= scaling.original_max_position_embeddings
+        return not isinstance(scaling, Dynamic) or longest + self.before <= scaling.original_max_position_embeddings
 
     @property
     def dtype(self) -> torch.dtype:

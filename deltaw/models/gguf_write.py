@@ -43,6 +43,9 @@ def write(model: Decoder, tokenizer: Tokenizer, path: Path, packing: str, name: 
     from gguf.quants import quantize
 
     config = model.config
+    if config.family.gguf != "llama" and (config.o_bias or config.mlp_bias):
+        raise UserError(f"llama.cpp has no place for such biases in a {config.family.name} model.",
+                        remedy="Train without them: --c none --e none.")  # fmt: skip
     writer = GGUFWriter(str(path), config.family.gguf, use_temp_file=True)
     writer.add_name(name)
     for key, value in metadata(config).items():

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from deltaw.errors import UserError
 from deltaw.files.atomic import write_text
@@ -39,30 +39,21 @@ def write_report(run_folder: Path) -> Path:
     except FileNotFoundError:
         raise UserError("This is no run's folder: it has no events.jsonl.", where=str(run_folder)) from None
     run = fold(records)
-    name, reason, s = (
-        run.started.get("run", run_folder.name),
-        str(run.finished.get("reason", "Not finished")),
-        run.started,
-    )
+    reason = str(run.finished.get("reason", "Not finished"))
     words, color = REASONS.get(reason, (reason, "warn"))
     told = (f"{s['method']} on {s['base']} · {s['rows']:,} rows, {s['val_rows']:,} for validation · "
             f"{s['trained_tokens']:,} of {s['tokens']:,} tokens trained · {s['dtype']} on {s['device']}, "
-            f"{s['threads']} thread{'s' * (s['threads'] != 1)}") if s else ""  # fmt: skip
+            f"{s['threads']} thread{'s' * (s['threads'] != 1)}") if (s := run.started) else ""  # fmt: skip
     loss, *charts = _plots(run)
-    files = [
-        (file, title, shown, _values(run_folder / file))
-        for file, title, shown in (("config.yaml", "Configuration", " open"), ("plan.json", "Plan in full", ""))
-    ]
-    page = _template().render(run=run, name=name, words=words, color=color, told=told, tiles=list(_tiles(run)),
-                              loss=loss[1], charts=charts, plan=_plan(run), samples=list(_samples(run)), files=files,
-                              style=(HERE / "report.css").read_text(encoding="utf-8"))  # fmt: skip
+    shown = ("config.yaml", "Configuration", " open"), ("plan.json", "Plan in full", "")
+    files = [(file, title, opened, _values(run_folder / file)) for file, title, opened in shown]
+    places = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
+    page = places.get_template("report.html.jinja").render(
+        run=run, name=run.started.get("run", run_folder.name), words=words, color=color, told=told,
+        tiles=list(_tiles(run)), loss=loss[1], charts=charts, plan=_plan(run), samples=list(_samples(run)),
+        files=files, style=(HERE / "report.css").read_text(encoding="utf-8"))  # fmt: skip
     write_text(run_folder / "report.html", page.encode(errors="replace").decode())
     return run_folder / "report.html"
-
-
-def _template() -> Template:
-    places = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
-    return places.get_template("report.html.jinja")
 
 
 def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:

@@ -64,15 +64,8 @@ class Frame:
         return round(TOP + inside * (self.y_high - value) / (self.y_high - self.y_low), 1)
 
 
-def line_chart(
-    label: str,
-    series: Sequence[Series],
-    *,
-    words: Callable[[float], str] = "{:g}".format,
-    mark: Mark | None = None,
-    width: int = 560,
-    from_zero: bool = False,
-) -> str:
+def line_chart(label: str, series: Sequence[Series], *, words: Callable[[float], str] = "{:g}".format,
+               mark: Mark | None = None, width: int = 560, from_zero: bool = False) -> str:  # fmt: skip
     """Draw series over steps; `label` is read aloud, `words` writes a y value, and hovering tells the values."""
     drawn = [point for s in series for point in s.finite()]
     if not drawn:

@@ -137,7 +137,7 @@ def test_the_command_makes_a_run_that_can_be_asked(here, capsys):
     capsys.readouterr()
     assert run(["combine", "poet:0.7", "chef:0.3", "-o", "both", "--rank", "20", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["from"] == {"poet": 0.7, "chef": 0.3}
+    assert said["from"] == [["poet", 0.7], ["chef", 0.3]]
     assert 0 < said["left_out"] < 0.5
     poet, chef, both = (load(name, dtype="float32") for name in ("poet", "chef", "both"))
     want, _ = combine([poet, chef], [0.7, 0.3], Combination(rank=20))
@@ -149,6 +149,11 @@ def test_the_command_makes_a_run_that_can_be_asked(here, capsys):
     assert "cancel out" in capsys.readouterr().err
     assert not Run(here / "runs" / "none").folder.exists()
     assert adapters.read_header(Run(here / "runs" / "both").adapter).method == "lora"
+
+
+def test_a_density_that_does_nothing_is_refused(tiny):
+    with pytest.raises(UserError, match="A sum keeps every number"):
+        combine([persona(tiny, 1)], [1.0], Combination(density=0.2))
 
 
 def test_weights_are_numbers(tmp_path, monkeypatch):

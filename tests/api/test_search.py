@@ -37,10 +37,10 @@ def found(supernet, log, **chosen):
 
 
 def test_no_candidate_is_over_the_budget_and_none_is_measured_twice(supernet, tmp_path):
-    for budget in (200, 1500, 6000):
+    for budget in (40, 1500, 6000):
         measured = found(supernet, tmp_path / f"{budget}", budget=budget)
         assert len({m.paths for m in measured}) == len(measured) == 24
-        assert max(m.parameters for m in measured) <= budget
+        assert 0 < min(m.parameters for m in measured) <= max(m.parameters for m in measured) <= budget
         best = [min(m.perplexity for m in measured[: i + 1]) for i in range(24)]
         assert best == sorted(best, reverse=True)
         assert all(math.isfinite(m.perplexity) for m in measured)
@@ -63,15 +63,23 @@ def test_it_goes_on_where_it_was_stopped_and_a_line_cut_off_is_measured_again(su
     whole = found(supernet, tmp_path / "whole")
     part = tmp_path / "part"
     lines = (tmp_path / "whole").read_text().splitlines()
-    part.write_text("\n".join(lines[:11]) + "\n" + lines[11][:40])
+    odd = [
+        "{}",
+        "3",
+        '{"paths": "x"}',
+        '{"paths": [1], "perplexity": "low"}',
+        '{"paths": "x", "perplexity": NaN}',
+        "\xff",
+    ]
+    part.write_text("\n".join([*lines[:11], *odd, lines[11][:40]]), encoding="latin-1")
     counted = []
     real = api.perplexity
     monkeypatch.setattr(api, "perplexity", lambda *a: counted.append(1) or real(*a))
     assert found(supernet, part) == whole
     assert len(counted) == 24 - 10
     assert found(supernet, tmp_path / "other", seed=1) != whole
-    assert {json.loads(line)["paths"] for line in part.read_text().splitlines() if line.endswith("}")} == {
-        json.loads(line)["paths"] for line in lines if line}  # fmt: skip
+    kept = part.read_text(encoding="latin-1")
+    assert all(line in kept for line in lines)
 
 
 def test_later_candidates_come_from_the_best_unless_they_are_to_be_random(supernet, tmp_path, monkeypatch):
