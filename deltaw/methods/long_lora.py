@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import torch
@@ -40,31 +41,37 @@ class Grouped(Delta):
     def forward(self, slot: Attend, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, seen: Seen) -> Tensor:
         if not self.training or slot.score.window or not isinstance(seen, Documents):
             return slot.run(q_THE, k_TKE, v_TKE, seen)
-        repeats, lower = slot.heads // slot.kv_heads, slot.heads // 2
-        k_THE, v_THE = (t.repeat_interleave(repeats, 1) for t in (k_TKE, v_TKE))
+        lower, by = slot.heads // 2, self.group // 2 if self.shift else 0
         seen_by = []
-        for heads, by in (slice(0, lower), 0), (slice(lower, None), self.group // 2 if self.shift else 0):
-            q, k, v = (t[:, heads] for t in (q_THE, k_THE, v_THE))
-            if q.shape[1]:
-                seen_by.append(torch.cat([self._one(slot, span, q, k, v, by) for span in seen.spans]))
+        for first, last, early in (*pieces(0, lower, slot, 0), *pieces(lower, slot.heads, slot, by)):
+            of = slice(first * slot.kv_heads // slot.heads, (last - 1) * slot.kv_heads // slot.heads + 1)
+            q, k, v = q_THE[:, first:last], k_TKE[:, of], v_TKE[:, of]
+            seen_by.append(torch.cat([self._one(slot, span, q, k, v, early) for span in seen.spans]))
         return torch.cat(seen_by, 1)
 
-    def _one(self, slot: Attend, span: Span, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, by: int) -> Tensor:
+    def _one(self, slot: Attend, span: Span, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, by: int) -> Tensor:
         """A document, group after group; its first tokens may be a stem, which it shares."""
-        q_PHE, k_PHE, v_PHE = (t[span.start : span.stop] for t in (q_THE, k_THE, v_THE))
+        q_PHE, k_PKE, v_PKE = (t[span.start : span.stop] for t in (q_THE, k_TKE, v_TKE))
         if stem := span.stem_stop - span.stem_start:
-            k_PHE, v_PHE = (torch.cat((t[span.stem_start : span.stem_stop], own))
-                            for t, own in ((k_THE, k_PHE), (v_THE, v_PHE)))  # fmt: skip
+            k_PKE, v_PKE = (torch.cat((t[span.stem_start : span.stem_stop], own))
+                            for t, own in ((k_TKE, k_PKE), (v_TKE, v_PKE)))  # fmt: skip
         seen = []
         for first, last in borders(stem + len(q_PHE), self.group, by):
             if (begin := max(first, stem)) < last:
                 asked = q_PHE[begin - stem : last - stem]
                 mask = causal(len(asked), begin - first, asked) if begin > first else None
-                seen.append(attention(asked, k_PHE[first:last], v_PHE[first:last], mask, slot.score))
+                seen.append(attention(asked, k_PKE[first:last], v_PKE[first:last], mask, slot.score))
         return torch.cat(seen)
 
     def merged(self, slot: Any) -> Parts:  # noqa: ARG002 (a way to train, no change to what was trained)
         return {}
+
+
+def pieces(first: int, last: int, slot: Attend, by: int) -> Iterator[tuple[int, int, int]]:
+    """Heads that have whole keys of their own, or one together, so that no key has to be repeated; and `by`."""
+    each = slot.heads // slot.kv_heads
+    cuts = sorted({first, min(last, -(-first // each) * each), max(first, last // each * each), last})
+    return ((a, b, by) for a, b in pairwise(cuts))
 
 
 def borders(length: int, group: int, by: int) -> Iterator[tuple[int, int]]:
