@@ -31,6 +31,7 @@ def count(layers, **chosen):
 @pytest.mark.parametrize(("variant", "numbers"), [("tl5", 12_288), ("tl6", 41_328), ("tl2", 29_040)])
 def test_the_numbers_trained_are_those_of_the_specification(variant, numbers):
     assert count(30, targets="q,k,v", variant=variant) == numbers
+    assert count(30, name="lora", rank=8, targets="q,k,v") == 645_120
 
 
 @pytest.mark.parametrize(("variant", "a_layer"), [("tl5", 0), ("tl6", 8 + 960), ("tl2", 8 + 960)])

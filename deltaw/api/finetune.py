@@ -95,7 +95,7 @@ class Prepared:
         with run.held():
             try:
                 yield from self._within_memory()
-            except UserError:
+            except WillNotFit:
                 if not run.checkpoints():
                     run.remove()  # nothing was trained, and the name is free again
                 raise

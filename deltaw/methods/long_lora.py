@@ -90,7 +90,7 @@ class Stretched(Delta):
         super().__init__()
         self.rope, self.context, self.lasting = rope, context, (rope, context) != (slot.rope, slot.context)
 
-    def forward(self, slot: Positions, at_T: Tensor, length_T: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG002
+    def forward(self, slot: Positions, at_T: Tensor, length_T: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG002 (own)
         return torch.stack(self.rope.turns(at_T, length_T, dtype))
 
     def merged(self, slot: Positions) -> Parts:  # noqa: ARG002 (whatever the slot)

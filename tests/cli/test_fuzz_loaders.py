@@ -63,6 +63,7 @@ def home(tiny_path, tmp_path_factory):
     adapter = scramble(Adapter.build(method("lora", rank=2, targets="q,v"), model).eval())
     adapters.save(adapter, adapters.Header.of(adapter, "base", checkpoint.fingerprint(model)), folder / "a.safetensors")
     peft.write(adapter, model, "base", folder / "peft")
+    peft.write(Adapter.build(method("prefix_tuning", tokens=3), model).eval(), model, "base", folder / "prefix")
     (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
     list(prepared(folder / "rows.jsonl", told(folder / "base", folder, steps=4), stopping_at(3)).events())
     return folder
@@ -102,6 +103,10 @@ def load_peft(home):
     peft.read(home / "peft", MODELS.setdefault(home, checkpoint.load(home / "base")))
 
 
+def load_prefix(home):
+    peft.read(home / "prefix", MODELS.setdefault(home, checkpoint.load(home / "base")))
+
+
 def go_on(home):
     list(islice(finetune.resume("run", home / "runs").events(), 3))  # it may have been told a billion steps
 
@@ -116,9 +121,10 @@ BYTES = {"base/model.safetensors": load_base, "base/config.json": load_base, "ba
          "base/tokenizer.json": load_tokenizer, "base/tokenizer_config.json": load_tokenizer,
          "base/chat_template.jinja": load_tokenizer, "a.safetensors": load_adapter,
          "peft/adapter_model.safetensors": load_peft, "peft/adapter_config.json": load_peft,
+         "prefix/adapter_model.safetensors": load_prefix, "prefix/adapter_config.json": load_prefix,
          "runs/run/events.jsonl": report}  # fmt: skip
 VALUES = {name: BYTES[name] for name in ("base/config.json", "base/tokenizer_config.json", "base/tokenizer.json",
-                                         "peft/adapter_config.json")}  # fmt: skip
+                                         "peft/adapter_config.json", "prefix/adapter_config.json")}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BYTES)

@@ -151,6 +151,8 @@ WRITES = {
     "a GGUF LoRA": (["export", "mine", "--to", "gguf-lora"], "lora.gguf", lambda out: GGUFReader(out).tensors),
     "a folder for Ollama": (["export", "mine", "--to", "ollama"], "ollama", in_ollama),
     "an import": (["import", "given", "--base", "base"], "runs/brought", brought),
+    "a combination": (["combine", "mine:0.5"], "runs/both", brought),
+    "a search": (["search", "super", "two.jsonl", "--evaluations", "2", "--population", "1"], "runs/found", brought),
     "rows that are mended": (["data", "check", "two.jsonl", "--base", "base"], "fixed.jsonl", fixed),
 }  # fmt: skip
 
@@ -165,9 +167,13 @@ def test_a_command_that_is_killed_at_any_write_leaves_all_of_it_or_nothing(argum
     own.rename(here / "base")
     write_rows(here / "two.jsonl", ROW, {"prompt": "a", "completion": "b"}, ROW)
     assert app.run([*TRAIN, "--steps", "2", "--name", "mine", "--val", "0"]) == 0
+    if "super" in arguments:
+        supernet = ["--method", "glora", "--supernet", "--steps", "1", "--name", "super", "--val", "0"]
+        assert app.run([*TRAIN, *supernet]) == 0
     out, kills = here / name, 0
     assert app.run(["export", "mine", "--to", "peft", "--out", "given"]) == 0
-    told_where = {"fixed.jsonl": ["--fix", name], "runs/brought": ["--name", "brought"]}
+    told_where = {"fixed.jsonl": ["--fix", name], "runs/brought": ["--name", "brought"],
+                  "runs/both": ["--out", "both"], "runs/found": ["--out", "found"]}  # fmt: skip
     arguments = [*arguments, *told_where.get(name, ["--out", name])]
     while killed(arguments, kills):
         kills += 1
