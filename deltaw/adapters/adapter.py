@@ -59,11 +59,14 @@ class Adapter(nn.Module):
         for name, delta in self.named_deltas():
             yield self._slots[name], delta
 
+    def forms(self) -> dict[str, Affine | None]:
+        """What every lasting delta does as gain * (W x) + scale * B A x + bias, by slot name, or None."""
+        return {name: delta.served(self._slots[name]) for name, delta in self.named_deltas() if delta.lasting}
+
     def low_rank(self) -> dict[str, Affine | None]:
         """What every lasting delta adds as scale * B A, by slot name; None where it does more than that."""
-        forms = {name: delta.served(self._slots[name]) for name, delta in self.named_deltas() if delta.lasting}
         return {name: None if f is None or f.gain_O is not None or f.bias_O is not None else f
-                for name, f in forms.items()}  # fmt: skip
+                for name, f in self.forms().items()}  # fmt: skip
 
     @property
     def parameter_count(self) -> int:

@@ -61,6 +61,8 @@ def combine(personas: Sequence[Persona], weights: Sequence[float], chosen: Combi
     """
     if chosen.how == "sum" and chosen.density is not None:
         raise UserError("A sum keeps every number.", remedy="Leave --density out, or take --how ties or dare.")
+    if chosen.how != "dare" and chosen.seed:
+        raise UserError("Nothing is drawn at random here.", remedy="Leave --seed out, or take --how dare.")
     density = chosen.density or 0.5
     low = [_pairs(persona) for persona in personas]
     rng = torch.Generator().manual_seed(chosen.seed)

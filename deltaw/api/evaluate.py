@@ -35,25 +35,26 @@ class Report:
 
 
 def evaluate(persona: Persona, file: str | Path, metrics: Sequence[str] = (), limit: int | None = None,
-             sampling: Sampling | None = None) -> Report:  # fmt: skip
+             sampling: Sampling | None = None, context: int | None = None) -> Report:  # fmt: skip
     """Score a persona on a file's rows (the first `limit`); without `metrics`, those that suit the rows.
 
-    Of a conversation its answers count, of a plain text every token; only conversations are asked.
+    Of a conversation its answers count, of a plain text every token; only conversations are asked. `context`: how much
+    of a row counts at most, in tokens; personas that see more or less than others are compared on what all of them see.
 
     Raises:
         UserError: a fault in the data, or a metric these rows cannot give.
     """
     examples = tuple(islice(reading.stream(Path(file)), limit))
-    sampling = sampling or Sampling()
+    sampling, context = sampling or Sampling(), min(context or persona.context, persona.context)
     scores: dict[str, float] = {}
     graded: tuple[Graded, ...] = ()
     named = [m for m in metrics if m != ONLY_TEXT]
     check(named)  # before anything is computed
     with persona.on():
-        asked, notices = _askable(examples, persona) if named or not metrics else ((), [])
+        asked, notices = _askable(examples, persona, context) if named or not metrics else ((), [])
         model, tokenizer = persona.base.model, persona.base.tokenizer
         if not metrics or ONLY_TEXT in metrics:
-            rows, lost = _encoded(examples, persona)
+            rows, lost = _encoded(examples, persona, context)
             scores[ONLY_TEXT] = perplexity(model, micro_batches(rows, MICRO_TOKENS, model.shares))
             notices += [f"{ONLY_TEXT}: {line}" for line in lost]
         if named or asked:
@@ -71,15 +72,14 @@ def rows_of(file: Path, persona: Persona) -> list[Batch]:
     Raises:
         UserError: a fault in the data, or nothing to measure.
     """
+    rows, _ = _encoded(tuple(reading.stream(file)), persona, persona.context)
     with persona.on():
-        rows, _ = _encoded(tuple(reading.stream(file)), persona)
         return micro_batches(rows, MICRO_TOKENS, persona.base.model.shares)
 
 
-def _askable(examples: Sequence[Example], persona: Persona) -> tuple[tuple[Example, ...], list[str]]:
+def _askable(examples: Sequence[Example], persona: Persona, context: int) -> tuple[tuple[Example, ...], list[str]]:
     """The rows whose question the model can be asked, and what is said of the others."""
     asked = [e for e in examples if e.prompt]
-    context = persona.base.model.context
     fitting = tuple(e for e in asked if len(prompt_ids(e, persona.base.tokenizer)) < context)
     notices = []
     if asked and len(asked) < len(examples):
@@ -89,14 +89,13 @@ def _askable(examples: Sequence[Example], persona: Persona) -> tuple[tuple[Examp
     return fitting, notices
 
 
-def _encoded(examples: Sequence[Example], persona: Persona) -> tuple[list[Encoded], list[str]]:
-    tokenizer, context = persona.base.tokenizer, persona.base.model.context
+def _encoded(examples: Sequence[Example], persona: Persona, context: int) -> tuple[list[Encoded], list[str]]:
     rows: list[Encoded] = []
     notices: list[str] = []
     kinds: tuple[TrainOn, TrainOn] = ("answers", "all")
     for train_on in kinds:
         if some := [e for e in examples if bool(e.prompt) == (train_on == "answers")]:
-            encoded, lost = encode_all(some, tokenizer, train_on, context)
+            encoded, lost = encode_all(some, persona.base.tokenizer, train_on, context)
             rows += encoded
             notices += lost.notices(context)
     return rows, notices

@@ -128,7 +128,8 @@ def _pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
     pairs = {}
     for name, form in adapter.low_rank().items():
         if form is None:
-            raise UserError(f"The adapter does more at {name} than a GGUF LoRA can.", remedy="Take --to gguf.")
+            raise UserError(f"The adapter does more at {name} than a GGUF LoRA can.",
+                            remedy="Take --to gguf; or --to peft, if it cannot be merged.")  # fmt: skip
         pairs[name] = (form.A_RI.detach(), form.scale * form.B_OR.detach())
     return pairs
 

@@ -79,6 +79,12 @@ class Persona:
         """Wear this persona, and nothing else, for the length of a `with` block."""
         return bare(self.base.model) if self.adapter is None else self.adapter.on()
 
+    @property
+    def context(self) -> int:
+        """Tokens that it sees: more than the base where positions are stretched, fewer behind a prefix."""
+        with self.on():
+            return self.base.model.context
+
     def ask(self, conversation: Conversation, **sampling: Any) -> str:
         """Answer a question or a conversation. Keywords are those of `Sampling`, such as `temperature=0.7`."""
         return self.ask_all([conversation], **sampling)[0]

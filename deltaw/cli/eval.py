@@ -66,10 +66,10 @@ def eval(run: str, file: Path, /, *, asked: Annotated[Asked | None, Parameter(na
         names = [m.strip() for m in asked.metrics.split(",") if m.strip()]
         if asked.compare and names == [ONLY_TEXT]:
             raise NOTHING_TO_COMPARE
-        reports = []
+        reports, context = [], min(each.context for each in personas)
         for each in personas:
             say(f"Measuring {each.name} on {file}")
-            reports.append(evaluate(each, file, names, asked.limit, sampling or Sampling()))
+            reports.append(evaluate(each, file, names, asked.limit, sampling or Sampling(), context))
     if json:
         json_line(_record(file, reports, asked.compare))
         return

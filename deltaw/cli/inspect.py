@@ -34,13 +34,14 @@ def _model(name: str) -> dict[str, Any]:
     model = checkpoint.load(path)
     config, origin = model.config, source.note(path)
     packing = GGUF(path).packing if path.is_file() else origin.get("packing", "")
+    checkpoint.check_seal(path, fingerprint := checkpoint.fingerprint(model))
     rows = {
         "path": str(path),
         "parameters": count(sum(b.numel() for b in model.buffers())),
         "layers": f"{config.layers}, width {config.width}, {config.heads} heads, {config.kv_heads} for keys and values",
         "vocabulary": f"{config.vocab:,}" + (", tied to the output" if config.tied else ""),
         "context": f"{config.context:,} tokens",
-        "fingerprint": checkpoint.fingerprint(model),
+        "fingerprint": fingerprint,
     }
     if packing and packing not in ("F32", "F16", "BF16"):
         rows["weights"] = (f"dequantised: this base is a {packing} file ({_bits(packing)}-bit codes) unpacked to "

@@ -21,7 +21,7 @@ from deltaw.settings import Count, complaint
 
 CONFIG, WEIGHTS, MLX_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"
 CHANGES = {
-    "use_dora": "it is a DoRA", "lora_bias": "B has a bias", "fan_in_fan_out": "its matrices are transposed",
+    "lora_bias": "B has a bias", "fan_in_fan_out": "its matrices are transposed",
     "trainable_token_indices": "single tokens were trained", "layer_replication": "layers are repeated",
     "target_parameters": "bare parameters are adapted", "alora_invocation_tokens": "it is switched on by tokens",
     "use_bdlora": "it is block-diagonal", "kasa_config": "it is a KaSA", "monteclora_config": "it is sampled",
@@ -40,6 +40,7 @@ class Said:
     r: Count = 8
     lora_alpha: Alpha = 8.0
     use_rslora: StrictBool = False
+    use_dora: StrictBool = False
     ensure_weight_tying: StrictBool = False
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rank_pattern: dict[str, Count] = field(default_factory=dict)

@@ -1,5 +1,7 @@
 """Adapters in the format of PEFT (huggingface/peft), which most other tools read: written and read.
 
+What adds B A is a LoRA there; what also multiplies the rows of W is a DoRA, whichever technique it comes from.
+
 A folder of `adapter_config.json` and `adapter_model.safetensors`. What a key of the configuration would change is done
 or refused, never passed over; and a tensor that finds no layer, or a B that is all zero, is an error.
 """
@@ -13,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, contiguous_format
 from torch.nn.functional import pad
@@ -28,10 +31,13 @@ from deltaw.files.foreign import CONFIG, WEIGHTS, Said, raw, understood
 from deltaw.methods import method
 from deltaw.models.checkpoint import get, read_json
 from deltaw.models.decoder import Decoder
-from deltaw.models.slots import Linear, Slot
+from deltaw.models.slots import Affine, Linear, Slot
 from deltaw.words import some
 
 PREFIX = "base_model.model."
+LENGTHS = "lora_magnitude_vector"
+"""What a DoRA has beside A and B."""
+PARTS = {"A.weight": "A", "B.weight": "B", "magnitude_vector": "m", "magnitude_vector.weight": "m"}
 VLLM_RANK = 512
 """The largest `max_lora_rank` that vLLM takes."""
 
@@ -56,20 +62,20 @@ def write(adapter: Adapter, model: Decoder, base: str, folder: Path, uniform: bo
     alphas: dict[str, float] = {}
     saved: list[str] = []
     names = {name: delta for name, delta in adapter.named_deltas() if delta.lasting}
-    forms = adapter.low_rank()
+    forms = adapter.forms()
     most = max((len(form.A_RI) for form in forms.values() if form is not None), default=0)
+    gains = any(form is not None and form.gain_O is not None for form in forms.values())
     if uniform:
-        _refuse_for_vllm(names, most)
+        _refuse_for_vllm(names, most, gains)
     for name, delta in names.items():
         key = PREFIX + _hf(name)
         if isinstance(delta, Whole):
             tensors[f"{key}.weight"] = delta.value
             saved.append(name)
             continue
-        form = forms[name]
-        if form is None:
-            raise UserError(f"The adapter does more at {name} than PEFT's LoRA can.",
-                            remedy="Merge it: deltaw merge.")  # fmt: skip
+        form = _known(forms[name], name)
+        if gains:
+            form, tensors[f"{key}.{LENGTHS}"] = _directed(form, model.get_submodule(name))
         A_RI, B_OR, rank = form.A_RI, form.B_OR, len(form.A_RI)
         if uniform:
             A_RI, B_OR, rank = pad(A_RI, (0, 0, 0, most - rank)), pad(form.scale * B_OR, (0, most - rank)), most
@@ -84,7 +90,7 @@ def write(adapter: Adapter, model: Decoder, base: str, folder: Path, uniform: bo
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": rank, "lora_alpha": _whole(alpha), "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
-        "use_rslora": False, "target_modules": _short(list(ranks), model),
+        "use_rslora": False, "use_dora": gains, "target_modules": _short(list(ranks), model),
         "rank_pattern": {_hf(n): r for n, r in ranks.items() if r != rank},
         "alpha_pattern": {_hf(n): _whole(a) for n, a in alphas.items() if a != alpha},
         "modules_to_save": [*map(_hf, saved), *(["lm_head"] if tied else [])] or None, "ensure_weight_tying": tied,
@@ -97,8 +103,30 @@ def write(adapter: Adapter, model: Decoder, base: str, folder: Path, uniform: bo
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def _refuse_for_vllm(names: Mapping[str, Any], most: int) -> None:
+def _known(form: Affine | None, name: str) -> Affine:
+    """The form, if PEFT has it: without a bias, and without a row that is switched off.
+
+    Raises:
+        UserError: it has not.
+    """
+    if form is None or form.bias_O is not None or (form.gain_O is not None and not form.gain_O.all()):
+        raise UserError(f"The adapter does more at {name} than PEFT's LoRA can.", remedy="Merge it: deltaw merge.")
+    return form
+
+
+@torch.no_grad()
+def _directed(form: Affine, slot: Any) -> tuple[Affine, Tensor]:
+    """The form g * W + s B A as m / |W + s B' A| * (W + s B' A), lengths taken by row: with B' = B / g, and m."""
+    gain_O = torch.ones(len(form.B_OR), device=form.B_OR.device) if form.gain_O is None else form.gain_O
+    B_OR = form.B_OR / gain_O[:, None]
+    w_OI = torch.addmm(slot.weight.dense().float(), B_OR, form.A_RI, alpha=form.scale)
+    return form._replace(B_OR=B_OR, gain_O=None), gain_O * w_OI.square().sum(1).sqrt()
+
+
+def _refuse_for_vllm(names: Mapping[str, Any], most: int, gains: bool) -> None:
     """What vLLM would leave out or not load (its `PEFTHelper` and `max_lora_rank`)."""
+    if gains:
+        raise UserError("vLLM loads no DoRA.", remedy="Take deltaw merge.")
     if whole := next((name for name, delta in names.items() if isinstance(delta, Whole)), None):
         raise UserError(f"vLLM loads no layers that were trained whole, such as {whole}.", remedy="Take deltaw merge.")
     if "lm_head" in names:
@@ -118,6 +146,7 @@ def read(folder: Path, model: Decoder) -> Adapter:
         return peft_prefix.read(*raw(folder), model, folder)
     config, tensors = understood(folder)
     low, whole = _sorted(tensors, model, config.modules_to_save, str(folder))
+    _check(low, whole, "ABm" if config.use_dora else "AB", str(folder))
     _missing(config, model, {*low, *whole}, folder)
     ranks = {name: len(pair["A"]) for name, pair in low.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -130,7 +159,7 @@ def read(folder: Path, model: Decoder) -> Adapter:
     tied = model.lm_head is not None or "embed_tokens" not in whole or config.ensure_weight_tying
     targets = ",".join(name.removeprefix("model.") for name in _short(list(low), model))
     lora = method(
-        "lora", str(folder), targets=targets, rank=rank, alpha=float(alpha),
+        "dora" if config.use_dora else "lora", str(folder), targets=targets, rank=rank, alpha=float(alpha),
         rslora=config.use_rslora, dropout=config.lora_dropout,
         rank_pattern={re.escape(n): r for n, r in ranks.items() if r != rank},
         alpha_pattern={re.escape(n): float(a) for n, a in alpha_of.items() if a != alpha},
@@ -163,10 +192,11 @@ def _sorted(
     for key, t in tensors.items():
         module, _, kind = key.removeprefix(PREFIX).removeprefix("model.").partition(".lora_")
         name = module.removesuffix(".weight").removesuffix(".base_layer")
-        if name in whole or kind[:1] in low.get(name, {}):
+        part = PARTS.get(kind)
+        if name in whole or part in low.get(name, {}):
             raise UserError(f"{name} is there twice, as '{key}' too.", where=where)
-        if kind in ("A.weight", "B.weight") and isinstance(slots.get(name), Linear):
-            low.setdefault(name, {})[kind[0]] = t.float()
+        if part is not None and isinstance(slots.get(name), Linear):
+            low.setdefault(name, {})[part] = t.float()
         elif not kind and type(slots.get(name)) in PART:
             own = get(slots[name], PART[type(slots[name])])
             # PEFT also stores embeddings that were not trained.
@@ -179,19 +209,18 @@ def _sorted(
     if cold:
         raise UserError(f"The base has no layer for {some(len(cold), 'tensor')} of this adapter, such as '{cold[0]}'.",
                         where=where, remedy="Take the base that it was trained on: --base.")  # fmt: skip
-    _check(low, whole, where)
     return low, whole
 
 
-def _check(low: Mapping[str, Mapping[str, Tensor]], whole: Mapping[str, Tensor], where: str) -> None:
-    if halved := next((name for name, pair in low.items() if len(pair) != 2), None):
-        raise UserError(f"{halved} has only one of A and B.", where=where)
+def _check(low: Mapping[str, Mapping[str, Tensor]], whole: Mapping[str, Tensor], parts: str, where: str) -> None:
+    if odd := next((name for name, own in low.items() if {*own} != {*parts}), None):
+        raise UserError(f"{odd} has {' and '.join(sorted(low[odd]))} in place of {' and '.join(parts)}.", where=where)
     if both := low.keys() & whole.keys():
         raise UserError(f"{min(both)} has both a LoRA and weights of its own, other than the base's.", where=where,
                         why="The vocabulary was enlarged, or it was trained on another base.")  # fmt: skip
     if not low:
         raise UserError("There are no LoRA matrices in this adapter.", where=where)
-    if dead := [name for name, pair in low.items() if not pair["B"].any()]:
+    if dead := [name for name, pair in low.items() if "m" not in pair and not pair["B"].any()]:
         raise UserError(f"B is all zero at {len(dead)} of {len(low)} layers, such as {dead[0]}: it does nothing there.",
                         where=where, why="It was not trained, or not saved as it was.")  # fmt: skip
 

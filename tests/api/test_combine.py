@@ -156,6 +156,12 @@ def test_a_density_that_does_nothing_is_refused(tiny):
         combine([persona(tiny, 1)], [1.0], Combination(density=0.2))
 
 
+@pytest.mark.parametrize("how", ["sum", "ties"])
+def test_a_seed_that_does_nothing_is_refused(tiny, how):
+    with pytest.raises(UserError, match="Nothing is drawn at random"):
+        combine([persona(tiny, 1)], [1.0], Combination(how=how, seed=1))
+
+
 def test_weights_are_numbers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert weighed("poet") == ("poet", 1.0)

@@ -167,6 +167,20 @@ def test_what_is_cut_or_not_asked_is_counted(base, tmp_path):
     )
 
 
+def test_personas_that_see_less_than_their_base_are_compared_on_what_both_see(base, tmp_path):
+    prefixed = Persona("prefixed", base, Adapter.build(method("prefix_tuning", tokens=300), base.model).eval())
+    write_rows(tmp_path / "held.jsonl", *[{"prompt": "a" * n, "completion": "b" * 9} for n in (250, 1, 100)])
+    context = prefixed.context
+    assert context == 512 - 300
+    mine, theirs = (evaluate(p, tmp_path / "held.jsonl", sampling=SHORT, context=context)
+                    for p in (prefixed, Persona("base", base)))  # fmt: skip
+    assert [e.answer for e in mine.examples] == [e.answer for e in theirs.examples]
+    assert len(mine.graded) == len(theirs.graded) == 2
+    assert [n for n in mine.notices if "not asked" in n] == [n for n in theirs.notices if "not asked" in n] != []
+    alone = evaluate(Persona("base", base), tmp_path / "held.jsonl", sampling=SHORT)
+    assert len(alone.graded) == 3  # by itself it is asked all that it can see
+
+
 def test_one_text_among_conversations_changes_no_score_of_the_conversations(base, tiny_path, tmp_path):
     asks = [{"prompt": f"say {i}", "completion": "b" * i} for i in range(1, 4)]
     write_rows(tmp_path / "mixed.jsonl", *asks, {"text": "plain"})

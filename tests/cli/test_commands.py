@@ -204,6 +204,16 @@ def test_inspect_says_what_a_thing_is(trained, shown, name):
     assert said["numbers"] == f"{numbers / 1000:.1f} k"
 
 
+def test_inspect_finds_a_damaged_model_that_was_written_here(trained, shown, said):
+    shown("merge", "mine", "--out", "plain", "--dtype", "float32", "--json")
+    assert "fingerprint" in shown("inspect", "plain")
+    file = trained / "plain" / "model.safetensors"
+    body = bytearray(file.read_bytes())
+    body[-1] ^= 64  # of the exponent of the last number
+    file.write_bytes(body)
+    assert "The weights of this model are damaged" in said("inspect", "plain")
+
+
 def test_doctor_says_what_the_machine_can_do(shown, monkeypatch):
     from deltaw.advise import machine
 
