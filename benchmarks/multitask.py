@@ -64,8 +64,9 @@ def run(side, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "multitask.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("runs/multitask.jsonl"))
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     for seed in args.seeds:
         for side in SIDES:

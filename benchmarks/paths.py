@@ -3,7 +3,7 @@
     python benchmarks/paths.py                    # one supernet, three seeds of the search, 64 candidates each way
     python benchmarks/paths.py --steps 10 --evaluations 8 --seeds 0
 
-The supernet learns the restaurant rows but the last fifty, which are the search split; what is found is measured on the
+The supernet learns the restaurant rows but the last 24, which are the search split; what is found is measured on fifty
 validation rows, which nothing has seen. Needs DELTAW_DATA.
 """
 
@@ -20,7 +20,7 @@ from deltaw.api.persona import Persona
 from deltaw.api.search import Search, measure, search
 
 DATA = Path(os.environ.get("DELTAW_DATA", "../shared/data")) / "sft"
-HELD = 50
+SEARCHED, TESTED = 24, 50
 
 
 def main():
@@ -33,8 +33,8 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         lines = (DATA / "restaurant_train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        test = (DATA / "restaurant_val.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:HELD]
-        for name, some in (("train", lines[:-HELD]), ("search", lines[-HELD:]), ("test", test)):
+        test = (DATA / "restaurant_val.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:TESTED]
+        for name, some in (("train", lines[:-SEARCHED]), ("search", lines[-SEARCHED:]), ("test", test)):
             (folder / f"{name}.jsonl").write_text("".join(some), encoding="utf-8")
         made = prepare([str(folder / "train.jsonl")],
                        {"method": "glora", "supernet": True, "steps": args.steps, "val": "0", "evaluations": 0,

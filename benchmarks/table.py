@@ -2,6 +2,7 @@
 
     make table                                               # restaurant with three seeds, smarthome_json with one
     python benchmarks/table.py --methods lora dora --seeds 0         # some of it
+    python benchmarks/table.py --out benchmarks/results/table.jsonl  # what was measured last, as a table
     python benchmarks/table.py --methods lora --set learning_rate=2e-3 --out /tmp/rates.jsonl
 
 Each row is a process of its own and one JSON line, written when it is done; a row that is in the file already is not
@@ -83,13 +84,14 @@ def main():
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", nargs="*", type=int)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings in place of the defaults")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "table.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("runs/table.jsonl"), help="default: %(default)s")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measured(**json.loads(args.one))))
         return 0
     settings = {name: json.loads(value) for name, _, value in (s.partition("=") for s in args.set)}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     for task in args.tasks:
         for name in args.methods:
