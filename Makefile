@@ -2,10 +2,10 @@
 BIN := .venv/bin
 RUN := demo-village
 
-.PHONY: help demo test lint types imports size tests table clean
+.PHONY: help demo test lint types imports size tests table table-quant clean
 
 help: ## show this
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/' | expand -t 14
 
 .venv/.run: pyproject.toml constraints.txt scripts/setup.sh
 	@scripts/setup.sh run
@@ -43,6 +43,9 @@ tests: .venv/.dev
 
 table: .venv/.dev ## every technique for a minute, three seeds: docs/results.md
 	$(BIN)/python benchmarks/table.py
+
+table-quant: .venv/.dev ## every format and technique of a packed base: docs/formats.md
+	$(BIN)/python benchmarks/formats.py
 
 clean: ## remove what was installed and built
 	rm -rf .venv build dist *.egg-info

@@ -36,6 +36,8 @@ class Training:
 
     base: Text = "smollm2-135m"
     """The model to fine-tune: a folder, a GGUF file, a short name or a hub id."""
+    base_format: str | None = None
+    """Pack its matrices: nf4-dq, nf4, nf3, int4-g32, int8, … By default: as the method has it, or not at all."""
     method: str = "lora"
     """The technique; its own settings are flags too (see `deltaw train --method NAME --help`)."""
     name: str | None = None

@@ -72,6 +72,15 @@ def test_the_norm_of_dora_follows_every_way_in_which_a_and_b_change(tiny, ids):
                 assert delta.gain(slot) is not None
 
 
+def test_a_dora_that_has_answered_can_be_asked_for_gradients(tiny, ids):
+    adapter = Adapter.build(method("dora", rank=4), tiny).eval()
+    with adapter.on():
+        with torch.inference_mode():
+            our_logits(tiny, ids)
+        our_logits(tiny, ids).square().sum().backward()
+    assert all(delta.m.grad.any() for _, delta in adapter.named_deltas())
+
+
 def test_weight_decay_leaves_doras_lengths_alone(tiny):
     adapter = Adapter.build(method("dora"), tiny)
     groups = adamw(adapter, Training(weight_decay=0.1)).param_groups

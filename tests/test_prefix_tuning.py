@@ -42,7 +42,7 @@ def fresh(model, tokenizer=None, **chosen):
     made = method("prefix_tuning", **{"tokens": P, **chosen})
     adapter = Adapter.build(made, model, 3)
     if tokenizer is not None:
-        made.begin(adapter, model, tokenizer)
+        made.begin(adapter, model, tokenizer, tuple)
     return adapter.eval()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from deltaw.models.decoder import Decoder
     from deltaw.models.tokenizer import Tokenizer
 
+Losses = Callable[[], Iterable[Tensor]]
+"""Mean losses of some training rows, one after another, of the model as it is worn when each is asked for."""
 ALL_LINEAR = "all-linear"
 HEAD = "lm_head"
 
@@ -49,6 +52,8 @@ class Method(ABC):
     """Whether a fresh adapter leaves the model's outputs as they were."""
     kinds: ClassVar[tuple[type[Slot], ...]] = (Linear,)
     """The layers it knows how to adapt."""
+    base_format: ClassVar[str] = ""
+    """How the base's matrices are packed where the user does not say; empty: as they are."""
     peak_rate: ClassVar[float] = 1e-3
     """A learning rate that works for a model of width 576; wider ones get less."""
 
@@ -63,8 +68,12 @@ class Method(ABC):
     def build(self, site: Site, rng: torch.Generator) -> Delta:
         """Make the delta of one site; random numbers come from `rng`."""
 
-    def begin(self, adapter: Adapter, model: Decoder, tokenizer: Tokenizer) -> None:  # noqa: B027 (most set nothing)
-        """Set what a fresh adapter starts from, where that takes the whole model. By default: nothing."""
+    def begin(self, adapter: Adapter, model: Decoder, tokenizer: Tokenizer, losses: Losses) -> Adapter:  # noqa: ARG002
+        """Set what a fresh adapter starts from, where that takes the whole model, or rows of data. By default: nothing.
+
+        What comes back is what is trained: its method may have settled what the settings left open.
+        """
+        return adapter
 
     def finished(self, adapter: Adapter) -> Adapter:
         """What is kept of a trained adapter: by default, all of it."""

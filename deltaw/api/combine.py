@@ -99,7 +99,8 @@ def write(personas: Sequence[Persona], weights: Sequence[float], chosen: Combina
         raise UserError(f"There is a run '{name}' already.", where=str(run.folder), remedy="Take another -o.")
     adapter, lost = combine(personas, weights, chosen)
     systems = {persona.system for persona in personas}
-    header = adapters.Header.of(adapter, base.origin, base.fingerprint, systems.pop() if len(systems) == 1 else "")
+    system = systems.pop() if len(systems) == 1 else ""
+    header = adapters.Header.of(adapter, base.origin, base.fingerprint, system, base.form)
     with replacing_folder(run.folder) as scratch:
         adapters.save(adapter, header, Run(scratch).adapter)
     return run.adapter, lost

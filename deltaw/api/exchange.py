@@ -11,7 +11,7 @@ from typing import Literal, cast, get_args
 from torch import Tensor
 
 from deltaw.adapters.adapter import Adapter
-from deltaw.api.merge import Merged, check_batches, compared, folded
+from deltaw.api.merge import Merged, check_batches, compared, folded, merge
 from deltaw.api.persona import Base, Persona
 from deltaw.data.rows import Example
 from deltaw.errors import UserError
@@ -92,11 +92,13 @@ def _exported(persona: Persona, to: Target, out: Path, packing: Packing, example
 
 
 def requantised(persona: Persona, out: Path, examples: Sequence[Example] = ()) -> Merged:
-    """Write base and adapter as one GGUF file, rounded to the packing that the base's own file has, and compare.
+    """Write base and adapter in the packing that the base has: one GGUF file, or of a packed folder a folder; compare.
 
     Raises:
         UserError: the base is not quantised, or in a way that is not written here; or as for `export`.
     """
+    if checkpoint.form_of(persona.base.model) is not None:
+        return merge(persona, out, examples, packed=True)
     packing = source.packing(persona.base.path)
     if packing not in get_args(Packing):
         raise UserError(f"The base's weights are {packing or 'plain numbers'}: they cannot be quantised again.",
@@ -118,7 +120,7 @@ def bring(folder: Path, base: Base, name: str, runs: Path) -> Path:
         raise UserError(f"There is a run '{name}' already.", where=str(run.folder), remedy="Take another --name.")
     adapter = peft.read(folder, base.model)
     system = (folder / SYSTEM).read_text(encoding="utf-8", errors="replace") if (folder / SYSTEM).is_file() else ""
-    header = adapters.Header.of(adapter, base.origin, base.fingerprint, system)
+    header = adapters.Header.of(adapter, base.origin, base.fingerprint, system, base.form)
     with replacing_folder(run.folder) as scratch:
         adapters.save(adapter, header, Run(scratch).adapter)
     return run.adapter

@@ -17,9 +17,10 @@ from deltaw.adapters.protocol import Method
 from deltaw.advise import plan as planning
 from deltaw.advise.machine import free_disk
 from deltaw.advise.plan import SPREAD, Plan
+from deltaw.api.begin import begun, form_of
 from deltaw.api.interrupt import interruptible
 from deltaw.api.persona import Base, Persona, load_base
-from deltaw.api.prepare import EncodedData, Loaded, encode, load, manifest, question
+from deltaw.api.prepare import EncodedData, Loaded, load, manifest, question
 from deltaw.data.batch import per_epoch, rows_per_step
 from deltaw.data.columns import HUB
 from deltaw.errors import Diverged, Interrupted, UserError, WillNotFit, nearest
@@ -27,6 +28,7 @@ from deltaw.files import adapters, runs
 from deltaw.files.runs import Run
 from deltaw.methods import find as find_method
 from deltaw.methods import method as make_method
+from deltaw.models.checkpoint import count
 from deltaw.settings import Training, build, names, plain
 from deltaw.train import memory
 from deltaw.train.card import write_card
@@ -163,10 +165,9 @@ def prepare(data: Sequence[str], values: Mapping[str, Any], stop: Callable[[], b
     """
     settings, method = resolve(values)
     loaded = load(data, settings, stop)  # before the model: a fault in the data is found at once
-    base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say)
-    adapter = _begun(method, base, settings)
-    with adapter.on():
-        encoded = encode(loaded, base, settings, stop)
+    base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say, form_of(settings, method))
+    adapter, encoded = begun(method, base, settings, loaded, stop)
+    method = adapter.method
     settings = _resolved(settings, method, base, encoded)
     run = runs.create(settings.runs, settings.name, called(loaded.parts[0].path), settings.method)
     _check_disk(run, adapter)
@@ -194,15 +195,13 @@ def resume(name: str | None, folder: Path, stop: Callable[[], bool] = lambda: Fa
     with run.held():  # said now, rather than after the model is loaded
         settings, method = resolve({**config, **(on or {})}, str(run.config))
     loaded = load(data, settings, stop)
-    base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say)
+    base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say, form_of(settings, method))
     try:
         base.tokenizer.now = datetime.datetime.fromisoformat(then["rendered"])
     except (KeyError, TypeError, ValueError):
         raise UserError("The manifest does not say when the run was begun.", where=str(run.manifest),
                         remedy="Train anew.") from None  # fmt: skip
-    adapter = _begun(method, base, settings)
-    with adapter.on():
-        encoded = encode(loaded, base, settings, stop)
+    adapter, encoded = begun(method, base, settings, loaded, stop, fresh=not run.checkpoints())
     now = manifest(base, loaded, encoded)
     if changed := [key for key in now if then.get(key) != now[key]]:
         raise UserError(f"The run '{run.name}' cannot go on: {', '.join(changed)} changed since it began.",
@@ -227,15 +226,6 @@ def called(file: Path) -> str:
     return folder if file.stem in ("train", "data") and folder else file.stem
 
 
-def _begun(method: Method, base: Base, settings: Training) -> Adapter:
-    """A fresh adapter, as its run begins with it."""
-    adapter = Adapter.build(method, base.model, settings.seed).to(base.model.device)
-    if not adapter.parameter_count:
-        raise UserError("These settings leave nothing to train.", remedy="See the page of the method, docs/methods.")
-    method.begin(adapter, base.model, base.tokenizer)
-    return adapter
-
-
 def _resolved(settings: Training, method: Method, base: Base, encoded: EncodedData) -> Training:
     """The settings with what was chosen here in the place of `auto` and nothing: what a resumed run goes by."""
     width = base.model.config.width
@@ -252,7 +242,7 @@ def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loa
          stop: Callable[[], bool]) -> tuple[Job, Started]:  # fmt: skip
     batch_rows = settings.batch_rows or rows_per_step(encoded.rows.mean_tokens)
     steps = settings.steps or max(1, round(settings.epochs * per_epoch(encoded.weights, batch_rows)))
-    header = adapters.Header.of(adapter, base.origin, base.fingerprint, loaded.system)
+    header = adapters.Header.of(adapter, base.origin, base.fingerprint, loaded.system, base.form)
     with adapter.on():
         asked = question(loaded, base, settings)
     job = Job(run, base.model, base.tokenizer, adapter, header, settings, encoded.rows, encoded.weights,
@@ -260,7 +250,7 @@ def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loa
               question=asked, stop=stop)  # fmt: skip
     started = Started(
         run=str(run.folder), base=base.name, method=settings.method, trained_parameters=adapter.parameter_count,
-        base_parameters=sum(b.numel() for b in base.model.buffers()), rows=len(encoded.rows),
+        base_parameters=count(base.model), rows=len(encoded.rows),
         val_rows=encoded.val_rows, tokens=encoded.rows.tokens,
         trained_tokens=encoded.rows.targets, batch_rows=batch_rows,
         dtype=str(base.model.dtype).removeprefix("torch."), device=str(base.model.device),

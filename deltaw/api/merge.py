@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,9 @@ from deltaw.files.atomic import replacing_folder
 from deltaw.files.runs import Run
 from deltaw.models import checkpoint
 from deltaw.models.decoder import Decoder
-from deltaw.models.slots import CannotMerge
+from deltaw.models.slots import CannotMerge, Linear
+from deltaw.weights import Packed
+from deltaw.weights.dense import Dense
 
 CHECK_ROWS, CHECK_TOKENS = 32, 512
 SHAPE = ("width", "layers", "heads", "kv_heads", "head_width", "hidden", "vocab")
@@ -43,8 +45,12 @@ class Merged:
     size_bytes: int
 
 
-def merge(persona: Persona, folder: Path, examples: Sequence[Example] = (), into: Base | None = None) -> Merged:
+def merge(persona: Persona, folder: Path, examples: Sequence[Example] = (), into: Base | None = None,
+          packed: bool = False) -> Merged:  # fmt: skip
     """Write base and adapter as one model that `transformers` loads, read it back, and compare logits on `examples`.
+
+    `packed`: in the form in which a packed base's matrices are, rather than as plain numbers: QA-LoRA's change of
+    offsets is exact, any other sum is rounded to the form again.
 
     The base in memory is left as it was, bit for bit. `into`: another base of the same shape, such as the original of
     which the persona's base is a quantised copy; the comparison says what that changes.
@@ -60,11 +66,13 @@ def merge(persona: Persona, folder: Path, examples: Sequence[Example] = (), into
     batches, worn = check_batches(persona, examples), persona if into is None else moved(persona, into)
     model = worn.base.model
     with replacing_folder(folder) as scratch:
-        with folded(worn):
+        with folded(worn, packed):
             checkpoint.save(model, scratch)
+            form = checkpoint.form_of(model)
         worn.base.tokenizer.save(scratch)
         written = checkpoint.load(scratch, model.dtype, str(model.device))
-        merged = Merged(folder, compared(persona, written, batches), str(model.dtype).removeprefix("torch."),
+        kind = str(form or model.dtype).removeprefix("torch.")
+        merged = Merged(folder, compared(persona, written, batches), kind,
                         sum(f.stat().st_size for f in scratch.glob("*.safetensors")))  # fmt: skip
         report = {**dataclasses.asdict(merged), "folder": folder.name, "persona": persona.name, "base": worn.base.name,
                   "trained_on": persona.base.name}  # fmt: skip
@@ -96,8 +104,10 @@ def moved(persona: Persona, base: Base) -> Persona:
 
 
 @contextmanager
-def folded(persona: Persona) -> Iterator[None]:
+def folded(persona: Persona, packed: bool = False) -> Iterator[None]:
     """The base with the persona's adapter merged into it, for the length of a `with` block; then bit for bit as before.
+
+    `packed`: a packed base stays so; else its matrices are plain for as long.
 
     Raises:
         UserError: the adapter's method cannot be merged.
@@ -105,13 +115,28 @@ def folded(persona: Persona) -> Iterator[None]:
     if persona.adapter is None:
         raise UserError("The base has no adapter to merge.")
     try:
-        with bare(persona.base.model):
-            persona.adapter.merge()
-            yield
+        with bare(persona.base.model), nullcontext() if packed else unpacked(persona.base.model):
+            try:
+                persona.adapter.merge()
+                yield
+            finally:
+                persona.adapter.unmerge()
     except CannotMerge as e:
         raise UserError("This adapter cannot be merged into plain weights.", why=str(e)) from None
+
+
+@contextmanager
+def unpacked(model: Decoder) -> Iterator[None]:
+    """Plain matrices in the place of packed ones, for the length of a `with` block."""
+    packed = [(slot, slot.weight) for slot in model.modules() if isinstance(slot, Linear)
+              and isinstance(slot.weight, Packed)]  # fmt: skip
+    try:
+        for slot, weight in packed:
+            slot.weight = Dense(weight.dense())
+        yield
     finally:
-        persona.adapter.unmerge()
+        for slot, weight in packed:
+            slot.weight = weight
 
 
 def compared(persona: Persona, written: Decoder, batches: Sequence[Batch]) -> Difference:

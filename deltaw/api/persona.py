@@ -21,6 +21,7 @@ from deltaw.models.decoder import Decoder
 from deltaw.models.device import choose_device, choose_dtype
 from deltaw.models.tokenizer import Message, Tokenizer
 from deltaw.settings import build
+from deltaw.weights.formats import parse
 
 BASE = "base"
 """What the persona without an adapter is called."""
@@ -39,6 +40,8 @@ class Base:
     model: Decoder = field(repr=False)
     tokenizer: Tokenizer = field(repr=False)
     fingerprint: str
+    form: str = ""
+    """How its matrices were packed when it was loaded; empty: as they are."""
 
     @property
     def origin(self) -> str:
@@ -47,8 +50,8 @@ class Base:
 
 
 def load_base(name: str, dtype: str = "auto", device: str = "auto", threads: int | None = None,
-              say: source.Say = lambda _: None) -> Base:  # fmt: skip
-    """Bring a base model into memory, fetched first if need be.
+              say: source.Say = lambda _: None, base_format: str = "") -> Base:  # fmt: skip
+    """Bring a base model into memory, fetched first if need be; its matrices packed, if a format is given.
 
     Raises:
         UserError: there is no such model, it is not supported, or its weights are not those we wrote.
@@ -60,9 +63,11 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto", threads: int
     if threads is not None:
         torch.set_num_threads(threads)
     path, where = source.find(name, say), choose_device(device)
-    model = checkpoint.load(path, choose_dtype(dtype, where), str(where))
-    base = Base(name, path, model, Tokenizer.load(path), checkpoint.fingerprint(model))
-    checkpoint.check_seal(path, base.fingerprint)
+    form = parse(base_format) if base_format else None
+    model = checkpoint.load(path, choose_dtype(dtype, where), str(where), form)
+    base = Base(name, path, model, Tokenizer.load(path), checkpoint.fingerprint(model), base_format)
+    if form is None:
+        checkpoint.check_seal(path, base.fingerprint)
     return base
 
 
@@ -152,11 +157,12 @@ def load_all(names: Sequence[str], runs_folder: Path = runs.RUNS, base: str | No
         UserError: a persona is missing, or was made for another base.
     """
     found = [locate(name, runs_folder) for name in names] or [locate(None, runs_folder)]
-    trained_on = adapters.read_header(found[0][1]).base
+    header = adapters.read_header(found[0][1])
+    trained_on = header.base
     if base is None and Path(trained_on).is_absolute() and not Path(trained_on).exists():
         raise UserError("The base model is not where this adapter was trained on it.", where=trained_on,
                         remedy="Say where it is now: --base PATH.")  # fmt: skip
-    bare_base = Persona(BASE, load_base(base or trained_on, **how))
+    bare_base = Persona(BASE, load_base(base or trained_on, base_format=header.base_format, **how))
     return [bare_base.wearing(name, path) for name, path in found]
 
 

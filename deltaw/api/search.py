@@ -103,7 +103,7 @@ def write(persona: Persona, paths: Candidate, run: Run) -> Path:
     kept = {name: delta.along(path) for (name, delta), path in zip(named, paths, strict=True)}
     assert isinstance(supernet.method, glora.GLoRA)
     taken = supernet.like(replace(supernet.method, supernet=False, paths=told), kept)
-    header = adapters.Header.of(taken, base.origin, base.fingerprint, persona.system)
+    header = adapters.Header.of(taken, base.origin, base.fingerprint, persona.system, base.form)
     with replacing_folder(run.folder) as scratch:
         adapters.save(taken, header, Run(scratch).adapter)
     return run.adapter

@@ -42,6 +42,7 @@ COMMANDS = {
     "merge": "Write base and adapter as one plain model, and check it.",
     "combine": "Make one persona out of several.",
     "search": "Choose what each layer of a GLoRA supernet trains.",
+    "quantize": "Write a model with its matrices in fewer bits.",
     "export": "Write a persona for other tools, and check it.",
     "import": "Take in a LoRA that PEFT, mlx-lm or torchtune wrote.",
     "data": "Say what a model would learn from your data.",

@@ -29,6 +29,8 @@ def inspect(name: str, /, *, runs: Path = Path("runs"), json: bool = False) -> N
 def _model(name: str) -> dict[str, Any]:
     from deltaw.models import checkpoint, source
     from deltaw.models.gguf import GGUF
+    from deltaw.models.slots import Linear
+    from deltaw.weights.formats import bits
 
     path = source.find(name)
     model = checkpoint.load(path)
@@ -37,13 +39,16 @@ def _model(name: str) -> dict[str, Any]:
     checkpoint.check_seal(path, fingerprint := checkpoint.fingerprint(model))
     rows = {
         "path": str(path),
-        "parameters": count(sum(b.numel() for b in model.buffers())),
+        "parameters": count(checkpoint.count(model)),
         "layers": f"{config.layers}, width {config.width}, {config.heads} heads, {config.kv_heads} for keys and values",
         "vocabulary": f"{config.vocab:,}" + (", tied to the output" if config.tied else ""),
         "context": f"{config.context:,} tokens",
         "fingerprint": fingerprint,
     }
-    if packing and packing not in ("F32", "F16", "BF16"):
+    if form := checkpoint.form_of(model):
+        shapes = [slot.weight.shape for slot in model.layers.modules() if isinstance(slot, Linear)]
+        rows["weights"] = f"packed as {form}: {bits(form, shapes):.3f} bits a number in the layers' matrices"
+    elif packing and packing not in ("F32", "F16", "BF16"):
         rows["weights"] = (f"dequantised: this base is a {packing} file ({_bits(packing)}-bit codes) unpacked to "
                            "float32; the precision of the original is lost")  # fmt: skip
     return rows | {k: v for k, v in origin.items() if k in ("source", "licence", "sha256")}
@@ -55,7 +60,8 @@ def _adapter(name: str, runs: Path) -> dict[str, Any]:
 
     shown, path = locate(name, runs)
     header, tensors = adapters.read(path)
-    layers = sorted({t.rpartition(".")[0] for t in tensors if not t.startswith("shared.")}, key=_natural) or ["none"]
+    owners = {t.rpartition(".")[0].removesuffix(".weight") for t in tensors if not t.startswith("shared.")}
+    layers = sorted(owners, key=_natural) or ["none"]
     return {
         "adapter": shown,
         "path": str(path),
@@ -65,7 +71,8 @@ def _adapter(name: str, runs: Path) -> dict[str, Any]:
         "numbers": count(sum(t.numel() for t in tensors.values())),
         "layers": f"{len(layers)}, from {layers[0]} to {layers[-1]}",
         **({"system prompt": header.system} if header.system else {}),
-        "base": f"{header.base} ({header.fingerprint})",
+        "base": f"{header.base} ({header.fingerprint})"
+        + (f", packed as {header.base_format}" if header.base_format else ""),
         "made by": f"deltaw {header.version}",
     }
 

@@ -43,6 +43,7 @@ def merge(run: str | None = None, /, *, out: Path | None = None, into: str = "ba
     from deltaw.api.merge import merge as merged_into
     from deltaw.api.persona import load, load_base, locate
     from deltaw.data.files import read
+    from deltaw.models.checkpoint import form_of
 
     name, path = locate(run, runs)
     folder = home(path)
@@ -52,7 +53,8 @@ def merge(run: str | None = None, /, *, out: Path | None = None, into: str = "ba
         other = None if into in ("base", *QUANTISED) else load_base(into, **how, say=say)
         say(f"Merging {name}")
         examples = read(check) if check else known_rows(folder)
-        done = (requantised(persona, out or folder / "merged.gguf", examples) if into in QUANTISED else
+        again = "merged-packed" if form_of(persona.base.model) else "merged.gguf"
+        done = (requantised(persona, out or folder / again, examples) if into in QUANTISED else
                 merged_into(persona, out or folder / "merged", examples, other))  # fmt: skip
     rows = {"written": f"{done.folder} ({size(done.size_bytes)}, {done.dtype})"}
     if into != "base":

@@ -35,15 +35,17 @@ class Header:
     settings: dict[str, Any]
     base: str
     fingerprint: str
+    base_format: str = ""
+    """How the base's matrices were packed; empty: as they are where it comes from."""
     system: str = ""
     """The system prompt that all rows shared: the persona is asked with it, unless another one is given."""
     version: str = __version__
     format: int = FORMAT
 
     @classmethod
-    def of(cls, adapter: Adapter, base: str, fingerprint: str, system: str = "") -> Header:
+    def of(cls, adapter: Adapter, base: str, fingerprint: str, system: str = "", base_format: str = "") -> Header:
         """The header of an adapter made for the base of this name and fingerprint."""
-        return cls(name_of(adapter.method), plain(adapter.method), base, fingerprint, system)
+        return cls(name_of(adapter.method), plain(adapter.method), base, fingerprint, base_format, system)
 
 
 def save(adapter: Adapter, header: Header, path: Path) -> None:

@@ -32,7 +32,7 @@ class Directed(LowRank):
         """What each output of the layer and its LoRA is multiplied by."""
         now = (self.A._version, self.B._version, self.A.device, slot.weight)
         if self.training or self._norm is None or self._norm[0] != now:  # fused optimizers leave versions as they were
-            with torch.no_grad():
+            with torch.inference_mode(mode=False), torch.no_grad():  # what is kept may be asked for gradients later
                 w_OI = slot.weight.dense().float()
                 if self._rows is None or self._rows[0] is not slot.weight:
                     self._rows = slot.weight, w_OI.square().sum(1)

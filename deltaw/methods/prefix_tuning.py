@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from deltaw.adapters.adapter import Adapter, bare
-from deltaw.adapters.protocol import Method, Site, hold
+from deltaw.adapters.protocol import Losses, Method, Site, hold
 from deltaw.errors import UserError
 from deltaw.models.decoder import Decoder
 from deltaw.models.seen import Documents, Seen, attention
@@ -127,9 +127,9 @@ class PrefixTuning(Method):
         return Prefix(k, v, slot.heads, self.gate, getattr(site.shared, "points", None))
 
     @torch.no_grad()
-    def begin(self, adapter: Adapter, model: Decoder, tokenizer: Tokenizer) -> None:
+    def begin(self, adapter: Adapter, model: Decoder, tokenizer: Tokenizer, losses: Losses) -> Adapter:  # noqa: ARG002
         if self.init == "random":
-            return
+            return adapter
         ids = tokenizer.encode(self.init_text)
         if not ids:
             raise UserError("The text that a prefix starts as is empty.", remedy="Give --init-text, or --init random.")
@@ -143,6 +143,7 @@ class PrefixTuning(Method):
             assert isinstance(delta, Prefix)
             delta.k.copy_(ear.heard[0])
             delta.v.copy_(ear.heard[1])
+        return adapter
 
     @torch.no_grad()
     def finished(self, adapter: Adapter) -> Adapter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deltaw.errors import UserError
+from deltaw.models import packed
 from deltaw.models.config import ModelConfig
 from deltaw.models.decoder import Decoder
 from deltaw.models.gguf import GGUF
 from deltaw.models.slots import Embedding, Linear, RMSNorm
+from deltaw.weights import Format, Packed
 from deltaw.weights.dense import Dense
 from deltaw.words import some
 
@@ -34,23 +37,39 @@ SEAL = "deltaw_fingerprint"
 """Where a safetensors file of ours says what it holds."""
 
 
-def load(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Decoder:
-    """Read a model folder or a GGUF file; weights are converted to `dtype`.
+def load(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", form: Format | None = None) -> Decoder:
+    """Read a model folder or a GGUF file; weights are converted to `dtype`, or as they were packed.
+
+    `form`: pack the matrices of all linear layers but the head so, each as it is read: no more than one is ever whole.
 
     Raises:
         UserError: the family is not supported, a weight is missing or left over, or the only weights are a pickle.
     """
     gguf = GGUF(path) if path.is_file() else None
-    config = gguf.config() if gguf else ModelConfig.from_hf(read_json(path / "config.json"), str(path))
+    told = {} if gguf else read_json(path / "config.json")
+    config = gguf.config() if gguf else ModelConfig.from_hf(told, str(path))
     with torch.device("meta"):
         model = Decoder(config)
-    wanted = dict(_places(model))
+    wanted, stored = dict(_places(model)), packed.read_format(told, path)
+    pieces: dict[str, dict[str, Tensor]] = {}
     for name, w in gguf.tensors() if gguf else _tensors(path):
+        whole, dot, end = name.partition(".weight")
+        if whole + dot in wanted and (end or w.dtype == torch.uint8):
+            pieces.setdefault(whole + dot, {})[end] = w
+            continue
         if name not in wanted:
             if (name == "lm_head.weight" and config.tied) or name.endswith("rotary_emb.inv_freq"):
                 continue  # Tied checkpoints may carry the matrix twice; old ones carry RoPE's constants.
             raise UserError(f"The weight '{name}' has no place in this model.", where=str(path), remedy=ANEW)
-        _put(*wanted.pop(name), w.to(device=device, dtype=dtype), f"{path}: {name}")
+        owner, part = wanted.pop(name)
+        _put(owner, part, w.to(device=device, dtype=dtype), f"{path}: {name}")
+        if form is not None and isinstance(owner, Linear) and part == "weight" and owner is not model.lm_head:
+            owner.weight = form.pack(w.to(device), dtype)
+    for name, found in pieces.items():
+        owner, _ = wanted.pop(name)
+        owner.weight = packed.weight_of(found, stored, owner.weight.shape, dtype, f"{path}: {name}").to(device)
+    if pieces and form is not None:
+        raise UserError("This model is packed already.", where=str(path), remedy="Leave --base-format out.")
     if wanted:
         raise UserError(f"{some(len(wanted), 'weight')} missing, such as '{min(wanted)}'.", where=str(path),
                         remedy=ANEW)  # fmt: skip
@@ -60,11 +79,36 @@ def load(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
 def save(model: Decoder, folder: Path) -> None:
     """Write `model.safetensors` and `config.json` such that `transformers` loads the same model."""
     folder.mkdir(parents=True, exist_ok=True)
-    named = {_hf_name(name): w.contiguous() for name, w in tensors(model)}
+    named = {_hf_name(name): w.contiguous() for name, w in _stored(model)}
     save_file(named, folder / "model.safetensors", metadata={"format": "pt", SEAL: fingerprint(model)})
     (folder / "model.safetensors").chmod(0o644)  # as the other files; safetensors writes it for its owner alone
-    config = {**model.config.to_hf(), "dtype": str(model.dtype).removeprefix("torch.")}
+    config = {**model.config.to_hf(), "dtype": str(model.dtype).removeprefix("torch."),
+              **packed.said(form_of(model), model.dtype)}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def form_of(model: Decoder) -> Format | None:
+    """The format in which the matrices of the layers are packed; None: they are plain."""
+    kinds = {slot.weight.form for slot in model.layers.modules() if isinstance(slot, Linear)
+             and isinstance(slot.weight, Packed)}  # fmt: skip
+    assert len(kinds) <= 1, "a folder has one format"
+    return kinds.pop() if kinds else None
+
+
+def count(model: Decoder) -> int:
+    """How many numbers a model has, however they are stored."""
+    return sum(math.prod(getattr(owner, part).shape) for _, (owner, part) in _places(model))
+
+
+def _stored(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """What a folder holds: every weight, a packed one by its parts."""
+    slots = dict(model.named_modules())
+    for name, w in tensors(model):
+        slot = slots.get(name.removesuffix(".weight"))
+        if isinstance(slot, Linear) and isinstance(slot.weight, Packed):
+            yield from ((name + end, part) for end, part in packed.parts(slot.weight).items())
+        else:
+            yield name, w
 
 
 def tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:

@@ -1,22 +1,48 @@
 """How a frozen weight is stored: a format is a file here that knows how to multiply, unpack and pack again.
 
 Shape legend (whole package): B batch, T tokens, S tokens seen, V vocabulary, D model width, H query heads, K key/value
-heads, E head width, I in-features, O out-features, R rank, N rows with a label.
+heads, E head width, I in-features, O out-features, R rank, G groups, N rows with a label, or blocks of a matrix.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What plain numbers may be stored as."""
+
+
+class Format(ABC):
+    """A recipe by which a matrix is stored, and what it needs."""
+
+    @abstractmethod
+    def pack(self, w_OI: Tensor, dtype: torch.dtype) -> Weight:
+        """Store a matrix; it is multiplied with, and unpacked, in `dtype`."""
+
+    @abstractmethod
+    def load(self, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> Weight:
+        """A weight of tensors that were kept of one."""
+
+    @abstractmethod
+    def stored_bytes(self, o: int, i: int) -> int:
+        """Bytes of an O x I matrix."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """The name by which `formats.parse` knows it."""
+
 
 class Weight(nn.Module):
-    """A frozen O x I matrix in some storage format."""
+    """A frozen O x I matrix in some storage format. What is stored are its buffers; nothing else grows with it."""
 
     shape: tuple[int, int]
+    dtype: torch.dtype
 
     def dense(self) -> Tensor:
         """Unpack to a plain matrix W_OI."""
@@ -29,6 +55,29 @@ class Weight(nn.Module):
     def forward(self, x_TI: Tensor) -> Tensor:
         """Return x W' as y_TO; for the backward pass neither x nor a dense copy of W is kept."""
         return FrozenMatmul.apply(x_TI, self)  # type: ignore[no-any-return, no-untyped-call]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all that is stored."""
+        return sum(t.nbytes for t in self.buffers())
+
+
+class Packed(Weight):
+    """A matrix that is stored by a `format`, in its parts."""
+
+    def __init__(self, form: Format, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.form, self.shape, self.dtype = form, (shape[0], shape[1]), dtype
+        for name, t in kept.items():
+            self.register_buffer(name, t)
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """What is stored, by name."""
+        return dict(self.named_buffers())
+
+    def repack(self, w_OI: Tensor) -> Weight:
+        return self.form.pack(w_OI, self.dtype)
 
 
 class FrozenMatmul(torch.autograd.Function):

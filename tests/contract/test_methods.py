@@ -37,6 +37,10 @@ VARIANTS = {
                   {"targets": "q,v", "group": 6, "shift": False, "modules_to_save": "norm", "dropout": 0.3}],
     "glora": [{}, {"a": "lora", "c": "vector", "e": "vector"}, {"a": "none", "b": "constant", "c": "lora", "rank": 2},
               {"a": "constant", "b": "vector", "d": "vector", "e": "constant", "targets": "q,v"}],
+    "qlora": [{"rank": 4}],
+    "qa_lora": [{"rank": 4}, {"group": 16, "pooling": "mean", "targets": "q,v", "dropout": 0.3}],
+    "loftq": [{"rank": 4}, {"format": "int4-g32", "format_pattern": {"layers.0.*": "nf3-dq"}, "targets": "q,down"}],
+    "lq_lora": [{"rank": 4}],
     "full": [{}, {"targets": "all-linear"}, {"targets": "input_layernorm,embed_tokens"}],
 }  # fmt: skip
 CASES = [pytest.param(n, s, id=f"{n}-{i}") for n in names() for i, s in enumerate(VARIANTS.get(n, [{}]))]

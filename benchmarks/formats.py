@@ -1,0 +1,134 @@
+"""What each format and technique of a packed base costs and keeps: bits, perplexity, distance to the base.
+
+    make table-quant                                        # every row; goes on where it was stopped
+    python benchmarks/formats.py --rows nf3 "loftq nf3" --out /tmp/some.jsonl
+
+Of `wikitext2/valid_pages`, pages 1 to 30 are trained on, for a minute, and tell what matters; 64 stretches of 512
+tokens of pages 31 to 60 measure before and after, against the base in bfloat16. Bits: of all matrices of the layers,
+and with the adapter's numbers at 16 bits each. Each row is a process of its own and one JSON line. Needs DELTAW_DATA,
+and a quiet machine.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+DATA = Path(os.environ.get("DELTAW_DATA", "../shared/data")) / "wikitext2"
+SECONDS, WIDE, COUNT = 60, 512, 64
+PLAIN = ["bf16", "fp16", "fp32", "int8", "nf4", "nf4-dq", "fp4", "int4-g32", "int4-g64", "nf3", "nf2"]
+ROWS = {
+    **{name: {"base_format": name} for name in PLAIN},
+    **{f"loftq {f}": {"method": "loftq", "format": f} for f in ("nf4", "nf3", "nf2")},
+    "loftq nf3 r64": {"method": "loftq", "format": "nf3", "rank": 64},
+    "lq_lora nf3, no Fisher": {"method": "lq_lora", "format": "nf3", "fisher": False},
+    "lq_lora nf3": {"method": "lq_lora", "format": "nf3"},
+    **{f"lq_lora {b} bits": {"method": "lq_lora", "bits": b} for b in (2.5, 2.75, 3.0)},
+    # Uniform formats of the same sizes
+    "nf2-b64 of 2.5 bits": {"base_format": "nf2"},
+    "nf2-b32-s8.fp16.256 of 2.25 bits": {"base_format": "nf2-b32-s8.fp16.256"},
+    "int2-g64 of 2.5 bits": {"base_format": "int2-g64"},
+    "int2-g32 of 3.0 bits": {"base_format": "int2-g32"},
+    "nf3-dq of 3.13 bits": {"base_format": "nf3-dq"},
+}
+
+
+def measured(chosen):
+    """One row, in this process."""
+    import torch
+
+    from deltaw.adapters.adapter import bare
+    from deltaw.api.finetune import prepare
+    from deltaw.api.persona import load_base
+    from deltaw.data.batch import lay
+    from deltaw.data.encode import Encoded
+    from deltaw.evaluate.measure import label_logits
+    from deltaw.models.slots import Linear
+    from deltaw.weights import Packed
+
+    lines = (DATA / "valid_pages.jsonl").read_text(encoding="utf-8").splitlines()
+    base = load_base("smollm2-135m", "float32", base_format="bf16")
+    pages = [base.tokenizer.encode(json.loads(line)["page"]) for line in lines]
+    ids = [i for page in pages[30:60] for i in page]
+    rows = [lay([Encoded(tuple(ids[i * WIDE : (i + 1) * WIDE]), (True,) * WIDE)]) for i in range(COUNT)]
+
+    @torch.no_grad()
+    def compared(model):
+        """Perplexity, and the mean Kullback-Leibler divergence from the base, a token."""
+        loss = apart = tokens = 0.0
+        for row in rows:
+            mine, labels = label_logits(model, row)
+            mine = mine.log_softmax(1)
+            with bare(base.model):
+                theirs = label_logits(base.model, row)[0].log_softmax(1)
+            loss -= mine.gather(1, labels[:, None]).sum().item()
+            apart += (theirs.exp() * (theirs - mine)).sum().item()
+            tokens += len(labels)
+        return {"perplexity": math.exp(loss / tokens), "kl": apart / tokens}
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "pages.jsonl"
+        texts = [
+            base.tokenizer.decode(page[i : i + WIDE - 8]) for page in pages[:30] for i in range(0, len(page), WIDE - 8)
+        ]
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        began = time.monotonic()
+        told = {"method": "lora", "dtype": "float32", "max_tokens": WIDE, "train_on": "all", "val": "0",
+                "evaluations": 0, "minutes": SECONDS / 60, "learning_rate": 2e-4,
+                "runs": Path(folder) / "runs"}  # fmt: skip
+        made = prepare([str(file)], told | chosen)
+        prepared = time.monotonic() - began
+        made.job.question = None
+        adapter, model = made.job.adapter, made.base.model
+        own = [m for m in adapter.modules() if isinstance(m, Packed)]
+        weights = own or [slot.weight for slot in model.layers.modules() if isinstance(slot, Linear)]
+        numbers = sum(w.shape[0] * w.shape[1] for w in weights)
+        bits = 8 * sum(w.stored_bytes for w in weights) / numbers
+        with adapter.on():
+            before = compared(model)
+            finished = list(made.events())[-1]
+            adapter.eval()
+            after = compared(model)
+        return {"bits": bits, "bits_with_adapter": bits + 16 * adapter.parameter_count / numbers, "before": before,
+                "after": after, "steps": finished.step, "prepare_seconds": prepared,
+                "peak_bytes": finished.peak_bytes}  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--out", type=Path, default=Path("runs/formats.jsonl"), help="default: %(default)s")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measured(ROWS[args.one])))
+        return 0
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    for name in args.rows:
+        if any(d["name"] == name for d in done):
+            continue
+        began = time.monotonic()
+        said = subprocess.run([sys.executable, __file__, "--one", name], check=True, text=True,
+                              stdout=subprocess.PIPE).stdout  # fmt: skip
+        done.append({"name": name, **json.loads(said.splitlines()[-1]), "seconds": time.monotonic() - began})
+        with args.out.open("a") as f:
+            f.write(json.dumps(done[-1]) + "\n")
+        print(json.dumps(done[-1]), flush=True)
+    print("\n| base | bits | with adapter | perplexity before | KL | perplexity after | KL | steps | peak |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for d in done:
+        cells = [f"{d['bits']:.3f}", f"{d['bits_with_adapter']:.2f}"]
+        for when in ("before", "after"):
+            cells += [f"{d[when]['perplexity']:.4g}", f"{d[when]['kl']:.3g}"]
+        print(f"| {d['name']} | " + " | ".join([*cells, str(d["steps"]), f"{d['peak_bytes'] / 1e9:.2f} GB"]) + " |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""What a layer's inputs are like, and how much its weights matter: measured by deltas that change nothing.
+
+Both need a few rows of data to pass through the model; nothing of the size of the weights is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.models.slots import Delta, Linear
+from deltaw.weights import Weight
+
+
+class Importance(Delta):
+    """Sums over rows of data of the squared gradient of W, by outputs and by inputs: Fisher's diagonal.
+
+    Each row of data must be passed backward by itself: squares are of its whole gradient.
+    """
+
+    def __init__(self, o: int, i: int) -> None:
+        super().__init__()
+        self.rows_O, self.columns_I = torch.zeros(o), torch.zeros(i)
+        self.awake = nn.Parameter(torch.zeros(()))
+        """Asks for a backward pass where nothing before this layer is trained."""
+
+    def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
+        y_TO: Tensor = _Weighed.apply(x_TI, slot.weight, self, self.awake)  # type: ignore[no-untyped-call]
+        return y_TO if slot.bias is None else y_TO + slot.bias
+
+
+class Inputs(Delta):
+    """Sum of x x' over all tokens, I x I, in fp32."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__()
+        self.products_II, self.tokens = torch.zeros(i, i), 0
+
+    def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
+        self.products_II += (x_TI.float().t() @ x_TI.float()).cpu()
+        self.tokens += len(x_TI)
+        return slot.run(x_TI)
+
+
+class _Weighed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, weight: Weight, into: Importance, _: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TI)
+        ctx.weight, ctx.into = weight, into
+        return x_TI @ weight.dense().t()
+
+    @staticmethod
+    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor, None, None, None]:
+        (x_TI,) = ctx.saved_tensors
+        squares_OI = (dy_TO.float().t() @ x_TI.float()).square()
+        ctx.into.rows_O += squares_OI.sum(1).cpu()
+        ctx.into.columns_I += squares_OI.sum(0).cpu()
+        return dy_TO @ ctx.weight.dense(), None, None, None
+
+
+@contextmanager
+def watching(slots: Mapping[str, Linear], deltas: Mapping[str, Delta]) -> Iterator[None]:
+    """Let deltas watch these layers, in place of what they wear, for the length of a `with` block."""
+    worn = {name: slot.delta for name, slot in slots.items()}
+    try:
+        for name, slot in slots.items():
+            slot.fill(deltas[name])
+        yield
+    finally:
+        for name, slot in slots.items():
+            slot.fill(worn[name])
+
+
+def importance(slots: Mapping[str, Linear], losses: Iterable[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """How much outputs and inputs of each layer matter: roots of the mean squared gradients, by layer name.
+
+    `losses`: of one row of data each, computed as they are asked for. No root is zero: dead outputs count little.
+    """
+    watched = {name: Importance(*slot.weight.shape) for name, slot in slots.items()}
+    with watching(slots, watched), torch.enable_grad():
+        for loss in losses:
+            loss.backward()  # type: ignore[no-untyped-call]
+    return {name: (_root(w.rows_O / len(w.columns_I)), _root(w.columns_I / len(w.rows_O)))
+            for name, w in watched.items()}  # fmt: skip
+
+
+def _root(means_N: Tensor) -> Tensor:
+    """Of each, at least a thousandth of what is usual."""
+    root_N = means_N.sqrt()
+    usual = root_N.mean()
+    return root_N.clamp(min=1e-3 * float(usual)) if usual > 0 else torch.ones_like(root_N)

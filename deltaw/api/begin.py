@@ -1,0 +1,48 @@
+"""What a run begins with: a base packed as its method has it, a fresh adapter, and the rows as that one sees them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from deltaw.adapters.adapter import Adapter
+from deltaw.adapters.protocol import Method
+from deltaw.api.persona import Base
+from deltaw.api.prepare import EncodedData, Loaded, encode
+from deltaw.data.batch import lay
+from deltaw.errors import UserError
+from deltaw.scoring.loss import batch_loss
+from deltaw.settings import Training
+
+CALIBRATION = 40
+"""Training rows that tell a method what matters, where it asks."""
+
+
+def form_of(settings: Training, method: Method) -> str:
+    """How the base's matrices are packed."""
+    return type(method).base_format if settings.base_format is None else settings.base_format
+
+
+def begun(method: Method, base: Base, settings: Training, loaded: Loaded, stop: Callable[[], bool],
+          fresh: bool = True) -> tuple[Adapter, EncodedData]:  # fmt: skip
+    """The adapter that a run begins with, and the rows as the model sees them that wears it.
+
+    `fresh`: it starts from what its method sets; else it is filled from a checkpoint, which has all of that.
+    """
+    adapter = Adapter.build(method, base.model, settings.seed).to(base.model.device)
+    if not adapter.parameter_count:
+        raise UserError("These settings leave nothing to train.", remedy="See the page of the method, docs/methods.")
+    with adapter.on():
+        encoded = encode(loaded, base, settings, stop)
+
+    if not fresh:
+        return adapter, encoded
+
+    def losses() -> Iterator[Tensor]:
+        for i in random.Random(settings.seed).sample(range(len(encoded.rows)), min(CALIBRATION, len(encoded.rows))):
+            batch = lay([encoded.rows[i]]).to(base.model.device)
+            yield batch_loss(base.model, batch) / batch.targets
+
+    return method.begin(adapter, base.model, base.tokenizer, losses), encoded

@@ -1,0 +1,132 @@
+"""LoftQ: a packed Q and a B A whose sum is close to W, found by turns (Li et al. 2023, arXiv:2310.08659).
+
+Quantise W - B A, take the strongest directions of what is missing, and again. Q belongs to the adapter, which fits no
+other rounding of the same base: it is saved with A and B, and stands in the place of W where the adapter is worn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from deltaw.adapters.protocol import Losses, Site, matches
+from deltaw.methods.lora import LoRA, LowRank
+from deltaw.models.slots import Linear, Parts
+from deltaw.settings import settings
+from deltaw.weights import Format, Weight
+from deltaw.weights.formats import parse
+
+if TYPE_CHECKING:
+    from deltaw.adapters.adapter import Adapter
+    from deltaw.models.decoder import Decoder
+    from deltaw.models.tokenizer import Tokenizer
+
+EXACT = 2048
+"""Smaller sides than this are decomposed whole; of larger ones the strongest directions are searched for."""
+SEARCHED = 4
+
+
+class Corrected(LowRank):
+    """y = Q x + scale * B A x, with Q the adapter's own."""
+
+    def __init__(self, A_RI: Tensor, B_OR: Tensor, scale: float, dropout: float, weight: Weight) -> None:
+        super().__init__(A_RI, B_OR, scale, dropout)
+        self.weight = weight
+
+    def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
+        y_TO: Tensor = self.weight(x_TI)
+        x_TI = F.dropout(x_TI, self.dropout, self.training and self.dropout > 0)
+        y_TO = y_TO.addmm_(F.linear(x_TI, self.A.to(x_TI.dtype)), self.B.to(x_TI.dtype).t(), alpha=self.scale)
+        return y_TO if slot.bias is None else y_TO + slot.bias
+
+    def merged(self, slot: Linear) -> Parts:
+        w_OI = torch.addmm(self.weight.dense().float(), self.B, self.A, alpha=self.scale)
+        return {"weight": slot.weight.repack(w_OI)}
+
+    def served(self, slot: Linear) -> None:  # type: ignore[override]  # noqa: ARG002
+        return None
+
+
+@settings
+class LoftQ(LoRA):
+    """Train LoRA that starts as what the packed weights lack."""
+
+    identity_at_start: ClassVar[bool] = False
+
+    format: str = "nf4"
+    """How Q is packed: nf4, nf3, nf2-dq, int4-g32 or another."""
+    format_pattern: dict[str, str] = field(default_factory=dict)
+    """Other formats for some layers, by pattern of their names: {"layers[.]2..*": nf2}."""
+    iterations: Annotated[int, Field(ge=1, le=100)] = 5
+    """How often Q and B A take turns; the best turn is kept."""
+
+    def pair(self, site: Site, rng: torch.Generator) -> LowRank:
+        (o, i), w = site.slot.weight.shape, site.slot.weight
+        A_RI, B_OR = self.drawn(site.rank, i, rng), torch.zeros(o, site.rank)
+        return Corrected(A_RI, B_OR, self.scale(site), self.dropout, self.form(site.name).pack(w.dense(), w.dtype))
+
+    def form(self, name: str) -> Format:
+        """How the layer of this name is packed."""
+        return parse(next((f for pattern, f in self.format_pattern.items() if matches(pattern, name)), self.format))
+
+    def begin(self, adapter: Adapter, model: Decoder, tokenizer: Tokenizer, losses: Losses) -> Adapter:  # noqa: ARG002
+        for name, delta in adapter.named_deltas():
+            if isinstance(delta, Corrected):
+                w_OI = model.get_submodule(name).weight.dense()  # type: ignore[union-attr, operator]
+                fill(delta, split(w_OI, self.form(name), len(delta.A), self.iterations))
+        return adapter
+
+
+@torch.no_grad()
+def fill(delta: Corrected, found: tuple[Weight, Tensor, Tensor]) -> None:
+    """Let a delta start from Q, A and B, whatever its scale."""
+    delta.weight, A_RI, B_OR = found
+    delta.A.copy_(A_RI / delta.scale**0.5)
+    delta.B.copy_(B_OR / delta.scale**0.5)
+
+
+@torch.no_grad()
+def split(w_OI: Tensor, form: Format, rank: int, iterations: int, rows_O: Tensor | None = None,
+          columns_I: Tensor | None = None, quantised_first: bool = True) -> tuple[Weight, Tensor, Tensor]:  # fmt: skip
+    """Q, A and B with Q + B A close to W: the best of all turns, by the error times weights of rows and columns.
+
+    `quantised_first`: begin with Q, as LoftQ does, rather than with B A, as LQ-LoRA does.
+    """
+    w, dtype = w_OI.float(), w_OI.dtype
+    by_O = torch.ones(len(w), 1) if rows_O is None else rows_O[:, None]
+    by_I = torch.ones(1, w.shape[1]) if columns_I is None else columns_I[None]
+
+    def strongest(missing_OI: Tensor) -> tuple[Tensor, Tensor]:
+        u, s, vt = _svd(by_O * missing_OI * by_I, rank)
+        root = s[:rank].sqrt()
+        return root[:, None] * vt[:rank] / by_I, u[:, :rank] * root / by_O
+
+    A, B = (torch.zeros(rank, w.shape[1]), torch.zeros(len(w), rank)) if quantised_first else strongest(w)
+    best: tuple[float, Weight, Tensor, Tensor] | None = None
+    for _ in range(iterations):
+        q = form.pack(w - B @ A, dtype)
+        q_OI = q.dense().float()
+        if quantised_first:
+            A, B = strongest(w - q_OI)
+        error = float((by_O * (w - q_OI - B @ A) * by_I).square().sum())
+        if best is None or error < best[0]:
+            best = error, q, A, B
+        elif not quantised_first:
+            break
+        if not quantised_first:
+            A, B = strongest(w - q_OI)
+    assert best is not None
+    return best[1:]
+
+
+def _svd(w_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    if min(w_OI.shape) <= EXACT:
+        u, s, vt = torch.linalg.svd(w_OI, full_matrices=False)
+        return u, s, vt
+    u, s, v = torch.svd_lowrank(w_OI, rank + 10, SEARCHED)
+    return u, s, v.t()

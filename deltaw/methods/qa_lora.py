@@ -1,0 +1,66 @@
+"""QA-LoRA: B A as a change of a quantised base's offsets, so that it merges exactly (Xu et al. 2023, arXiv:2309.14717).
+
+W x + s B A p(x), with p(x) the sums of x over the groups of the base: what B A adds is the same for all inputs of a
+group, as is the offset of the group. The merged model is as quantised as it was.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from deltaw.adapters.protocol import Site
+from deltaw.errors import UserError
+from deltaw.methods.lora import LoRA, LowRank
+from deltaw.models.slots import Linear, Parts
+from deltaw.settings import settings
+from deltaw.weights.grid import Gridded
+
+
+class Pooled(LowRank):
+    """y = W x + scale * B A (share * sums of x over groups), with A of shape R x G."""
+
+    def __init__(self, A_RG: Tensor, B_OR: Tensor, scale: float, dropout: float, group: int, share: float) -> None:
+        super().__init__(A_RG, B_OR, scale, dropout)
+        self.group, self.share = group, share
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.share * self.A.repeat_interleave(self.group, 1), self.B
+
+    def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
+        y_TO = slot.run(x_TI)
+        x_TI = F.dropout(x_TI, self.dropout, self.training and self.dropout > 0)
+        x_TG = self.share * x_TI.view(len(x_TI), -1, self.group).sum(-1)
+        return y_TO.addmm_(F.linear(x_TG, self.A.to(x_TI.dtype)), self.B.to(x_TI.dtype).t(), alpha=self.scale)
+
+    def merged(self, slot: Linear) -> Parts:
+        weight = slot.weight
+        if not isinstance(weight, Gridded) or self.group % weight.form.group:
+            return super().merged(slot)
+        by_OG = self.scale * self.share * (self.B @ self.A)
+        return {"weight": weight.shifted(by_OG.repeat_interleave(self.group // weight.form.group, 1))}
+
+
+@settings
+class QALoRA(LoRA):
+    """Train what the offsets of a quantised base can take in when it is merged."""
+
+    base_format: ClassVar[str] = "int4-g32"
+
+    group: Annotated[int, Field(ge=1, le=65536)] = 32
+    """How many inputs are summed: the group of the base's format, or a multiple of it."""
+    pooling: Literal["root", "sum", "mean"] = "root"
+    """Sums are divided by the root of the group, for LoRA's rates to hold; or they are sums (paper) or means (code)."""
+
+    def pair(self, site: Site, rng: torch.Generator) -> LowRank:
+        o, i = site.slot.weight.shape
+        if i % self.group:
+            raise UserError(f"The {i} inputs of {site.name} are no whole number of groups of {self.group}.",
+                            remedy="Take another --group, or other --targets.")  # fmt: skip
+        share = {"root": self.group**-0.5, "sum": 1.0, "mean": 1 / self.group}[self.pooling]
+        A_RG, B_OR = self.drawn(site.rank, i // self.group, rng), torch.zeros(o, site.rank)
+        return Pooled(A_RG, B_OR, self.scale(site), self.dropout, self.group, share)

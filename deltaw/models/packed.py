@@ -1,0 +1,121 @@
+"""Packed matrices in a model folder: under names of our own, or as bitsandbytes and transformers write and read them.
+
+Ours are `layers.0.mlp.up_proj.weight.codes` and so on, and config.json names the format; bitsandbytes' hold the codes
+under the matrix's own name, and what they mean beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaw.errors import UserError
+from deltaw.weights import Format, Packed
+from deltaw.weights.codebook import Codebook
+from deltaw.weights.formats import parse
+from deltaw.weights.levels import dynamic
+from deltaw.weights.scales import Double, Plain
+
+KEY, OURS, THEIRS = "quantization_config", "deltaw", "bitsandbytes"
+STATE = "quant_state.bitsandbytes__"
+BLOCKS = [1 << i for i in range(5, 13)]
+"""The sizes of blocks that bitsandbytes has."""
+ITS_OWN = ""
+"""The part of a packed matrix that stands under the matrix's own name."""
+
+
+def said(form: Format | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What config.json says of how the matrices are stored."""
+    if form is None:
+        return {}
+    if not isinstance(form, Codebook) or not is_theirs(form):
+        return {KEY: {"quant_method": OURS, "format": str(form)}}
+    kind, nested = ("fp4" if form.fp4 else "nf4"), isinstance(form.scales, Double)
+    return {KEY: {"quant_method": THEIRS, "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": kind,
+                  "bnb_4bit_use_double_quant": nested, "bnb_4bit_quant_storage": "uint8",
+                  "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}}  # fmt: skip
+
+
+def is_theirs(form: Format) -> bool:
+    """Whether bitsandbytes has this format."""
+    return isinstance(form, Codebook) and form.width == 4 and isinstance(form.scales, Plain | Double)
+
+
+def read_format(config: Mapping[str, Any], where: Path) -> Format | None:
+    """The format of a folder's matrices, if config.json names one of ours; what bitsandbytes stored says it itself.
+
+    Raises:
+        UserError: they are packed in a way that is not read here.
+    """
+    told = config.get(KEY) or {}
+    if not isinstance(told, dict):
+        raise UserError(f"'{KEY}' is no JSON object.", where=str(where))
+    if (how := told.get("quant_method")) == OURS:
+        return parse(str(told.get("format")))
+    if how is not None and (how != THEIRS or not told.get("load_in_4bit")):
+        raise UserError(f"The weights are packed by {how}, which is not read here.", where=str(where),
+                        remedy="Take the original model, and --base-format nf4.")  # fmt: skip
+    return None
+
+
+def parts(weight: Packed) -> dict[str, Tensor]:
+    """A packed matrix's tensors, by the end of their names in the file."""
+    form, kept = weight.form, weight.kept
+    if not isinstance(form, Codebook) or not is_theirs(form):
+        return {f".{name}": t for name, t in kept.items()}
+    kind = "fp4" if form.fp4 else "nf4"
+    state: dict[str, Any] = {"quant_type": kind, "blocksize": form.block, "shape": list(weight.shape),
+                             "dtype": str(weight.dtype).removeprefix("torch.")}  # fmt: skip
+    more = {".absmax": kept["absmax"]} if "absmax" in kept else {
+        ".absmax": kept["codes2"], ".nested_absmax": kept["absmax2"], ".nested_quant_map": dynamic()}  # fmt: skip
+    if "absmax" not in kept:
+        state |= {"nested_blocksize": Double.BLOCK, "nested_dtype": "float32", "nested_offset": kept["mean"].item()}
+    told = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    levels = form.levels(torch.device("cpu")).clone()
+    return {ITS_OWN: kept["codes"][:, None], **more, ".quant_map": levels, f".{STATE}{kind}": told}
+
+
+def weight_of(found: Mapping[str, Tensor], form: Format | None, shape: tuple[int, int], dtype: torch.dtype,
+              where: str) -> Packed:  # fmt: skip
+    """The packed matrix of these tensors, named as by `parts`.
+
+    Raises:
+        UserError: they are not what the format has, or of another size.
+    """
+    theirs = next((end for end in found if end.startswith(f".{STATE}")), None)
+    try:
+        if theirs is None:
+            assert form is not None
+            kept = {end.removeprefix("."): t for end, t in found.items()}
+        else:
+            form, kept = _from_theirs(found, json.loads(bytes(found[theirs].tolist())), shape)
+        weight = form.load(shape, dtype, kept)
+        good = weight.stored_bytes == form.stored_bytes(*shape) and bool(weight.dense().isfinite().all())
+    except (AssertionError, LookupError, ValueError, TypeError, RuntimeError, UserError):
+        good = False
+    if not good:
+        raise UserError("A packed matrix is not what it is said to be.", where=where, remedy="Fetch the model anew.")
+    assert isinstance(weight, Packed)
+    return weight
+
+
+def _from_theirs(found: Mapping[str, Tensor], state: Mapping[str, Any], shape: tuple[int, int]
+                 ) -> tuple[Format, dict[str, Tensor]]:  # fmt: skip
+    nested = "nested_offset" in state
+    if state["blocksize"] not in BLOCKS:
+        raise ValueError("another block")
+    form = Codebook(4, state["blocksize"], Double() if nested else Plain(), state["quant_type"] == "fp4")
+    if tuple(state["shape"]) != shape or state.get("nested_blocksize", Double.BLOCK) != Double.BLOCK:
+        raise ValueError("another shape")
+    if not torch.equal(found[".quant_map"].float(), form.levels(torch.device("cpu"))):
+        raise ValueError("another table")
+    kept = {"codes": found[ITS_OWN].flatten()}
+    if not nested:
+        return form, kept | {"absmax": found[".absmax"]}
+    return form, kept | {"codes2": found[".absmax"], "absmax2": found[".nested_absmax"],
+                         "mean": torch.tensor([state["nested_offset"]])}  # fmt: skip

@@ -1,0 +1,150 @@
+"""Packed bases from end to end: written, trained on, worn, merged into plain numbers and into their own few bits."""
+
+import json
+
+import pytest
+import torch
+from conftest import write_tiny
+from oracles import our_logits
+from safetensors.torch import load_file
+from small import ROW, write_rows
+
+from deltaw.api.exchange import requantised
+from deltaw.api.finetune import finetune
+from deltaw.api.merge import folded, merge
+from deltaw.api.persona import load, load_base
+from deltaw.api.quantize import quantize
+from deltaw.cli.app import run
+from deltaw.errors import UserError
+from deltaw.files import adapters
+from deltaw.models import checkpoint
+from deltaw.models.slots import Linear
+from deltaw.weights import Packed
+from deltaw.weights.formats import bits, parse
+
+SQUARE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_attention_heads": 2,
+          "num_key_value_heads": 2}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    write_tiny(path, SQUARE)
+    return path
+
+
+@pytest.fixture
+def rows(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", *[ROW] * 8)
+    return tmp_path / "rows.jsonl"
+
+
+def tuned(folder, rows, **chosen):
+    return finetune(rows, base=folder, runs=rows.parent / "runs", name="run", dtype="float32", threads=1, steps=3,
+                    val="0", learning_rate=0.02, sample="hi", listen=(), **chosen)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["nf4-dq", "nf3-b32-s4.fp16.64", "int4-g32"])
+def test_a_packed_folder_is_a_base_as_any_other(form, folder, ids, tmp_path):
+    done = quantize(str(folder), form, tmp_path / "packed")
+    base, again = load_base(str(folder), "float32", base_format=form), load_base(str(tmp_path / "packed"), "float32")
+    assert base.fingerprint == again.fingerprint
+    assert torch.equal(our_logits(again.model, ids), our_logits(base.model, ids))
+    assert again.tokenizer.encode("say 1") == base.tokenizer.encode("say 1")
+    slots = [m for m in again.model.layers.modules() if isinstance(m, Linear)]
+    assert all(isinstance(slot.weight, Packed) for slot in slots)
+    assert done.packed_bytes == sum(slot.weight.stored_bytes for slot in slots)
+    assert done.bits == bits(parse(form), [slot.weight.shape for slot in slots])
+    assert done.size_bytes == (tmp_path / "packed" / "model.safetensors").stat().st_size
+    with pytest.raises(UserError, match="there already"):
+        quantize(str(folder), form, tmp_path / "packed")
+
+
+def test_rounding_by_rows_brings_what_layers_give_nearer(folder, ids, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", *[{"text": "".join(map(chr, range(60, 120)))}] * 4)
+    quantize(str(folder), "int3-g32", tmp_path / "plain")
+    quantize(str(folder), "int3-g32", tmp_path / "by_rows", tmp_path / "rows.jsonl")
+    base = load_base(str(folder), "float32")
+    text = torch.tensor(base.tokenizer.encode("".join(map(chr, range(60, 120)))))
+    want = our_logits(base.model, text)
+    off = {how: (our_logits(load_base(str(tmp_path / how), "float32").model, text) - want).norm()
+           for how in ("plain", "by_rows")}  # fmt: skip
+    assert off["by_rows"] < 0.8 * off["plain"], off
+    with pytest.raises(UserError, match="Only whole numbers are rounded by rows, and nf4 has none"):
+        quantize(str(folder), "nf4", tmp_path / "x", tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize(("chosen", "form"), [
+    ({"method": "qlora"}, "nf4-dq"), ({"base_format": "nf3"}, "nf3"),
+    ({"method": "dora", "base_format": "int8"}, "int8"), ({"method": "qa_lora"}, "int4-g32"),
+    ({"method": "loftq", "format": "nf3"}, ""), ({"method": "lq_lora"}, "")], ids=str)  # fmt: skip
+def test_what_was_trained_is_worn_and_merged_on_the_base_that_it_was_trained_on(
+    chosen, form, folder, rows, ids, tmp_path
+):
+    made = tuned(folder, rows, rank=4, **chosen)
+    header = adapters.read_header(rows.parent / "runs" / "run" / "adapter" / "adapter.safetensors")
+    assert header.base_format == form
+    with made.on():
+        want = our_logits(made.base.model, ids)
+    persona = load("run", rows.parent / "runs", dtype="float32")
+    assert str(checkpoint.form_of(persona.base.model) or "").startswith(form)
+    with persona.on():
+        assert torch.equal(our_logits(persona.base.model, ids), want)
+    merged = merge(persona, tmp_path / "merged")
+    assert (merged.dtype, merged.difference.top1_agreement) == ("float32", 1)
+    plain = checkpoint.load(tmp_path / "merged")
+    assert checkpoint.form_of(plain) is None
+    torch.testing.assert_close(our_logits(plain, ids), want, rtol=0, atol=1e-4)
+    with persona.on():
+        assert torch.equal(our_logits(persona.base.model, ids), want)
+
+
+def test_qa_lora_merges_into_its_own_four_bits_and_lora_does_not(folder, rows, ids, tmp_path):
+    quantize(str(folder), "int4-g32", tmp_path / "packed")
+    off = {}
+    for name in ("qa_lora", "lora"):
+        (rows.parent / name).mkdir()
+        write_rows(rows.parent / name / "rows.jsonl", *[ROW] * 8)
+        persona = tuned(folder, rows.parent / name / "rows.jsonl", method=name, rank=4, base_format="int4-g32")
+        with persona.on():
+            want = our_logits(persona.base.model, ids)
+        done = requantised(persona, tmp_path / name / "again")
+        assert done.dtype.startswith("int4-g32")
+        again = checkpoint.load(tmp_path / name / "again")
+        off[name] = (our_logits(again, ids) - want).abs().max().item()
+        if name == "qa_lora":
+            before, after = (load_file(tmp_path / p / "model.safetensors") for p in ("packed", "qa_lora/again"))
+            for key in before:
+                if key.endswith((".codes", ".scale")):
+                    assert torch.equal(after[key], before[key]), key
+    assert off["qa_lora"] < 1e-4 < 0.01 < off["lora"]
+
+
+def test_while_it_is_folded_a_packed_base_is_plain_and_afterwards_packed_again(folder, rows):
+    persona = tuned(folder, rows, method="qlora", rank=2)
+    slot = persona.base.model.layers[0].self_attn.q_proj
+    weight = slot.weight
+    with folded(persona):
+        assert not isinstance(slot.weight, Packed)
+    assert slot.weight is weight
+    with folded(persona, packed=True):
+        assert isinstance(slot.weight, Packed)
+        assert slot.weight is not weight
+    assert slot.weight is weight
+
+
+def test_the_command_says_what_it_wrote(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["quantize", str(folder), "--format", "nf4", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["form"], said["bits"]) == ("nf4", 4.5)
+    assert (tmp_path / said["folder"]).is_dir()
+    assert run(["inspect", said["folder"]]) == 0
+    assert "packed as nf4: 4.500 bits a number" in capsys.readouterr().out
+    assert run(["quantize", str(folder), "--format", "nf5"]) == 2
+    assert run(["quantize", str(folder), "--format", "int4-g999999999"]) == 2
+
+
+def test_parameters_are_counted_however_they_are_stored(folder):
+    plain, packed = (checkpoint.load(folder, form=f) for f in (None, parse("nf2")))
+    assert checkpoint.count(plain) == checkpoint.count(packed) == sum(b.numel() for b in plain.buffers())

@@ -1,0 +1,126 @@
+"""What every storage format promises, whichever it is: the list below is all that a new one needs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import write_tiny
+from oracles import our_logits, scramble
+
+from deltaw.adapters.adapter import Adapter
+from deltaw.methods import method
+from deltaw.models import checkpoint
+from deltaw.weights.codebook import Codebook
+from deltaw.weights.formats import parse
+from deltaw.weights.grid import Grid
+
+FORMATS = ["nf4", "nf4-dq", "nf4-b128", "fp4", "fp4-dq", "nf3", "nf3-dq", "nf2", "nf8", "nf3-b32-s4.fp16.64",
+           "nf2-b16-s2.bf16.16", "nf8-b64-s8.fp32.256", "int2-g32", "int3-g64", "int4-g32", "int8-g32", "fp16", "bf16",
+           "fp32"]  # fmt: skip
+SHAPES = [(64, 192), (7, 64), (100, 320)]
+each_format = pytest.mark.parametrize("name", FORMATS)
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def drawn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def bound(form, w_OI):
+    """The largest error of each number: half the widest gap of the levels, or half a step, and what scales lose."""
+    if isinstance(form, Codebook):
+        flat = torch.nn.functional.pad(w_OI.flatten(), (0, -w_OI.numel() % form.block)).view(-1, form.block)
+        kept = form.scales.store(flat.abs().amax(1))
+        scale = form.scales.read(kept, len(flat))
+        gap = form.levels(torch.device("cpu")).sort().values.diff().max() / 2
+        # Beyond the outermost level, a number is cut; where scales are rounded, levels move with them.
+        off = (flat.abs().amax(1) - scale).abs()
+        most = gap * torch.maximum(scale, flat.abs().amax(1)) + off
+        return most[:, None].expand_as(flat).flatten()[: w_OI.numel()].view_as(w_OI)
+    if isinstance(form, Grid):
+        groups = form.grouped(w_OI)
+        step = (groups.amax(2) - groups.amin(2)) / (2**form.width - 1)
+        return (step / 2 + 2**-9 * groups.abs().amax(2))[..., None].expand_as(groups).reshape(w_OI.shape)
+    return w_OI.abs() * {"fp32": 0, "fp16": 2**-11, "bf16": 2**-8}[str(form)] + 1e-7
+
+
+@each_shape
+@each_format
+def test_what_is_unpacked_is_near_what_was_packed(name, shape):
+    form, w_OI = parse(name), drawn(*shape)
+    off = (form.pack(w_OI, torch.float32).dense() - w_OI).abs()
+    assert bool((off <= bound(form, w_OI) * 1.001 + 1e-6).all())
+    assert off.max() > 0 or name == "fp32"
+
+
+@each_shape
+@each_format
+def test_packing_again_what_was_unpacked_changes_nothing_more(name, shape):
+    """Q6. Scales that are stored exactly give every bit again; those that were rounded move once more, by as little."""
+    packed = parse(name).pack(drawn(*shape), torch.float32)
+    once = packed.dense()
+    rounded = any(part in name for part in ("-s", "-dq", "int"))
+    torch.testing.assert_close(packed.repack(once).dense(), once, rtol=0, atol=0.01 * once.abs().max().item() * rounded)
+
+
+@each_shape
+@each_format
+def test_bytes_are_those_of_the_formula(name, shape):
+    form = parse(name)
+    assert form.pack(drawn(*shape), torch.float32).stored_bytes == form.stored_bytes(*shape)
+    assert str(parse(str(form))) == str(form)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_format
+def test_products_and_gradients_are_those_of_the_unpacked_matrix_and_nothing_of_it_is_kept(name, dtype):
+    packed, x = parse(name).pack(drawn(64, 192), dtype), drawn(5, 192, seed=1, dtype=dtype).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = packed(x)
+    assert kept == []
+    y.backward(dy := drawn(5, 64, seed=2, dtype=dtype))
+    w_OI = packed.dense()
+    assert w_OI.dtype == dtype
+    assert torch.equal(y, F.linear(x, w_OI))
+    assert torch.equal(x.grad, dy @ w_OI)
+    assert list(packed.parameters()) == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model whose sides are whole groups and blocks."""
+    path = tmp_path_factory.mktemp("square")
+    write_tiny(path, {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_attention_heads": 2,
+                      "num_key_value_heads": 2})  # fmt: skip
+    return path
+
+
+@each_format
+def test_a_model_is_written_and_read_again_to_the_last_bit(name, folder, ids, tmp_path):
+    model = checkpoint.load(folder, form=parse(name))
+    checkpoint.save(model, tmp_path)
+    again = checkpoint.load(tmp_path)
+    assert torch.equal(our_logits(again, ids), our_logits(model, ids))
+    assert checkpoint.fingerprint(again) == checkpoint.fingerprint(model)
+    checkpoint.check_seal(tmp_path, checkpoint.fingerprint(again))
+
+
+@each_format
+def test_training_goes_on_after_an_evaluation_as_if_there_had_been_none(name, folder, ids):
+    """Q8. bitsandbytes' layer fails it on processors with AVX512-BF16."""
+    model = checkpoint.load(folder, form=parse(name))
+    adapter = scramble(Adapter.build(method("lora", rank=2), model))
+
+    def gradients():
+        adapter.train().zero_grad()
+        with adapter.on():
+            our_logits(model, ids).square().mean().backward()
+        return [p.grad.clone() for p in adapter.parameters()]
+
+    before = gradients()
+    stored = [b.clone() for b in model.buffers()]
+    with torch.no_grad(), adapter.eval().on():
+        our_logits(model, ids)
+    for a, b in zip(gradients(), before, strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), stored, strict=True))

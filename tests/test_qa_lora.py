@@ -1,0 +1,128 @@
+"""§3.4 A1 to A10: what QA-LoRA adds is a change of offsets, to the last bit of the codes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import our_logits, scramble
+
+from deltaw.adapters.adapter import Adapter
+from deltaw.errors import UserError
+from deltaw.methods import method
+from deltaw.methods.qa_lora import Pooled
+from deltaw.models import checkpoint
+from deltaw.models.slots import Linear
+from deltaw.weights.formats import parse
+from deltaw.weights.grid import Grid, Gridded
+
+POOLINGS = {"root": 32**-0.5, "sum": 1.0, "mean": 1 / 32}
+
+
+@pytest.fixture
+def model(tiny_path):
+    return checkpoint.load(tiny_path, form=parse("int4-g32"))
+
+
+def layer(o=24, i=96, group=32, width=4, seed=0):
+    w_OI = torch.randn(o, i, generator=torch.Generator().manual_seed(seed))
+    return Linear(Grid(width, group).pack(w_OI, torch.float32))
+
+
+def pooled(slot, rank=3, group=32, share=1.0, scale=0.5, seed=1):
+    rng, (o, i) = torch.Generator().manual_seed(seed), slot.weight.shape
+    return Pooled(
+        torch.randn(rank, i // group, generator=rng), torch.randn(o, rank, generator=rng), scale, 0.0, group, share
+    )
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@torch.no_grad()
+def test_it_is_the_formula(pooling):
+    slot = layer()
+    delta, x = pooled(slot, share=POOLINGS[pooling]), torch.randn(5, 96)
+    sums = torch.stack([x[:, g * 32 : g * 32 + 32].sum(1) for g in range(3)], 1) * POOLINGS[pooling]
+    want = x @ slot.weight.dense().t() + 0.5 * sums @ delta.A.t() @ delta.B.t()
+    torch.testing.assert_close(delta(slot, x), want, rtol=0, atol=2e-5)
+    form = delta.served(slot)
+    served = x @ slot.weight.dense().t() + form.scale * x @ form.A_RI.t() @ form.B_OR.t()
+    torch.testing.assert_close(served, want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("width", [2, 3, 4, 8])
+@pytest.mark.parametrize("pooling", POOLINGS)
+@torch.no_grad()
+def test_a1_a2_merging_moves_offsets_and_nothing_else(pooling, width):
+    slot, x = layer(width=width), torch.randn(7, 96)
+    delta = pooled(slot, share=POOLINGS[pooling])
+    merged = delta.merged(slot)["weight"]
+    assert isinstance(merged, Gridded)
+    assert torch.equal(merged.codes, slot.weight.codes)
+    assert torch.equal(merged.scale, slot.weight.scale)
+    want = delta(slot, x)
+    assert ((merged(x) - want).abs().max() / want.abs().max()).item() <= 2e-6
+    moved = slot.weight.offset.double() + 0.5 * POOLINGS[pooling] * delta.B.double() @ delta.A.double()
+    torch.testing.assert_close(merged.offset.double(), moved, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a3_two_are_merged_one_after_the_other_and_taken_out_again(model, ids):
+    one, two = (scramble(Adapter.build(method("qa_lora", rank=2), model), 0.2, seed) for seed in (1, 2))
+    before = our_logits(model, ids)
+    offsets = [
+        m.weight.offset.clone() for m in model.modules() if isinstance(m, Linear) and isinstance(m.weight, Gridded)
+    ]
+    one.merge()
+    two.merge()
+    both = [slot.weight.offset for slot, _ in one.items()]
+    parts = [(d1.scale * d1.share * (d1.B @ d1.A), d2.scale * d2.share * (d2.B @ d2.A))
+             for (_, d1), (_, d2) in zip(one.named_deltas(), two.named_deltas(), strict=True)]  # fmt: skip
+    for offset, moved, (a, b) in zip(offsets, both, parts, strict=True):
+        torch.testing.assert_close(moved, offset.float() + a + b, rtol=0, atol=1e-6)
+    two.unmerge()
+    one.unmerge()
+    assert torch.equal(our_logits(model, ids), before)
+
+
+@torch.no_grad()
+def test_a6_whole_zero_points_would_round_the_adapter_away():
+    """What GPTQ's packing does to offsets: -scale times a whole number. This is why such bases are refused."""
+    slot, x = layer(o=256, i=512), torch.randn(64, 512)
+    scale = slot.weight.scale.float()
+    whole = slot.weight.shifted((slot.weight.offset.float() / scale).round() * scale - slot.weight.offset.float())
+    slot = Linear(whole)
+    delta = pooled(slot, rank=4, share=32**-0.5)
+    delta.B *= 0.1 * F.linear(x, slot.weight.dense()).norm() / (delta(slot, x) - slot.run(x)).norm()
+    added = delta(slot, x) - slot.run(x)
+    assert added.norm() / slot.run(x).norm() == pytest.approx(0.1, rel=1e-3)  # an adapter worth a tenth of the output
+    exact = delta.merged(slot)["weight"]
+    rounded = slot.weight.shifted((exact.offset / scale).round() * scale - slot.weight.offset)
+    assert (exact(x) - slot.run(x) - added).norm() / added.norm() < 1e-4
+    assert (rounded(x) - slot.run(x) - added).norm() / added.norm() > 0.5
+
+
+@torch.no_grad()
+def test_a8_groups_of_one_are_lora():
+    w_OI, x = torch.randn(6, 8), torch.randn(3, 8)
+    slot = Linear(parse("fp32").pack(w_OI, torch.float32))
+    delta = pooled(slot, group=1)
+    torch.testing.assert_close(delta(slot, x), x @ w_OI.t() + 0.5 * x @ delta.A.t() @ delta.B.t(), rtol=0, atol=1e-5)
+
+
+def test_a10_how_many_are_trained(model):
+    adapter = Adapter.build(method("qa_lora", rank=5), model)
+    shapes = [slot.weight.shape for slot, _ in adapter.items()]
+    assert adapter.parameter_count == sum(5 * (i // 32 + o) for o, i in shapes)
+
+
+@torch.no_grad()
+def test_groups_may_be_multiples_of_the_bases_and_not_parts_of_it(tiny_path, ids):
+    model = checkpoint.load(tiny_path, form=parse("int4-g16"))
+    for group, exact in ((32, True), (8, False)):
+        adapter = scramble(Adapter.build(method("qa_lora", rank=2, group=group, targets="down"), model), 0.2)
+        with adapter.on():
+            worn = our_logits(model, ids)
+        adapter.merge()
+        off = (our_logits(model, ids) - worn).abs().max()
+        adapter.unmerge()
+        assert (off < 1e-5) == exact
+    with pytest.raises(UserError, match="no whole number of groups of 5"):
+        Adapter.build(method("qa_lora", group=5), model)
