@@ -220,6 +220,18 @@ def test_g6_the_packed_matrices_have_the_bits_that_were_asked_for(tiny, most):
     }
 
 
+@torch.no_grad()
+def test_where_packing_loses_nothing_it_starts_as_lora_and_can_learn(tiny):
+    for _, delta in begun("loftq", tiny, rank=4, format="fp32").named_deltas():
+        assert bool(delta.A.any(1).all())
+        assert not delta.B.any()
+
+
+def test_a_pattern_of_formats_that_fits_no_layer_is_refused(tiny):
+    with pytest.raises(UserError, match="fits no adapted layer"):
+        Adapter.build(method("loftq", format_pattern={"layers.9.*": "nf2"}), tiny)
+
+
 def test_a_budget_and_formats_by_hand_do_not_go_together(tiny):
     with pytest.raises(UserError, match="A budget chooses the format of every layer"):
         begun("lq_lora", tiny, rows(tiny), rank=2, bits=3.0, format_pattern={"layers.0.*": "nf4"})

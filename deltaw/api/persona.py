@@ -66,7 +66,7 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto", threads: int
     form = parse(base_format) if base_format else None
     model = checkpoint.load(path, choose_dtype(dtype, where), str(where), form)
     base = Base(name, path, model, Tokenizer.load(path), checkpoint.fingerprint(model), base_format)
-    if form is None:
+    if form is None or checkpoint.is_packed(path):
         checkpoint.check_seal(path, base.fingerprint)
     return base
 

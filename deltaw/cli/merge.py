@@ -27,8 +27,9 @@ def merge(run: str | None = None, /, *, out: Path | None = None, into: str = "ba
     out
         Folder (of a quantised model: file) to write. By default: `merged` in the run's folder.
     into
-        base: the weights it was trained on, as plain numbers. quantised: the same, rounded to the base's own GGUF
-        packing again. Or another model of the same shape, such as the original of a quantised base.
+        base: the weights it was trained on, as plain numbers. quantised: the same in the base's own packing again: a
+        GGUF file, or of a packed base a folder, to which QA-LoRA merges exactly. Or another model of the same shape,
+        such as the original of a quantised base.
     check
         Rows on which both are compared. By default: the run's own data.
     base

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from deltaw.adapters.protocol import Losses, Site, matches
+from deltaw.errors import UserError
 from deltaw.methods.lora import LoRA, LowRank
 from deltaw.models.slots import Linear, Parts
 from deltaw.settings import settings
@@ -70,6 +71,13 @@ class LoftQ(LoRA):
         A_RI, B_OR = self.drawn(site.rank, i, rng), torch.zeros(o, site.rank)
         return Corrected(A_RI, B_OR, self.scale(site), self.dropout, self.form(site.name).pack(w.dense(), w.dtype))
 
+    def plan(self, sites: list[Site]) -> list[Site]:
+        for pattern in self.format_pattern:
+            if not any(matches(pattern, site.name) for site in sites):
+                raise UserError(f"The pattern '{pattern}' fits no adapted layer.",
+                                why=f"Adapted layers have names such as {sites[0].name}.")  # fmt: skip
+        return super().plan(sites)
+
     def form(self, name: str) -> Format:
         """How the layer of this name is packed."""
         return parse(next((f for pattern, f in self.format_pattern.items() if matches(pattern, name)), self.format))
@@ -84,9 +92,9 @@ class LoftQ(LoRA):
 
 @torch.no_grad()
 def fill(delta: Corrected, found: tuple[Weight, Tensor, Tensor]) -> None:
-    """Let a delta start from Q, A and B, whatever its scale."""
+    """Let a delta start from Q, A and B, whatever its scale; a direction in which nothing is missing, as LoRA does."""
     delta.weight, A_RI, B_OR = found
-    delta.A.copy_(A_RI / delta.scale**0.5)
+    delta.A.copy_(torch.where(A_RI.any(1, keepdim=True), A_RI / delta.scale**0.5, delta.A))
     delta.B.copy_(B_OR / delta.scale**0.5)
 
 

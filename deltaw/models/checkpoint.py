@@ -68,8 +68,9 @@ def load(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", fo
     for name, found in pieces.items():
         owner, _ = wanted.pop(name)
         owner.weight = packed.weight_of(found, stored, owner.weight.shape, dtype, f"{path}: {name}").to(device)
-    if pieces and form is not None:
-        raise UserError("This model is packed already.", where=str(path), remedy="Leave --base-format out.")
+    if pieces and form not in (None, have := form_of(model)):
+        raise UserError(f"This model is packed already, as {have}.", where=str(path),
+                        remedy=f"Take it so (--base-format {have}), or the model that it was made from.")  # fmt: skip
     if wanted:
         raise UserError(f"{some(len(wanted), 'weight')} missing, such as '{min(wanted)}'.", where=str(path),
                         remedy=ANEW)  # fmt: skip
@@ -107,8 +108,15 @@ def _stored(model: Decoder) -> Iterator[tuple[str, Tensor]]:
         slot = slots.get(name.removesuffix(".weight"))
         if isinstance(slot, Linear) and isinstance(slot.weight, Packed):
             yield from ((name + end, part) for end, part in packed.parts(slot.weight).items())
+        elif isinstance(slot, Linear) and isinstance(slot.weight, Dense):
+            yield name, slot.weight.w_OI  # in its own type, whatever it is multiplied in
         else:
             yield name, w
+
+
+def is_packed(path: Path) -> bool:
+    """Whether the matrices of a model on disk are packed."""
+    return path.is_dir() and bool(read_json(path / "config.json").get(packed.KEY))
 
 
 def tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:

@@ -60,6 +60,28 @@ def test_a_packed_folder_is_a_base_as_any_other(form, folder, ids, tmp_path):
         quantize(str(folder), form, tmp_path / "packed")
 
 
+@pytest.mark.parametrize(("name", "form"), [("qlora", "nf4-dq"), ("qa_lora", "int4-g32"), ("lora", "nf3")])
+def test_a_packed_folder_is_trained_on_as_it_is(name, form, folder, rows, ids, tmp_path):
+    quantize(str(folder), form, tmp_path / "packed")
+    made = tuned(tmp_path / "packed", rows, method=name, rank=2)
+    with made.on():
+        want = our_logits(made.base.model, ids)
+    persona = load("run", rows.parent / "runs", dtype="float32")
+    with persona.on():
+        assert torch.equal(our_logits(persona.base.model, ids), want)
+    with pytest.raises(UserError, match=f"packed already, as {form}"):
+        load_base(str(tmp_path / "packed"), "float32", base_format="nf2")
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
+def test_plain_numbers_are_written_in_their_own_type(kind, folder, tmp_path):
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[kind]
+    quantize(str(folder), name, tmp_path / name)
+    kinds = {n: t.dtype for n, t in load_file(tmp_path / name / "model.safetensors").items()}
+    assert kinds["model.layers.0.mlp.up_proj.weight"] == kind
+    assert kinds["model.embed_tokens.weight"] == torch.float32
+
+
 def test_rounding_by_rows_brings_what_layers_give_nearer(folder, ids, tmp_path):
     write_rows(tmp_path / "rows.jsonl", *[{"text": "".join(map(chr, range(60, 120)))}] * 4)
     quantize(str(folder), "int3-g32", tmp_path / "plain")

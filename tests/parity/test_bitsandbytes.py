@@ -138,5 +138,6 @@ def test_what_is_packed_otherwise_or_damaged_is_refused(change, said, folder, tm
 
 def test_a_packed_model_is_not_packed_again(folder, tmp_path):
     checkpoint.save(checkpoint.load(folder, form=parse("nf3")), tmp_path)
-    with pytest.raises(UserError, match="packed already"):
+    with pytest.raises(UserError, match="packed already, as nf3"):
         checkpoint.load(tmp_path, form=parse("nf4"))
+    assert str(checkpoint.form_of(checkpoint.load(tmp_path, form=parse("nf3")))) == "nf3"
