@@ -21,7 +21,7 @@ from pathlib import Path
 
 from quality import ANSWER_TOKENS, DATA, rows_of
 
-MINUTES, EVALUATED, MERGED = 1, 50, ("restaurant", 0)
+MINUTES, MERGED = 1, ("restaurant", 0)
 TASKS = {"restaurant": ("bleu", [0, 1, 2]), "smarthome_json": ("intent", [0])}
 TECHNIQUES = {
     "lora": {}, "rslora": {"method": "lora", "rslora": True}, "lora+": {"method": "lora", "loraplus_lr_ratio": 16},
@@ -33,7 +33,7 @@ TECHNIQUES = {
 BASE = "base"
 
 
-def measured(name, task, seed, settings):
+def measured(name, task, seed, settings, rows=50):
     """One row, in this process: train, answer, merge."""
     import torch
 
@@ -46,7 +46,7 @@ def measured(name, task, seed, settings):
     from deltaw.scoring.text import score
     from deltaw.train.events import Stepped
 
-    metric, asked = TASKS[task][0], rows_of(task, "val")[:EVALUATED]
+    metric, asked = TASKS[task][0], rows_of(task, "val")[:rows]
 
     def scored(persona):
         with persona.on():
@@ -58,8 +58,8 @@ def measured(name, task, seed, settings):
         return scored(Persona(BASE, load_base("smollm2-135m")))
     with tempfile.TemporaryDirectory() as folder:
         chosen = {"method": name, "minutes": MINUTES, "val": "0", "evaluations": 0, "seed": seed, "runs": Path(folder)}
-        rows = DATA / "sft" / f"{task}_train.jsonl"
-        made = prepare([str(rows)], {**chosen, **TECHNIQUES.get(name, {}), **settings})
+        file = DATA / "sft" / f"{task}_train.jsonl"
+        made = prepare([str(file)], {**chosen, **TECHNIQUES.get(name, {}), **settings})
         made.job.question = None
         events = list(made.events())
         finished, tokens = events[-1], sum(e.tokens for e in events if isinstance(e, Stepped))
@@ -85,6 +85,7 @@ def main():
     parser.add_argument("--seeds", nargs="*", type=int)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings in place of the defaults")
     parser.add_argument("--out", type=Path, default=Path("runs/table.jsonl"), help="default: %(default)s")
+    parser.add_argument("--rows", type=int, default=50, help="validation rows that are asked (default: %(default)s)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -97,12 +98,20 @@ def main():
         for name in args.methods:
             for seed in args.seeds or TASKS[task][1]:
                 key = {"name": name, "task": task, "seed": seed, "settings": settings}
-                if any(all(d[k] == v for k, v in key.items()) for d in done) or (name == BASE and seed):
+                if any(all(d[k] == v for k, v in key.items()) and d.get("rows", 50) == args.rows for d in done) or (
+                    name == BASE and seed
+                ):
                     continue
                 began = time.monotonic()
-                said = subprocess.run([sys.executable, __file__, "--one", json.dumps(key)], check=True, text=True,
+                asked = json.dumps({**key, "rows": args.rows})
+                said = subprocess.run([sys.executable, __file__, "--one", asked], check=True, text=True,
                                       stdout=subprocess.PIPE).stdout  # fmt: skip
-                row = {**key, **json.loads(said.splitlines()[-1]), "seconds": time.monotonic() - began}
+                row = {
+                    **key,
+                    "rows": args.rows,
+                    **json.loads(said.splitlines()[-1]),
+                    "seconds": time.monotonic() - began,
+                }
                 done.append(row)
                 with args.out.open("a") as f:
                     f.write(json.dumps(row) + "\n")

@@ -94,7 +94,7 @@ class PrefixTuning(Method):
     identity_at_start: ClassVar[bool] = False
     kinds: ClassVar[tuple[type[Slot], ...]] = (Attend,)
     peak_rate: ClassVar[float] = 3e-2
-    """BLEU 34.0, 40.3 at 5e-3, 3e-2 (benchmarks/table.py --set minutes=null steps=30)."""
+    """BLEU 34.0, 40.3 at 5e-3, 3e-2 (benchmarks/table.py --rows 60 --set minutes=null steps=30)."""
 
     targets: str = "attend"
     """The layers' attention: all of them."""
@@ -127,7 +127,7 @@ class PrefixTuning(Method):
         return Prefix(k, v, slot.heads, self.gate, getattr(site.shared, "points", None))
 
     @torch.no_grad()
-    def begin(self, adapter: Adapter, model: Decoder, tokenizer: Tokenizer, losses: Losses) -> Adapter:  # noqa: ARG002
+    def begin(self, adapter: Adapter, model: Decoder, tokenizer: Tokenizer, losses: Losses) -> Adapter:  # noqa: ARG002 (no rows)
         if self.init == "random":
             return adapter
         ids = tokenizer.encode(self.init_text)

@@ -44,7 +44,7 @@ class TiedLoRA(Method):
     """Train one pair of matrices for all layers, and two vectors in each: the fewest numbers."""
 
     peak_rate: ClassVar[float] = 1e-2
-    """BLEU 36.3, 40.8, 37.3 at 3e-3, 1e-2, 3e-2 (benchmarks/table.py --set minutes=null steps=30)."""
+    """BLEU 36.3, 40.8, 37.3 at 3e-3, 1e-2, 3e-2 (benchmarks/table.py --rows 60 --set minutes=null steps=30)."""
 
     rank: Annotated[int, Field(ge=1, le=8192)] = 8
     """Rank R of the update."""

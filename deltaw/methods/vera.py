@@ -23,7 +23,7 @@ class VeRA(Method):
     """Train two vectors in each layer, around random matrices that all of them have together."""
 
     peak_rate: ClassVar[float] = 3e-2
-    """BLEU 31.1, 37.7 at 1e-2, 3e-2 (benchmarks/table.py --set minutes=null steps=30)."""
+    """BLEU 31.1, 37.7 at 1e-2, 3e-2 (benchmarks/table.py --rows 60 --set minutes=null steps=30)."""
 
     rank: Annotated[int, Field(ge=1, le=8192)] = 256
     """Rank R of the random matrices."""
