@@ -16,7 +16,7 @@ from deltaw.methods import loftq, lq_lora, method
 from deltaw.methods.loftq import Corrected, split
 from deltaw.models.slots import Linear
 from deltaw.scoring.loss import batch_loss
-from deltaw.weights.formats import bits, parse
+from deltaw.weights.formats import parse
 
 FORMS = ["nf4", "nf3-dq", "nf2", "int3-g32", "nf3-b32-s4.fp16.64"]
 
@@ -221,6 +221,32 @@ def test_g6_the_packed_matrices_have_the_bits_that_were_asked_for(tiny, most):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("turns", [1, 3])
+def test_as_many_turns_are_taken_as_are_asked_for(tiny, turns):
+    for layer, delta in begun("loftq", tiny, rank=4, format="nf2", iterations=turns).named_deltas():
+        w_OI = tiny.get_submodule(layer).weight.dense()
+        want = split(w_OI, parse("nf2"), 4, turns)
+        assert left(w_OI, (delta.weight, delta.scale**0.5 * delta.A, delta.scale**0.5 * delta.B)) == pytest.approx(
+            left(w_OI, want), rel=1e-4)  # fmt: skip
+    assert left(drawn(), split(drawn(), parse("nf2"), 4, 1)) > left(drawn(), split(drawn(), parse("nf2"), 4, 3))
+
+
+def test_weighted_by_rows_less_is_left_where_it_matters_and_more_elsewhere(tiny):
+    slots = {name: slot for name, slot in tiny.named_modules() if isinstance(slot, Linear)}
+    weights = importance(slots, rows(tiny)())
+    off = {}
+    for fisher in (True, False):
+        adapter = begun("lq_lora", tiny, rows(tiny), rank=4, format="nf2", fisher=fisher)
+        errors = {
+            n: slots[n].weight.dense() - d.weight.dense() - d.scale * d.B @ d.A for n, d in adapter.named_deltas()
+        }
+        weighted = sum((weights[n][0][:, None] * e * weights[n][1]).square().sum().item() for n, e in errors.items())
+        off[fisher] = weighted, sum(e.square().sum().item() for e in errors.values())
+    assert off[True][0] < off[False][0]
+    assert off[True][1] > off[False][1]
+
+
+@torch.no_grad()
 def test_where_packing_loses_nothing_it_starts_as_lora_and_can_learn(tiny):
     for _, delta in begun("loftq", tiny, rank=4, format="fp32").named_deltas():
         assert bool(delta.A.any(1).all())
@@ -241,6 +267,4 @@ def test_g5_too_few_bits_are_said_with_the_fewest_that_there_are(tiny):
     with pytest.raises(UserError, match=r"No formats have 1\.5 bits a number.*Take --bits 2\.\d\d or more"):
         begun("lq_lora", tiny, rows(tiny), rank=2, bits=1.5)
     plenty = begun("lq_lora", tiny, rows(tiny), rank=2, bits=32.0, iterations=1)
-    shapes = [delta.weight.shape for _, delta in plenty.named_deltas()]
     assert {delta.weight.form.width for _, delta in plenty.named_deltas()} == {8}
-    assert bits(parse("nf8-b16-s8.fp32.16"), shapes) > 8

@@ -68,7 +68,7 @@ class Method(ABC):
     def build(self, site: Site, rng: torch.Generator) -> Delta:
         """Make the delta of one site; random numbers come from `rng`."""
 
-    def begin(self, adapter: Adapter, model: Decoder, tokenizer: Tokenizer, losses: Losses) -> Adapter:  # noqa: ARG002
+    def begin(self, adapter: Adapter, model: Decoder, tokenizer: Tokenizer, losses: Losses) -> Adapter:  # noqa: ARG002 (hooks)
         """Set what a fresh adapter starts from, where that takes the whole model, or rows of data. By default: nothing.
 
         What comes back is what is trained: its method may have settled what the settings left open.

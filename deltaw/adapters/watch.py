@@ -29,7 +29,7 @@ class Importance(Delta):
         """Asks for a backward pass where nothing before this layer is trained."""
 
     def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
-        y_TO: Tensor = _Weighed.apply(x_TI, slot.weight, self, self.awake)  # type: ignore[no-untyped-call]
+        y_TO: Tensor = _Weighed.apply(x_TI, slot.weight, self, self.awake)  # type: ignore[no-untyped-call]  # torch's
         return y_TO if slot.bias is None else y_TO + slot.bias
 
 
@@ -38,11 +38,10 @@ class Inputs(Delta):
 
     def __init__(self, i: int) -> None:
         super().__init__()
-        self.products_II, self.tokens = torch.zeros(i, i), 0
+        self.products_II = torch.zeros(i, i)
 
     def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
         self.products_II += (x_TI.float().t() @ x_TI.float()).cpu()
-        self.tokens += len(x_TI)
         return slot.run(x_TI)
 
 
@@ -83,7 +82,7 @@ def importance(slots: Mapping[str, Linear], losses: Iterable[Tensor]) -> dict[st
     watched = {name: Importance(*slot.weight.shape) for name, slot in slots.items()}
     with watching(slots, watched), torch.enable_grad():
         for loss in losses:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's
     return {name: (_root(w.rows_O / len(w.columns_I)), _root(w.columns_I / len(w.rows_O)))
             for name, w in watched.items()}  # fmt: skip
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.adapters.protocol import Method
+from deltaw.api.interrupt import heeding
 from deltaw.api.persona import Base
 from deltaw.api.prepare import EncodedData, Loaded, encode
 from deltaw.data.batch import lay
@@ -20,7 +21,7 @@ CALIBRATION = 40
 """Training rows that tell a method what matters, where it asks."""
 
 
-def form_of(settings: Training, method: Method) -> str:
+def packing(settings: Training, method: Method) -> str:
     """How the base's matrices are packed."""
     return type(method).base_format if settings.base_format is None else settings.base_format
 
@@ -36,12 +37,12 @@ def begun(method: Method, base: Base, settings: Training, loaded: Loaded, stop: 
         raise UserError("These settings leave nothing to train.", remedy="See the page of the method, docs/methods.")
     with adapter.on():
         encoded = encode(loaded, base, settings, stop)
-
     if not fresh:
         return adapter, encoded
 
     def losses() -> Iterator[Tensor]:
-        for i in random.Random(settings.seed).sample(range(len(encoded.rows)), min(CALIBRATION, len(encoded.rows))):
+        count = len(encoded.rows)
+        for i in heeding(random.Random(settings.seed).sample(range(count), min(CALIBRATION, count)), stop):
             batch = lay([encoded.rows[i]]).to(base.model.device)
             yield batch_loss(base.model, batch) / batch.targets
 

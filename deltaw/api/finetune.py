@@ -17,7 +17,7 @@ from deltaw.adapters.protocol import Method
 from deltaw.advise import plan as planning
 from deltaw.advise.machine import free_disk
 from deltaw.advise.plan import SPREAD, Plan
-from deltaw.api.begin import begun, form_of
+from deltaw.api.begin import begun, packing
 from deltaw.api.interrupt import interruptible
 from deltaw.api.persona import Base, Persona, load_base
 from deltaw.api.prepare import EncodedData, Loaded, load, manifest, question
@@ -165,7 +165,7 @@ def prepare(data: Sequence[str], values: Mapping[str, Any], stop: Callable[[], b
     """
     settings, method = resolve(values)
     loaded = load(data, settings, stop)  # before the model: a fault in the data is found at once
-    base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say, form_of(settings, method))
+    base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say, packing(settings, method))
     adapter, encoded = begun(method, base, settings, loaded, stop)
     method = adapter.method
     settings = _resolved(settings, method, base, encoded)
@@ -195,7 +195,7 @@ def resume(name: str | None, folder: Path, stop: Callable[[], bool] = lambda: Fa
     with run.held():  # said now, rather than after the model is loaded
         settings, method = resolve({**config, **(on or {})}, str(run.config))
     loaded = load(data, settings, stop)
-    base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say, form_of(settings, method))
+    base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say, packing(settings, method))
     try:
         base.tokenizer.now = datetime.datetime.fromisoformat(then["rendered"])
     except (KeyError, TypeError, ValueError):

@@ -10,13 +10,11 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from deltaw.adapters.protocol import Losses, Site, matches
-from deltaw.errors import UserError
-from deltaw.methods.lora import LoRA, LowRank
+from deltaw.adapters.protocol import Losses, Site
+from deltaw.methods.lora import LoRA, LowRank, first
 from deltaw.models.slots import Linear, Parts
 from deltaw.settings import settings
 from deltaw.weights import Format, Weight
@@ -39,17 +37,15 @@ class Corrected(LowRank):
         super().__init__(A_RI, B_OR, scale, dropout)
         self.weight = weight
 
-    def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
+    def frozen(self, slot: Linear, x_TI: Tensor) -> Tensor:
         y_TO: Tensor = self.weight(x_TI)
-        x_TI = F.dropout(x_TI, self.dropout, self.training and self.dropout > 0)
-        y_TO = y_TO.addmm_(F.linear(x_TI, self.A.to(x_TI.dtype)), self.B.to(x_TI.dtype).t(), alpha=self.scale)
         return y_TO if slot.bias is None else y_TO + slot.bias
 
     def merged(self, slot: Linear) -> Parts:
         w_OI = torch.addmm(self.weight.dense().float(), self.B, self.A, alpha=self.scale)
         return {"weight": slot.weight.repack(w_OI)}
 
-    def served(self, slot: Linear) -> None:  # type: ignore[override]  # noqa: ARG002
+    def served(self, slot: Linear) -> None:  # type: ignore[override]  # noqa: ARG002 (no slot's W has Q in it)
         return None
 
 
@@ -71,21 +67,17 @@ class LoftQ(LoRA):
         A_RI, B_OR = self.drawn(site.rank, i, rng), torch.zeros(o, site.rank)
         return Corrected(A_RI, B_OR, self.scale(site), self.dropout, self.form(site.name).pack(w.dense(), w.dtype))
 
-    def plan(self, sites: list[Site]) -> list[Site]:
-        for pattern in self.format_pattern:
-            if not any(matches(pattern, site.name) for site in sites):
-                raise UserError(f"The pattern '{pattern}' fits no adapted layer.",
-                                why=f"Adapted layers have names such as {sites[0].name}.")  # fmt: skip
-        return super().plan(sites)
+    def patterns(self) -> list[str]:
+        return [*super().patterns(), *self.format_pattern]
 
     def form(self, name: str) -> Format:
         """How the layer of this name is packed."""
-        return parse(next((f for pattern, f in self.format_pattern.items() if matches(pattern, name)), self.format))
+        return parse(first(self.format_pattern, name, self.format))
 
-    def begin(self, adapter: Adapter, model: Decoder, tokenizer: Tokenizer, losses: Losses) -> Adapter:  # noqa: ARG002
+    def begin(self, adapter: Adapter, model: Decoder, tokenizer: Tokenizer, losses: Losses) -> Adapter:  # noqa: ARG002 (W is enough)
         for name, delta in adapter.named_deltas():
             if isinstance(delta, Corrected):
-                w_OI = model.get_submodule(name).weight.dense()  # type: ignore[union-attr, operator]
+                w_OI = model.get_submodule(name).weight.dense()  # type: ignore[union-attr, operator]  # a Linear
                 fill(delta, split(w_OI, self.form(name), len(delta.A), self.iterations))
         return adapter
 
@@ -93,7 +85,8 @@ class LoftQ(LoRA):
 @torch.no_grad()
 def fill(delta: Corrected, found: tuple[Weight, Tensor, Tensor]) -> None:
     """Let a delta start from Q, A and B, whatever its scale; a direction in which nothing is missing, as LoRA does."""
-    delta.weight, A_RI, B_OR = found
+    device = delta.A.device
+    delta.weight, A_RI, B_OR = found[0].to(device), found[1].to(device), found[2].to(device)
     delta.A.copy_(torch.where(A_RI.any(1, keepdim=True), A_RI / delta.scale**0.5, delta.A))
     delta.B.copy_(B_OR / delta.scale**0.5)
 
@@ -105,7 +98,7 @@ def split(w_OI: Tensor, form: Format, rank: int, iterations: int, rows_O: Tensor
 
     `quantised_first`: begin with Q, as LoftQ does, rather than with B A, as LQ-LoRA does.
     """
-    w, dtype = w_OI.float(), w_OI.dtype
+    w, dtype = w_OI.float().cpu(), w_OI.dtype
     by_O = torch.ones(len(w), 1) if rows_O is None else rows_O[:, None]
     by_I = torch.ones(1, w.shape[1]) if columns_I is None else columns_I[None]
 

@@ -30,10 +30,14 @@ class Product(Delta):
 
     def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
         A_RI, B_OR = self.factors()
-        y_TO = slot.run(x_TI)
+        y_TO = self.frozen(slot, x_TI)
         x_TI = F.dropout(x_TI, self.dropout, self.training and self.dropout > 0)
         down_TR = F.linear(x_TI, A_RI.to(x_TI.dtype))
         return y_TO.addmm_(down_TR, B_OR.to(x_TI.dtype).t(), alpha=self.scale)
+
+    def frozen(self, slot: Linear, x_TI: Tensor) -> Tensor:
+        """What B A is added to."""
+        return slot.run(x_TI)
 
     def merged(self, slot: Linear) -> Parts:
         A_RI, B_OR = self.factors()
@@ -61,7 +65,7 @@ class LoRA(Method):
     """Train two thin matrices beside each frozen one."""
 
     peak_rate: ClassVar[float] = 1e-3
-    """BLEU 35.2, 42.3, 37.0 at 3e-4, 1e-3, 3e-3 (benchmarks/table.py --set minutes=null steps=30)."""
+    """BLEU 35.2, 41.7, 37.0 at 3e-4, 1e-3, 3e-3 (benchmarks/table.py --set minutes=null steps=30)."""
 
     rank: Annotated[int, Field(ge=1, le=8192)] = 16
     """Rank R of the update."""
@@ -88,13 +92,17 @@ class LoRA(Method):
         if self.alpha is None:  # written down as a number, so that no reader of an adapter has to know the default
             object.__setattr__(self, "alpha", 2.0 * self.rank)
 
+    def patterns(self) -> list[str]:
+        """Every pattern of layers' names that is said; each has to fit one."""
+        return [*self.rank_pattern, *self.alpha_pattern]
+
     def plan(self, sites: list[Site]) -> list[Site]:
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+        for pattern in self.patterns():
             if not any(matches(pattern, site.name) for site in sites):
                 raise UserError(f"The pattern '{pattern}' fits no adapted layer.",
                                 why=f"Adapted layers have names such as {sites[0].name}.")  # fmt: skip
-        return [s if s.whole else replace(s, rank=_first(self.rank_pattern, s.name, self.rank),
-                        alpha=_first(self.alpha_pattern, s.name, self.alpha)) for s in sites]  # fmt: skip
+        return [s if s.whole else replace(s, rank=first(self.rank_pattern, s.name, self.rank),
+                        alpha=first(self.alpha_pattern, s.name, self.alpha)) for s in sites]  # fmt: skip
 
     def sites(self, model: nn.Module) -> list[Site]:
         if not self.modules_to_save:
@@ -127,5 +135,6 @@ class LoRA(Method):
         return site.alpha / (site.rank**0.5 if self.rslora else site.rank)
 
 
-def _first(patterns: dict[str, Any], name: str, otherwise: Any) -> Any:
+def first(patterns: dict[str, Any], name: str, otherwise: Any) -> Any:
+    """The value of the first pattern that fits a layer's name."""
     return next((value for pattern, value in patterns.items() if matches(pattern, name)), otherwise)

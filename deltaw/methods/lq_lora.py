@@ -52,7 +52,7 @@ class LQLoRA(LoftQ):
     iterations: Annotated[int, Field(ge=1, le=100)] = 8
     """How often B A and Q take turns at most; it ends where a turn is worse."""
 
-    def begin(self, adapter: Adapter, model: Decoder, tokenizer: Tokenizer, losses: Losses) -> Adapter:  # noqa: ARG002
+    def begin(self, adapter: Adapter, model: Decoder, tokenizer: Tokenizer, losses: Losses) -> Adapter:  # noqa: ARG002 (no text)
         slots: dict[str, Any] = {name: model.get_submodule(name) for name, delta in adapter.named_deltas()
                                  if isinstance(delta, Corrected)}  # fmt: skip
         if self.bits is not None and self.format_pattern:
@@ -100,7 +100,7 @@ def planned(slots: Mapping[str, Linear], weights: Weights, bits: float) -> dict[
 @torch.no_grad()
 def errors(w_OI: Tensor, weights: tuple[Tensor, Tensor], formats: Sequence[Format]) -> list[float]:
     """The weighted squared error of each format, estimated on some rows."""
-    some, by_O, by_I = w_OI[::SAMPLE].float(), weights[0][::SAMPLE, None], weights[1]
+    some, by_O, by_I = w_OI[::SAMPLE].float().cpu(), weights[0][::SAMPLE, None], weights[1]
     return [float((by_O * (form.pack(some, torch.float32).dense() - some) * by_I).square().sum()) for form in formats]
 
 
