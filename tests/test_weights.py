@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from deltaw.errors import UserError
 from deltaw.weights.bits import PLANES, pack, stored_bytes, unpack
-from deltaw.weights.formats import bits, parse
+from deltaw.weights.formats import parse
 from deltaw.weights.grid import Grid
 from deltaw.weights.scales import Double, Plain, TwoLevel
 
@@ -64,12 +64,6 @@ def test_a_format_that_there_is_not_is_refused(name):
 )  # fmt: skip
 def test_names_are_said_in_one_way(name, whole):
     assert str(parse(name)) == whole
-
-
-def test_bits_are_counted_over_all_matrices():
-    shapes = [(64, 64), (128, 64)]
-    assert bits(parse("nf4"), shapes) == 4.5
-    assert bits(parse("nf4-dq"), shapes) == pytest.approx(8 * (12288 / 2 + 192 + 4 * 2 + 4 * 2) / 12288)
 
 
 def test_a9_a_matrix_that_was_on_the_grid_is_on_it_again():

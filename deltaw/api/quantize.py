@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from deltaw.files.atomic import replacing_folder
 from deltaw.models import checkpoint, source
 from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Linear
-from deltaw.weights import Weight
 from deltaw.weights.formats import parse
 from deltaw.weights.gptq import gptq
 from deltaw.weights.grid import Grid
@@ -46,7 +46,7 @@ def quantize(base: str, form: str, folder: Path, calibrate: Path | None = None, 
     Raises:
         UserError: no such model or format, matrices that do not fit it, or a folder that is there.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise UserError("It is there already.", where=str(folder), remedy="Take another --out.")
     parsed = parse(form)
     if calibrate is not None and not isinstance(parsed, Grid):
@@ -68,9 +68,7 @@ def quantize(base: str, form: str, folder: Path, calibrate: Path | None = None, 
             if loaded.path.is_dir() and (loaded.path / extra).exists():
                 shutil.copy(loaded.path / extra, scratch)
         size = sum(f.stat().st_size for f in scratch.glob("*.safetensors"))
-    weights: list[Weight] = [slot.weight for slot in loaded.model.layers.modules() if isinstance(slot, Linear)]
-    stored, numbers = sum(w.stored_bytes for w in weights), sum(w.shape[0] * w.shape[1] for w in weights)
-    return Quantised(folder, form, size, stored, 8 * stored / numbers)
+    return Quantised(folder, form, size, *checkpoint.stored(loaded.model))
 
 
 @torch.no_grad()

@@ -29,8 +29,6 @@ def inspect(name: str, /, *, runs: Path = Path("runs"), json: bool = False) -> N
 def _model(name: str) -> dict[str, Any]:
     from deltaw.models import checkpoint, source
     from deltaw.models.gguf import GGUF
-    from deltaw.models.slots import Linear
-    from deltaw.weights.formats import bits
 
     path = source.find(name)
     model = checkpoint.load(path)
@@ -46,8 +44,7 @@ def _model(name: str) -> dict[str, Any]:
         "fingerprint": fingerprint,
     }
     if form := checkpoint.form_of(model):
-        shapes = [slot.weight.shape for slot in model.layers.modules() if isinstance(slot, Linear)]
-        rows["weights"] = f"packed as {form}: {bits(form, shapes):.3f} bits a number in the layers' matrices"
+        rows["weights"] = f"packed as {form}: {checkpoint.stored(model)[1]:.3f} bits a number in the layers' matrices"
     elif packing and packing not in ("F32", "F16", "BF16"):
         rows["weights"] = (f"dequantised: this base is a {packing} file ({_bits(packing)}-bit codes) unpacked to "
                            "float32; the precision of the original is lost")  # fmt: skip

@@ -22,7 +22,7 @@ from deltaw.models.config import ModelConfig
 from deltaw.models.decoder import Decoder
 from deltaw.models.gguf import GGUF
 from deltaw.models.slots import Embedding, Linear, RMSNorm
-from deltaw.weights import Format, Packed
+from deltaw.weights import Format, Packed, Weight
 from deltaw.weights.dense import Dense
 from deltaw.words import some
 
@@ -50,7 +50,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", fo
     config = gguf.config() if gguf else ModelConfig.from_hf(told, str(path))
     with torch.device("meta"):
         model = Decoder(config)
-    wanted, stored = dict(_places(model)), packed.read_format(told, path)
+    wanted, (usual, others) = dict(_places(model)), packed.read_formats(told, path)
     pieces: dict[str, dict[str, Tensor]] = {}
     for name, w in gguf.tensors() if gguf else _tensors(path):
         whole, dot, end = name.partition(".weight")
@@ -66,8 +66,8 @@ def load(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", fo
         if form is not None and isinstance(owner, Linear) and part == "weight" and owner is not model.lm_head:
             owner.weight = form.pack(w.to(device), dtype)
     for name, found in pieces.items():
-        owner, _ = wanted.pop(name)
-        owner.weight = packed.weight_of(found, stored, owner.weight.shape, dtype, f"{path}: {name}").to(device)
+        (owner, _), own = wanted.pop(name), others.get(name.removesuffix(".weight"), usual)
+        owner.weight = packed.weight_of(found, own, owner.weight.shape, dtype, f"{path}: {name}").to(device)
     if pieces and form not in (None, have := form_of(model)):
         raise UserError(f"This model is packed already, as {have}.", where=str(path),
                         remedy=f"Take it so (--base-format {have}), or the model that it was made from.")  # fmt: skip
@@ -84,16 +84,26 @@ def save(model: Decoder, folder: Path) -> None:
     save_file(named, folder / "model.safetensors", metadata={"format": "pt", SEAL: fingerprint(model)})
     (folder / "model.safetensors").chmod(0o644)  # as the other files; safetensors writes it for its owner alone
     config = {**model.config.to_hf(), "dtype": str(model.dtype).removeprefix("torch."),
-              **packed.said(form_of(model), model.dtype)}  # fmt: skip
+              **packed.said(forms_of(model), model.dtype)}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def forms_of(model: Decoder) -> dict[str, Format]:
+    """How the matrices of the layers are packed, by layer name; plain ones are left out."""
+    return {name: slot.weight.form for name, slot in model.layers.named_modules(prefix="layers")
+            if isinstance(slot, Linear) and isinstance(slot.weight, Packed)}  # fmt: skip
+
+
 def form_of(model: Decoder) -> Format | None:
-    """The format in which the matrices of the layers are packed; None: they are plain."""
-    kinds = {slot.weight.form for slot in model.layers.modules() if isinstance(slot, Linear)
-             and isinstance(slot.weight, Packed)}  # fmt: skip
-    assert len(kinds) <= 1, "a folder has one format"
-    return kinds.pop() if kinds else None
+    """The format in which most packed matrices are; None: all are plain."""
+    return packed.usual(forms_of(model))
+
+
+def stored(model: Decoder) -> tuple[int, float]:
+    """Bytes of the matrices of the layers as they are stored, and bits a number of them."""
+    weights: list[Weight] = [slot.weight for slot in model.layers.modules() if isinstance(slot, Linear)]
+    held = sum(weight.stored_bytes for weight in weights)
+    return held, 8 * held / sum(weight.shape[0] * weight.shape[1] for weight in weights)
 
 
 def count(model: Decoder) -> int:

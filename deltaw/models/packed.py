@@ -7,7 +7,9 @@ under the matrix's own name, and what they mean beside it.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,19 @@ ITS_OWN = ""
 """The part of a packed matrix that stands under the matrix's own name."""
 
 
-def said(form: Format | None, dtype: torch.dtype) -> dict[str, Any]:
-    """What config.json says of how the matrices are stored."""
+def usual(forms: Mapping[str, Format]) -> Format | None:
+    """The format that most layers have; None: none is packed."""
+    return Counter(forms.values()).most_common(1)[0][0] if forms else None
+
+
+def said(forms: Mapping[str, Format], dtype: torch.dtype) -> dict[str, Any]:
+    """What config.json says of how these layers are stored; matrices of bitsandbytes also say it themselves."""
+    form = usual(forms)
     if form is None:
         return {}
-    if not isinstance(form, Codebook) or not is_theirs(form):
-        return {KEY: {"quant_method": OURS, "format": str(form)}}
+    if not isinstance(form, Codebook) or not all(map(is_theirs, forms.values())):
+        others = {name: str(other) for name, other in forms.items() if other != form}
+        return {KEY: {"quant_method": OURS, "format": str(form), "others": others}}
     kind, nested = ("fp4" if form.fp4 else "nf4"), isinstance(form.scales, Double)
     return {KEY: {"quant_method": THEIRS, "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": kind,
                   "bnb_4bit_use_double_quant": nested, "bnb_4bit_quant_storage": "uint8",
@@ -46,8 +55,8 @@ def is_theirs(form: Format) -> bool:
     return isinstance(form, Codebook) and form.width == 4 and isinstance(form.scales, Plain | Double)
 
 
-def read_format(config: Mapping[str, Any], where: Path) -> Format | None:
-    """The format of a folder's matrices, if config.json names one of ours; what bitsandbytes stored says it itself.
+def read_formats(config: Mapping[str, Any], where: Path) -> tuple[Format | None, dict[str, Format]]:
+    """The format of a folder's matrices, if config.json names one of ours, and those of layers that have another.
 
     Raises:
         UserError: they are packed in a way that is not read here.
@@ -56,11 +65,14 @@ def read_format(config: Mapping[str, Any], where: Path) -> Format | None:
     if not isinstance(told, dict):
         raise UserError(f"'{KEY}' is no JSON object.", where=str(where))
     if (how := told.get("quant_method")) == OURS:
-        return parse(str(told.get("format")))
+        others = told.get("others") or {}
+        if not isinstance(others, dict):
+            raise UserError(f"'others' in '{KEY}' is no JSON object.", where=str(where))
+        return parse(str(told.get("format"))), {name: parse(str(form)) for name, form in others.items()}
     if how is not None and (how != THEIRS or not told.get("load_in_4bit")):
         raise UserError(f"The weights are packed by {how}, which is not read here.", where=str(where),
                         remedy="Take the original model, and --base-format nf4.")  # fmt: skip
-    return None
+    return None, {}
 
 
 def parts(weight: Packed) -> dict[str, Tensor]:
@@ -88,20 +100,17 @@ def weight_of(found: Mapping[str, Tensor], form: Format | None, shape: tuple[int
         UserError: they are not what the format has, or of another size.
     """
     theirs = next((end for end in found if end.startswith(f".{STATE}")), None)
-    try:
+    with suppress(AssertionError, LookupError, ValueError, TypeError, RuntimeError, UserError):
         if theirs is None:
             assert form is not None
             kept = {end.removeprefix("."): t for end, t in found.items()}
         else:
             form, kept = _from_theirs(found, json.loads(bytes(found[theirs].tolist())), shape)
         weight = form.load(shape, dtype, kept)
-        good = weight.stored_bytes == form.stored_bytes(*shape) and bool(weight.dense().isfinite().all())
-    except (AssertionError, LookupError, ValueError, TypeError, RuntimeError, UserError):
-        good = False
-    if not good:
-        raise UserError("A packed matrix is not what it is said to be.", where=where, remedy="Fetch the model anew.")
-    assert isinstance(weight, Packed)
-    return weight
+        of_its_size = weight.stored_bytes == form.stored_bytes(*shape)
+        if isinstance(weight, Packed) and of_its_size and bool(weight.dense().isfinite().all()):
+            return weight
+    raise UserError("A packed matrix is not what it is said to be.", where=where, remedy="Fetch the model anew.")
 
 
 def _from_theirs(found: Mapping[str, Tensor], state: Mapping[str, Any], shape: tuple[int, int]

@@ -20,7 +20,7 @@ class Plainly(Format):
     def pack(self, w_OI: Tensor, dtype: torch.dtype) -> Dense:
         return Dense(w_OI.detach().to(TYPES[self.kind]), dtype)
 
-    def load(self, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> Dense:  # noqa: ARG002
+    def load(self, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> Dense:  # noqa: ARG002 (w says it)
         return Dense(kept["w_OI"], dtype)
 
     def stored_bytes(self, o: int, i: int) -> int:

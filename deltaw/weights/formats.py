@@ -43,8 +43,3 @@ def parse(name: str) -> Format:
     if said[5]:
         scales = TwoLevel(int(said[5]), said[6], int(said[7]))
     return Codebook(int(said[2]), int(said[3] or 64), scales, said[1] == "fp")
-
-
-def bits(form: Format, shapes: list[tuple[int, int]]) -> float:
-    """Bits a number of matrices of these shapes takes in a format, scales included."""
-    return 8 * sum(form.stored_bytes(o, i) for o, i in shapes) / sum(o * i for o, i in shapes)

@@ -20,7 +20,7 @@ from deltaw.files import adapters
 from deltaw.models import checkpoint
 from deltaw.models.slots import Linear
 from deltaw.weights import Packed
-from deltaw.weights.formats import bits, parse
+from deltaw.weights.formats import parse
 
 SQUARE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_attention_heads": 2,
           "num_key_value_heads": 2}  # fmt: skip
@@ -54,7 +54,7 @@ def test_a_packed_folder_is_a_base_as_any_other(form, folder, ids, tmp_path):
     slots = [m for m in again.model.layers.modules() if isinstance(m, Linear)]
     assert all(isinstance(slot.weight, Packed) for slot in slots)
     assert done.packed_bytes == sum(slot.weight.stored_bytes for slot in slots)
-    assert done.bits == bits(parse(form), [slot.weight.shape for slot in slots])
+    assert done.bits == 8 * done.packed_bytes / sum(slot.weight.shape[0] * slot.weight.shape[1] for slot in slots)
     assert done.size_bytes == (tmp_path / "packed" / "model.safetensors").stat().st_size
     with pytest.raises(UserError, match="there already"):
         quantize(str(folder), form, tmp_path / "packed")
@@ -140,6 +140,26 @@ def test_qa_lora_merges_into_its_own_four_bits_and_lora_does_not(folder, rows, i
                 if key.endswith((".codes", ".scale")):
                     assert torch.equal(after[key], before[key]), key
     assert off["qa_lora"] < 1e-4 < 0.01 < off["lora"]
+
+
+def test_a_folder_may_have_layers_of_several_formats(folder, rows, ids, tmp_path, capsys):
+    """As a QA-LoRA of some layers makes it, whose offsets alone are moved."""
+    persona = tuned(folder, rows, method="qa_lora", rank=4, targets="q,v")
+    with persona.on():
+        want = our_logits(persona.base.model, ids)
+    requantised(persona, tmp_path / "some")
+    again = checkpoint.load(tmp_path / "some")
+    assert {name.split(".")[-1]: str(form) for name, form in checkpoint.forms_of(again).items()} == {
+        "q_proj": "int4-g32-moved", "v_proj": "int4-g32-moved", "k_proj": "int4-g32", "o_proj": "int4-g32",
+        "gate_proj": "int4-g32", "up_proj": "int4-g32", "down_proj": "int4-g32"}  # fmt: skip
+    torch.testing.assert_close(our_logits(again, ids), want, rtol=0, atol=1e-4)
+    assert run(["inspect", str(tmp_path / "some")]) == 0
+    config = json.loads((tmp_path / "some" / "config.json").read_text())
+    for others in ([1], {"layers.0.self_attn.q_proj": "nf9"}, {}):
+        config["quantization_config"]["others"] = others
+        (tmp_path / "some" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError):
+            checkpoint.load(tmp_path / "some")
 
 
 def test_while_it_is_folded_a_packed_base_is_plain_and_afterwards_packed_again(folder, rows):

@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from deltaw.adapters.adapter import Adapter, bare
 from deltaw.adapters.whole import Whole
+from deltaw.api.merge import unpacked
 from deltaw.errors import UserError
 from deltaw.files import adapters, peft
 from deltaw.methods import find, method, name_of, names
 from deltaw.models import checkpoint
 from deltaw.models.slots import Affine, CannotMerge, Delta, Linear, Slot
 from deltaw.settings import plain
+from deltaw.weights.formats import parse
 
 VARIANTS = {
     "lora": [{}, {"rank": 3, "alpha": 5.0, "rslora": True, "init": "gaussian"}, {"targets": "q,v", "dropout": 0.3},
@@ -213,6 +215,33 @@ def test_what_peft_can_take_is_the_same_there_and_when_it_comes_back(name, chose
         torch.testing.assert_close(our_logits(model, ids), want, rtol=0, atol=1e-4)
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path)
     torch.testing.assert_close(hf_logits(theirs, ids), want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["nf4-dq", "nf3-b32-s4.fp16.64", "int4-g32", "int8"])
+@pytest.mark.parametrize("name", names())
+def test_any_method_works_over_a_packed_base(name, form, folder, ids):
+    model = checkpoint.load(folder, form=parse(form))
+    bare_logits, packed = our_logits(model, ids), deepcopy(model.state_dict())
+    adapter = fresh(name, VARIANTS[name][0], model)
+    if adapter.method.identity_at_start:
+        with adapter.on():
+            assert torch.equal(our_logits(model, ids), bare_logits)
+    with adapter.train().on():
+        loss_of(model, ids).backward()
+    assert any(p.grad is not None and p.grad.any() for p in adapter.parameters())
+    scramble(adapter).eval()
+    with adapter.on():
+        worn = our_logits(model, ids)
+    with unpacked(model):
+        try:
+            adapter.merge()
+        except CannotMerge:
+            pass
+        else:
+            torch.testing.assert_close(our_logits(model, ids), worn, rtol=0, atol=1e-4)
+            adapter.unmerge()
+    assert_same_bits(model, packed)
+    assert torch.equal(our_logits(model, ids), bare_logits)
 
 
 @pytest.mark.parametrize("name", names())
