@@ -69,6 +69,8 @@ class Training:
     """How the rate falls after warm-up."""
     warmup: Share = 0.05
     """Share of the steps in which the rate rises to its peak."""
+    optimizer: Literal["adamw", "paged_adamw"] = "adamw"
+    """Paged: its two moments lie in a file that the system moves in and out of memory; the same numbers."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """AdamW's decoupled weight decay."""
     clip: Annotated[float, Field(ge=0)] = 1.0

@@ -123,7 +123,7 @@ def measure(job: Job, minutes: float | None = None) -> Plan:
         work, peak = Work.through(costs), peak_bytes(job.model.device)
         if not all(c.whole for c in costs.values()):
             peak = max(peak, held + need)
-        peak += MOMENTS_BYTES * job.adapter.parameter_count
+        peak += _moments_bytes(job)
         step_seconds = sum(work.of(operations(b, job)) for step in epoch for b in step) / len(epoch)
         fixed = _evaluation_seconds(job)
     job.adapter.zero_grad(set_to_none=False)
@@ -168,7 +168,7 @@ def _fitting(job: Job, batches: list[Batch]) -> tuple[bool, int, tuple[str, ...]
     free, wanted = available_bytes(job.model.device), job.settings.gradient_checkpointing
     kept = kept_bytes(job, some) * largest.tokens / some.tokens
     inputs = config.layers * largest.tokens * config.width * job.model.dtype.itemsize
-    state = (MOMENTS_BYTES + 4) * job.adapter.parameter_count
+    state = _moments_bytes(job) + 4 * job.adapter.parameter_count
     need = {
         False: int(HELD_PER_KEPT * kept + state),
         True: int(HELD_PER_KEPT * (inputs + 2 * kept / config.layers) + state),
@@ -178,17 +178,23 @@ def _fitting(job: Job, batches: list[Batch]) -> tuple[bool, int, tuple[str, ...]
         per_token = (need[recompute] - state) / largest.tokens
         fitting = int(0.9 * (free - state) / per_token)
         knob = "" if recompute else ", or take --gradient-checkpointing on"
+        paged = ", or --optimizer paged_adamw" if _moments_bytes(job) else ""
         raise WillNotFit(
             f"The longest micro-batch ({largest.tokens:,} tokens) needs about {need[recompute] / 1e9:.1f} GB, "
             f"and {free / 1e9:.1f} GB are free.",
             remedy=f"Cut rows with --max-tokens {fitting}{knob}."
             if fitting > 0
-            else f"Adam's state alone needs {state / 1e9:.1f} GB: take a lower --rank, or fewer --targets.",
+            else f"Adam's state alone needs {state / 1e9:.1f} GB: take a lower --rank, or fewer --targets{paged}.",
         )
     saved = (
         f"Layers are computed twice to save memory: {need[True] / 1e9:.1f} GB instead of {need[False] / 1e9:.1f} GB."
     )
     return recompute, need[recompute] - state, (saved,) if recompute and wanted == "auto" else ()
+
+
+def _moments_bytes(job: Job) -> int:
+    """What of Adam's moments must be in memory: none that lies in a file."""
+    return 0 if job.settings.optimizer == "paged_adamw" else MOMENTS_BYTES * job.adapter.parameter_count
 
 
 def _measured(job: Job, batches: list[Batch]) -> dict[float, Cost]:

@@ -39,7 +39,7 @@ class Trainer:
 
     def __init__(self, job: Job) -> None:
         self.job, self.progress = job, Progress()
-        self.optimizer = adamw(job.adapter, job.settings)
+        self.optimizer = adamw(job.adapter, job.settings, job.run.folder)
         self.saver = Saver(job, self.optimizer)
         self.recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
         self.last_loss: float | None = None

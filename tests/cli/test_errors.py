@@ -156,7 +156,9 @@ def test_memory_that_does_not_suffice_has_the_exit_code_3(here, said, monkeypatc
     monkeypatch.setattr(plan, "available_bytes", lambda device: 400_000)
     assert "remedy Cut rows with --max-tokens" in said(*TRAIN, "--gradient-checkpointing", "off", code=3)
     monkeypatch.setattr(plan, "available_bytes", lambda device: 1000)
-    assert "take a lower --rank, or fewer --targets" in said(*TRAIN, "--name=mine", code=3)
+    assert "take a lower --rank, or fewer --targets, or --optimizer paged_adamw." in said(
+        *TRAIN, "--name=mine", code=3)  # fmt: skip
+    assert "or fewer --targets." in said(*TRAIN, "--name=third", "--optimizer=paged_adamw", code=3)
     assert list((here / "runs").iterdir()) == []
 
 

@@ -20,7 +20,8 @@ TRAINING = {
     "base": "base", "base_format": "nf4", "method": "full", "name": "mine", "val": 0.25, "train_on": "all",
     "max_tokens": 77, "epochs": 1.5,
     "steps": 9, "minutes": 2.5, "batch_rows": 3, "micro_tokens": 99, "learning_rate": 2e-4, "schedule": "linear",
-    "warmup": 0.5, "weight_decay": 0.01, "clip": 0.0, "gradient_checkpointing": "on", "evaluations": 0, "patience": 0,
+    "warmup": 0.5, "optimizer": "paged_adamw", "weight_decay": 0.01, "clip": 0.0, "gradient_checkpointing": "on",
+    "evaluations": 0, "patience": 0,
     "keep_best": False, "save_every": 5, "sample": "Who: are you? [x] no", "seed": 7, "dtype": "bfloat16",
     "device": "cpu", "threads": 1,
 }  # fmt: skip

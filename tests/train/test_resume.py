@@ -26,6 +26,7 @@ CASES = {
     "one micro-batch a step, decay": {"weight_decay": 0.1, "steps": 6, "evaluations": 3, "schedule": "linear"},
     "early stopping": {"steps": 16, "evaluations": 16, "patience": 2, "save_every": 4},
     "recomputed layers, dropout": {"gradient_checkpointing": "on", "dropout": 0.5, "steps": 3, "micro_tokens": 128},
+    "paged moments": {"optimizer": "paged_adamw", "steps": 3, "evaluations": 1},
     "every weight trained": {"method": "full", "learning_rate": 0.001, "steps": 3, "micro_tokens": 128},
 }
 
