@@ -1,16 +1,22 @@
 """§3.4 A1 to A10: what QA-LoRA adds is a change of offsets, to the last bit of the codes."""
 
+import gguf
 import pytest
 import torch
 import torch.nn.functional as F
 from oracles import our_logits, scramble
 
 from deltaw.adapters.adapter import Adapter
+from deltaw.api.exchange import export
+from deltaw.api.persona import Base, Persona
 from deltaw.errors import UserError
 from deltaw.methods import method
 from deltaw.methods.qa_lora import Pooled
 from deltaw.models import checkpoint
+from deltaw.models.gguf import half_split
 from deltaw.models.slots import Linear
+from deltaw.models.tokenizer import Tokenizer
+from deltaw.weights.bits import unpack
 from deltaw.weights.formats import parse
 from deltaw.weights.grid import Grid, Gridded
 
@@ -39,12 +45,13 @@ def pooled(slot, rank=3, group=32, share=1.0, scale=0.5, seed=1):
 def test_it_is_the_formula(pooling):
     slot = layer()
     delta, x = pooled(slot, share=POOLINGS[pooling]), torch.randn(5, 96)
-    sums = torch.stack([x[:, g * 32 : g * 32 + 32].sum(1) for g in range(3)], 1) * POOLINGS[pooling]
-    want = x @ slot.weight.dense().t() + 0.5 * sums @ delta.A.t() @ delta.B.t()
-    torch.testing.assert_close(delta(slot, x), want, rtol=0, atol=2e-5)
+    A_RG, B_OR, frozen = delta.A.double(), delta.B.double(), x.double() @ slot.weight.dense().double().t()
+    sums = torch.stack([x.double()[:, g * 32 : g * 32 + 32].sum(1) for g in range(3)], 1) * POOLINGS[pooling]
+    want = frozen + 0.5 * sums @ A_RG.t() @ B_OR.t()
+    torch.testing.assert_close(delta(slot, x).double(), want, rtol=0, atol=1e-6 * want.abs().max().item())
     form = delta.served(slot)
-    served = x @ slot.weight.dense().t() + form.scale * x @ form.A_RI.t() @ form.B_OR.t()
-    torch.testing.assert_close(served, want, rtol=0, atol=2e-5)
+    served = frozen + form.scale * x.double() @ form.A_RI.double().t() @ form.B_OR.double().t()
+    torch.testing.assert_close(served, want, rtol=0, atol=1e-6 * want.abs().max().item())
 
 
 @pytest.mark.parametrize("width", [2, 3, 4, 8])
@@ -80,6 +87,41 @@ def test_a3_two_are_merged_one_after_the_other_and_taken_out_again(model, ids):
     two.unmerge()
     one.unmerge()
     assert torch.equal(our_logits(model, ids), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"targets": "q,down"}])
+def test_a5_as_llama_cpps_q4_1_it_keeps_its_codes(settings, model, tiny_path, ids, tmp_path):
+    """Of the merged offsets 16 bits are left: a layer is as before to 1e-3, and nothing else is lost."""
+    base = Base("tiny", tiny_path, model, Tokenizer.load(tiny_path), "")
+    adapter = scramble(Adapter.build(method("qa_lora", rank=2, **settings), model), 0.2)
+    slot = model.layers[1].self_attn.q_proj
+    off_the_ends = slot.weight.codes & 0x77 | 0x11  # as rounding by calibration leaves them: no group reaches 0 and 15
+    slot.weight.codes = off_the_ends
+    model.embed_tokens.table = Grid(4, 32).pack(model.embed_tokens.table, torch.float32).dense()  # it is written so too
+    export(Persona("tuned", base, adapter), "gguf", tmp_path / "q.gguf", "Q4_1")
+    found = next(t for t in gguf.GGUFReader(tmp_path / "q.gguf").tensors if t.name == "blk.1.attn_q.weight")
+    theirs = torch.from_numpy(gguf.dequantize(found.data, found.tensor_type).copy())
+    delta = dict(adapter.named_deltas())["layers.1.self_attn.q_proj"]
+    want = delta.merged(slot)["weight"]
+    torch.testing.assert_close(
+        half_split(theirs, 4), want.dense(), rtol=0, atol=2**-10 * want.offset.abs().max().item()
+    )
+    codes = torch.from_numpy(found.data.copy()).view(*want.shape[:1], -1, 20)[:, :, 4:]
+    codes = torch.cat([codes & 15, codes >> 4], 2).view(want.shape)
+    assert torch.equal(half_split(codes, 4), unpack(off_the_ends, 4, codes.numel()).view(want.shape))
+    read = checkpoint.load(tmp_path / "q.gguf")
+    adapter.merge()
+    for layer, _ in adapter.items():
+        if isinstance(layer.weight, Gridded):
+            layer.weight.offset = layer.weight.offset.half()
+    torch.testing.assert_close(our_logits(read, ids), our_logits(model, ids), rtol=0, atol=1e-5)
+    adapter.unmerge()
+    for name, part in adapter.named_deltas():
+        layer = model.get_submodule(name)
+        x = torch.randn(40, layer.weight.shape[1])
+        want = part(layer, x)
+        assert (read.get_submodule(name)(x) - want).norm() / want.norm() < 1e-3
 
 
 @torch.no_grad()

@@ -81,7 +81,8 @@ def _exported(persona: Persona, to: Target, out: Path, packing: Packing, example
                 return replace(merged, to=to, path=out, size_bytes=_size(scratch))
         case "gguf":
             with replacing(out) as scratch:
-                with folded(persona):
+                # What lies on llama.cpp's own grid stays there: QA-LoRA moves offsets, and no code.
+                with folded(persona, packed=packing == gguf_write.GRID and gguf_write.on_grid(base.model)):
                     notices = gguf_write.write(base.model, base.tokenizer, scratch, packing, persona.name)
                 written = checkpoint.load(scratch, base.model.dtype, str(base.model.device))
                 return Exported(to, out, _size(scratch), compared(persona, written, batches), notices)

@@ -8,7 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from deltaw.errors import UserError
@@ -17,9 +19,14 @@ from deltaw.models.config import ModelConfig
 from deltaw.models.decoder import Decoder
 from deltaw.models.gguf import GGUF, SIZES, interleaved, names
 from deltaw.models.rope import Llama3, plain
+from deltaw.models.slots import Linear
 from deltaw.models.tokenizer import Tokenizer
+from deltaw.weights.bits import unpack
+from deltaw.weights.grid import Gridded
 
 PACKINGS = ("F32", "F16", "Q8_0", "Q4_1")
+GRID = "Q4_1"
+"""The packing of llama.cpp whose numbers are those of our int4-g32."""
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """llama.cpp's kinds of token."""
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -52,8 +59,11 @@ def write(model: Decoder, tokenizer: Tokenizer, path: Path, packing: str, name: 
         _add(writer, f"{config.family.gguf}.{key}", value)
     for key, value in vocabulary(tokenizer, config.vocab).items():
         _add(writer, f"tokenizer.{key}", value)
-    unpacked = 0
+    unpacked, exact = 0, gridded(model) if packing == GRID else {}
     for key, w in tensors(model):
+        if key in exact:
+            writer.add_tensor(key, blocks(*exact[key], config), raw_dtype=GGMLQuantizationType[packing])
+            continue
         kind = GGMLQuantizationType[packing if w.ndim > 1 else "F32"]
         try:
             packed = quantize(w.numpy(), kind)
@@ -105,6 +115,32 @@ def tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
         like = torch.zeros(1, 1)
         stretched = config.rope.scaling.frequencies(config.rope.theta, config.rope.width, like)
         yield "rope_freqs.weight", plain(config.rope.theta, config.rope.width, like) / stretched
+
+
+def gridded(model: Decoder) -> dict[str, tuple[str, Gridded]]:
+    """The matrices that lie as Q4_1 has them, and their names here, by GGUF's."""
+    return {gguf_name(f"{name}.weight", model.config): (f"{name}.weight", slot.weight)
+            for name, slot in model.layers.named_modules(prefix="layers") if isinstance(slot, Linear)
+            and isinstance(slot.weight, Gridded) and (slot.weight.form.width, slot.weight.form.group) == (4, 32)
+            }  # fmt: skip
+
+
+def on_grid(model: Decoder) -> bool:
+    """Whether all packed matrices lie as Q4_1 has them."""
+    return len(gridded(model)) == len(checkpoint.forms_of(model)) > 0
+
+
+def blocks(name: str, weight: Gridded, config: ModelConfig) -> NDArray[np.uint8]:
+    """The very codes of a matrix in llama.cpp's blocks of 20 bytes; wider offsets are rounded to 16 bits.
+
+    A block is a scale, an offset, and 16 bytes whose lower halves are its first sixteen codes.
+    """
+    (o, i), cpu = weight.shape, weight.codes.cpu()
+    codes = stored(name, unpack(cpu, 4, o * i).view(o, i), config).view(o, -1, 2, 16)
+    scale, offset = (
+        stored(name, t.cpu().half(), config)[..., None].view(torch.uint8) for t in (weight.scale, weight.offset)
+    )
+    return torch.cat([scale, offset, codes[:, :, 0] | codes[:, :, 1] << 4], 2).view(o, -1).numpy()
 
 
 def gguf_name(name: str, config: ModelConfig) -> str:
