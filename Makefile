@@ -7,7 +7,7 @@ RUN := demo-village
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/' | expand -t 14
 
-.venv/.run: pyproject.toml constraints.txt scripts/setup.sh
+.venv/.run: pyproject.toml constraints.txt scripts/setup.sh $(wildcard native/*.cpp) native/CMakeLists.txt
 	@scripts/setup.sh run
 
 .venv/.dev: .venv/.run

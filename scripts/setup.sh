@@ -38,6 +38,7 @@ if [ "$1" = run ]; then
     pip install "pip>=25.1"
     install_torch
     pip install -c constraints.txt -e ".[eval]"
+    [ -e deltaw/kernels/built/native.so ] || echo "No C++ compiler (GCC or Clang): torch does the native kernels' work, more slowly."
 else
     echo "Installing what tests need"
     pip install -c constraints.txt --group dev

@@ -1,4 +1,4 @@
-"""Size budget: the package's lines of code, the longest file and the longest function. Leaves with 1 if one is over.
+"""Size budget: lines of Python code and of C++, the longest file, the longest function. Leaves with 1 if one is over.
 
 A line of code is neither empty nor only a comment or a docstring: docs/decisions/0004-what-the-budget-counts.md. Files
 and functions are counted with everything, as that is what a reader scrolls through.
@@ -10,7 +10,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-CODE_LINES, FILE_LINES, FUNCTION_LINES = 12_000, 300, 60
+CODE_LINES, NATIVE_LINES, FILE_LINES, FUNCTION_LINES = 12_000, 4_000, 300, 60
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
@@ -42,9 +42,14 @@ def main() -> int:
                  for f in functions(tree) if len(span(f)) > FUNCTION_LINES]  # fmt: skip
     over += [f"{path}: {n} lines, budget {FILE_LINES}" for path, n in whole.items() if n > FILE_LINES]
     over += [f"deltaw: {total} lines of code, budget {CODE_LINES}"] if total > CODE_LINES else []
+    native = {path: len(path.read_text().splitlines()) for path in sorted(Path("native").glob("*.cpp"))}
+    over += [f"{path}: {n} lines, budget {FILE_LINES}" for path, n in native.items() if n > FILE_LINES]
+    over += (
+        [f"native: {sum(native.values())} lines, budget {NATIVE_LINES}"] if sum(native.values()) > NATIVE_LINES else []
+    )
     print(f"{total:,} of {CODE_LINES:,} lines of code ({sum(whole.values()):,} with what explains them) "
           f"in {len(whole)} files; median {sorted(whole.values())[len(whole) // 2]}, longest {max(whole.values())} "
-          f"(function: {longest})")  # fmt: skip
+          f"(function: {longest}); C++: {sum(native.values())} of {NATIVE_LINES:,}")  # fmt: skip
     print("\n".join(over))
     return bool(over)
 

@@ -12,6 +12,8 @@ import torch
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers
 
+from deltaw.kernels import library
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 shapes.install()
 torch.set_num_threads(1)
@@ -38,6 +40,13 @@ TINY = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "tie_word_embeddings": True,
 }
+
+
+def pytest_report_header():
+    """Which native kernels this machine can test; the others are not tested here."""
+    native = [name for name in library.available() if name != library.REFERENCE]
+    missed = [name for name in ("avx512", "avx2", "portable") if name not in native]
+    return f"native kernels: {', '.join(native) or 'none'}; not to be had here: {', '.join(missed) or 'none'}"
 
 
 def pytest_collection_modifyitems(items):

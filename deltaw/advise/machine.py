@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from deltaw.kernels.library import available, instruction_set
 from deltaw.models.device import instruction_sets, multiplies_bf16
 from deltaw.models.source import cache, cached
 
@@ -27,6 +28,9 @@ class Machine:
     cores: int
     threads: int
     instruction_sets: tuple[str, ...]
+    kernels: str
+    """The instruction set of the native kernels that is used; "reference": torch does their work."""
+    kernels_available: tuple[str, ...]
     ram_bytes: int
     available_bytes: int
     disk_free_bytes: int
@@ -49,6 +53,8 @@ def probe(seconds: float = 0.4) -> Machine:
         cores=psutil.cpu_count(logical=False) or 1,
         threads=torch.get_num_threads(),
         instruction_sets=tuple(name for name, has in instruction_sets().items() if has),
+        kernels=instruction_set(),
+        kernels_available=available(),
         ram_bytes=memory.total,
         available_bytes=memory.available,
         disk_free_bytes=free_disk(cache()),

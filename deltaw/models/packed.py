@@ -84,7 +84,8 @@ def parts(weight: Packed) -> dict[str, Tensor]:
     state: dict[str, Any] = {"quant_type": kind, "blocksize": form.block, "shape": list(weight.shape),
                              "dtype": str(weight.dtype).removeprefix("torch.")}  # fmt: skip
     more = {".absmax": kept["absmax"]} if "absmax" in kept else {
-        ".absmax": kept["codes2"], ".nested_absmax": kept["absmax2"], ".nested_quant_map": dynamic()}  # fmt: skip
+        ".absmax": kept["codes2"], ".nested_absmax": kept["absmax2"],
+        ".nested_quant_map": dynamic().clone()}  # fmt: skip
     if "absmax" not in kept:
         state |= {"nested_blocksize": Double.BLOCK, "nested_dtype": "float32", "nested_offset": kept["mean"].item()}
     told = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
@@ -107,10 +108,16 @@ def weight_of(found: Mapping[str, Tensor], form: Format | None, shape: tuple[int
         else:
             form, kept = _from_theirs(found, json.loads(bytes(found[theirs].tolist())), shape)
         weight = form.load(shape, dtype, kept)
-        of_its_size = weight.stored_bytes == form.stored_bytes(*shape)
-        if isinstance(weight, Packed) and of_its_size and bool(weight.dense().isfinite().all()):
+        if isinstance(weight, Packed) and _as_packed(weight) and bool(weight.dense().isfinite().all()):
             return weight
     raise UserError("A packed matrix is not what it is said to be.", where=where, remedy="Fetch the model anew.")
+
+
+def _as_packed(weight: Packed) -> bool:
+    """Whether every part has the shape and type that packing gives: native code reads as far as they say."""
+    wanted = weight.form.pack(torch.empty(weight.shape, device="meta"), weight.dtype)
+    parts = ({name: (t.shape, t.dtype) for name, t in w.named_buffers()} for w in (weight, wanted))
+    return next(parts) == next(parts) and all(t.is_contiguous() for t in weight.buffers())
 
 
 def _from_theirs(found: Mapping[str, Tensor], state: Mapping[str, Any], shape: tuple[int, int]

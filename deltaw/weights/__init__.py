@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltaw.kernels.packed import FEW, PLAIN, Layout, multiply, readable, unpack
+from deltaw.kernels.scratch import SCRATCH
+
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What plain numbers may be stored as."""
 
@@ -52,9 +55,19 @@ class Weight(nn.Module):
         """Store another matrix in this very format."""
         raise NotImplementedError
 
+    def lent(self) -> Tensor:
+        """Unpack to a plain matrix that is good until another is lent to this thread."""
+        return self.dense()
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        """Return x W' as y_TO; nothing is remembered for a backward pass."""
+        return F.linear(x_TI, self.lent())
+
     def forward(self, x_TI: Tensor) -> Tensor:
         """Return x W' as y_TO; for the backward pass neither x nor a dense copy of W is kept."""
-        return FrozenMatmul.apply(x_TI, self)  # type: ignore[no-any-return, no-untyped-call]
+        if x_TI.requires_grad and torch.is_grad_enabled():
+            return FrozenMatmul.apply(x_TI, self)  # type: ignore[no-any-return, no-untyped-call]
+        return self.product(x_TI)
 
     @property
     def stored_bytes(self) -> int:
@@ -76,6 +89,31 @@ class Packed(Weight):
         """What is stored, by name."""
         return dict(self.named_buffers())
 
+    def layout(self) -> Layout:
+        """How native code reads it."""
+        raise NotImplementedError
+
+    def plain(self) -> Tensor:
+        """Unpack by torch alone."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        layout = self.layout()
+        if self.dtype in PLAIN and readable(layout):
+            return unpack(layout, torch.empty(self.shape, dtype=self.dtype))
+        return self.plain()
+
+    def lent(self) -> Tensor:
+        layout = self.layout()
+        if self.dtype in PLAIN and readable(layout):
+            return unpack(layout, SCRATCH.of(self.shape, self.dtype))
+        return self.plain()
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        if len(x_TI) <= FEW and readable(layout := self.layout()):
+            return multiply(layout, x_TI.float()).to(x_TI.dtype)
+        return super().product(x_TI)
+
     def repack(self, w_OI: Tensor) -> Weight:
         return self.form.pack(w_OI, self.dtype)
 
@@ -86,8 +124,8 @@ class FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, weight: Weight) -> Tensor:
         ctx.weight = weight
-        return F.linear(x_TI, weight.dense())
+        return weight.product(x_TI)
 
     @staticmethod
     def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor, None]:
-        return dy_TO @ ctx.weight.dense(), None
+        return dy_TO @ ctx.weight.lent(), None

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from deltaw.kernels.packed import LANES, Layout
 from deltaw.weights import Format, Packed
 from deltaw.weights.bits import pack, stored_bytes, unpack
 from deltaw.weights.levels import fp4, nearest, normal
@@ -63,7 +64,12 @@ class Coded(Packed):
     form: Codebook
     codes: Tensor
 
-    def dense(self) -> Tensor:
+    def layout(self) -> Layout:
+        form, (o, i) = self.form, self.shape
+        scales = form.scales.laid(self.kept, -(-o * i // form.block))
+        return Layout((o, i), form.width, form.block, self.codes, levels=_table(form.width, form.fp4), **scales)
+
+    def plain(self) -> Tensor:
         form, count = self.form, self.shape[0] * self.shape[1]
         levels = form.levels(self.codes.device)
         if form.width == 4:  # two numbers for each byte, at once
@@ -77,6 +83,12 @@ class Coded(Packed):
         else:
             flat.view(-1, form.block).mul_(scale_N[:, None])
         return flat.view(self.shape).to(self.dtype)
+
+
+@lru_cache
+def _table(width: int, is_fp4: bool) -> Tensor:
+    levels = _levels(width, is_fp4)
+    return torch.nn.functional.pad(levels, (0, max(0, LANES - len(levels))))
 
 
 @lru_cache

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import UserError
+from deltaw.kernels.packed import Layout
 from deltaw.weights import Format, Packed
 from deltaw.weights.bits import pack, stored_bytes, unpack
 
@@ -75,7 +76,10 @@ class Gridded(Packed):
     scale: Tensor
     offset: Tensor
 
-    def dense(self) -> Tensor:
+    def layout(self) -> Layout:
+        return Layout(self.shape, self.form.width, self.form.group, self.codes, self.scale, offset=self.offset)
+
+    def plain(self) -> Tensor:
         o, i = self.shape
         w_OGI = unpack(self.codes, self.form.width, o * i).view(o, -1, self.form.group).float()
         w_OGI.mul_(self.scale.float()[..., None]).add_(self.offset.float()[..., None])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ def fp4() -> Tensor:
     return torch.cat([magnitudes, -magnitudes])
 
 
+@lru_cache
 def dynamic() -> Tensor:
     """The 256 values of bitsandbytes' 8-bit dynamic type: seven decades, each cut as finely as bits are left, twice."""
     levels = [torch.tensor([0.0, 1.0])]

@@ -31,6 +31,10 @@ class Plain:
         """The scales again, in fp32."""
         return kept["absmax"]
 
+    def laid(self, kept: Parts, count: int) -> Parts:
+        """What native code reads them from, by the names of `Layout`."""
+        return {"scale": self.read(kept, count)}
+
     def size(self, count: int) -> int:
         """Bytes that so many scales take."""
         return 4 * count
@@ -56,6 +60,9 @@ class Double:
     def read(self, kept: Parts, count: int) -> Tensor:
         values = dynamic().to(kept["codes2"].device)[kept["codes2"].int()]
         return (_blocks(values, self.BLOCK) * kept["absmax2"][:, None]).flatten()[:count] + kept["mean"]
+
+    def laid(self, kept: Parts, count: int) -> Parts:  # noqa: ARG002 (others need it)
+        return {"scale": kept["codes2"], "nested": dynamic(), "most": kept["absmax2"], "mean": kept["mean"]}
 
     def size(self, count: int) -> int:
         return count + 4 * -(-count // self.BLOCK) + 4
@@ -88,6 +95,9 @@ class TwoLevel:
         codes = _blocks(unpack(kept["codes2"], self.width, count).float(), self.block)
         step = kept["most"].float()[:, None] / ((1 << self.width) - 1)
         return (codes * step).flatten()[:count] + kept["least"]
+
+    def laid(self, kept: Parts, count: int) -> Parts:
+        return {"scale": self.read(kept, count)}
 
     def size(self, count: int) -> int:
         return stored_bytes(count, self.width) + TYPES[self.kind].itemsize * -(-count // self.block) + 4

@@ -73,17 +73,23 @@ def test_bytes_are_those_of_the_formula(name, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_format
 def test_products_and_gradients_are_those_of_the_unpacked_matrix_and_nothing_of_it_is_kept(name, dtype):
-    packed, x = parse(name).pack(drawn(64, 192), dtype), drawn(5, 192, seed=1, dtype=dtype).requires_grad_()
+    packed, x = parse(name).pack(drawn(64, 192), dtype), drawn(20, 192, seed=1, dtype=dtype).requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = packed(x)
     assert kept == []
-    y.backward(dy := drawn(5, 64, seed=2, dtype=dtype))
+    y.backward(dy := drawn(20, 64, seed=2, dtype=dtype))
     w_OI = packed.dense()
     assert w_OI.dtype == dtype
     assert torch.equal(y, F.linear(x, w_OI))
     assert torch.equal(x.grad, dy @ w_OI)
     assert list(packed.parameters()) == []
+    few = drawn(3, 192, seed=3, dtype=dtype).requires_grad_()
+    dy = drawn(3, 64, seed=4, dtype=dtype)
+    (y := packed(few)).backward(dy)
+    want = F.linear(few, w_OI).float()
+    assert (y.float() - want).norm() / want.norm() < (5e-3 if dtype == torch.bfloat16 else 1e-6)
+    assert torch.equal(few.grad, dy @ w_OI)
 
 
 @pytest.fixture(scope="module")

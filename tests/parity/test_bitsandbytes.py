@@ -125,6 +125,9 @@ def test_q11_what_transformers_wrote_loads_here(kind, folder, ids, tmp_path):
     (lambda t, c: t.update({n: w[:-1].clone() for n, w in t.items() if w.dtype == torch.uint8 and w.ndim == 2}),
      "not what it is said to be"),
     (lambda t, c: t.update({n: w[:-1].clone() for n, w in t.items() if "quant_state" in n}), "not what it is said"),
+    # as many bytes as there should be, in the wrong places
+    (lambda t, c: t.update({n: w[:-4].clone() if n.endswith("proj.weight") else torch.cat([w, w[:1]])
+                            for n, w in t.items() if n.endswith(("proj.weight", "weight.absmax"))}), "not what it is"),
 ])  # fmt: skip
 def test_what_is_packed_otherwise_or_damaged_is_refused(change, said, folder, tmp_path):
     checkpoint.save(checkpoint.load(folder, form=parse("nf4")), tmp_path)

@@ -1,0 +1,57 @@
+"""The native library, and which of the instruction sets it was compiled for is used."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from deltaw.errors import UserError
+
+REFERENCE = "reference"
+"""What is used where nothing native is: torch."""
+CHOICE = "DELTAW_ISA"
+FILE = Path(__file__).parent / "built" / "native.so"
+
+
+@lru_cache
+def library() -> ctypes.CDLL | None:
+    """The library; None: it was not built."""
+    if not FILE.exists():
+        return None
+    loaded = ctypes.CDLL(str(FILE))
+    loaded.instruction_sets.restype = ctypes.c_char_p
+    return loaded
+
+
+@lru_cache
+def available() -> tuple[str, ...]:
+    """The instruction sets that this processor has, the best first; last, torch's own work."""
+    loaded = library()
+    return (*(loaded.instruction_sets().decode().split() if loaded else ()), REFERENCE)
+
+
+@lru_cache
+def instruction_set() -> str:
+    """The one that is used: the best, or that which the variable DELTAW_ISA names.
+
+    Raises:
+        UserError: it names one that is not there.
+    """
+    said = os.environ.get(CHOICE) or available()[0]
+    if said not in available():
+        raise UserError(f"{CHOICE}={said} is not to be had here.", remedy=f"There are {', '.join(available())}.")
+    return said
+
+
+@lru_cache
+def function(name: str) -> Any:
+    """A native function for the instruction set that is used; None: torch does its work."""
+    loaded = library()
+    if loaded is None or instruction_set() == REFERENCE:
+        return None
+    found = getattr(loaded, f"{name}_{instruction_set()}")
+    found.restype = None
+    return found

@@ -1,0 +1,79 @@
+"""Packed matrices (native/packed.cpp): unpacked, and multiplied with few rows as they are read."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltaw.kernels.library import function
+
+LANES = 16
+"""Numbers that are unpacked at once: rows and blocks are whole numbers of them, or torch does the work."""
+FEW = 8
+"""Rows up to which reading the codes takes longer than the products do."""
+KINDS = {None: 0, torch.float32: 1, torch.float16: 2, torch.uint8: 3}
+PLAIN = (torch.float32, torch.bfloat16)
+"""What it is unpacked to."""
+
+
+class Layout(NamedTuple):
+    """How an O x I matrix lies in memory: w = levels[code] * scale + offset, with one of both for each block.
+
+    Scales of 8 bits are codes into `nested`, times `most` of 256 of them, and `mean` more.
+    """
+
+    shape: tuple[int, int]
+    width: int
+    block: int
+    codes: Tensor
+    scale: Tensor
+    levels: Tensor | None = None
+    """Sixteen at least; without any, a code stands for itself."""
+    offset: Tensor | None = None
+    nested: Tensor | None = None
+    most: Tensor | None = None
+    mean: Tensor | None = None
+
+
+class Matrix(ctypes.Structure):
+    """A layout as C has it."""
+
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
+        *((name, ctypes.c_void_p) for name in ("codes", "levels", "scale", "offset", "nested", "most", "mean")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "block")),
+        *((name, ctypes.c_int32) for name in ("width", "scale_kind", "offset_kind")),
+    ]
+
+
+def readable(layout: Layout) -> bool:
+    """Whether there is native code for matrices that lie so."""
+    fits = layout.shape[1] % LANES == 0 == layout.block % LANES
+    return fits and layout.codes.device.type == "cpu" and function("unpack") is not None
+
+
+def unpack(layout: Layout, out_OI: Tensor) -> Tensor:
+    """Write the plain numbers, to fp32 or bf16."""
+    function("unpack")(ctypes.byref(_matrix(layout)), ctypes.c_void_p(out_OI.data_ptr()),
+                       int(out_OI.dtype == torch.bfloat16), torch.get_num_threads())  # fmt: skip
+    return out_OI
+
+
+def multiply(layout: Layout, x_TI: Tensor) -> Tensor:
+    """Return x W' as y_TO in fp32, of x in fp32."""
+    x_TI = x_TI.contiguous()
+    y_TO = torch.empty(len(x_TI), layout.shape[0])
+    function("multiply")(ctypes.byref(_matrix(layout)), ctypes.c_void_p(x_TI.data_ptr()),
+                         ctypes.c_void_p(y_TO.data_ptr()), len(x_TI), torch.get_num_threads())  # fmt: skip
+    return y_TO
+
+
+def _matrix(layout: Layout) -> Matrix:
+    pointers = (None if t is None else t.data_ptr() for t in
+                (layout.codes, layout.levels, layout.scale, layout.offset, layout.nested, layout.most, layout.mean)
+                )  # fmt: skip
+    offset = None if layout.offset is None else layout.offset.dtype
+    return Matrix(*pointers, *layout.shape, layout.block, layout.width, KINDS[layout.scale.dtype], KINDS[offset])
