@@ -9,6 +9,7 @@ from oracles import our_logits
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.adapters.watch import importance
+from deltaw.api.begin import packed_by_layer
 from deltaw.data.batch import lay
 from deltaw.data.encode import Encoded
 from deltaw.errors import UserError
@@ -261,6 +262,30 @@ def test_a_pattern_of_formats_that_fits_no_layer_is_refused(tiny):
 def test_a_budget_and_formats_by_hand_do_not_go_together(tiny):
     with pytest.raises(UserError, match="A budget chooses the format of every layer"):
         begun("lq_lora", tiny, rows(tiny), rank=2, bits=3.0, format_pattern={"layers.0.*": "nf4"})
+    with pytest.raises(UserError, match="Leave --bits or --budget out"):
+        begun("lq_lora", tiny, rows(tiny), rank=2, bits=3.0, budget="1MB")
+
+
+def test_a_budget_is_a_size_and_the_same_as_its_bits(tiny):
+    by_bits = begun("lq_lora", tiny, rows(tiny), rank=2, bits=3.0, iterations=1)
+    weights = [delta.weight for _, delta in by_bits.named_deltas()]
+    numbers = sum(w.shape[0] * w.shape[1] for w in weights)
+    by_size = begun("lq_lora", tiny, rows(tiny), rank=2, budget=f"{3.0 * numbers / 8e3}kB", iterations=1)
+    assert by_size.method.format_pattern == by_bits.method.format_pattern
+    told = packed_by_layer(by_size)
+    assert [line.split()[0] for line in told] == [name for name, _ in by_size.named_deltas()]
+    assert len({line.split()[1] for line in told}) > 1
+    bits = sum(float(line.split()[2]) * w.shape[0] * w.shape[1] for line, w in zip(told, weights, strict=True))
+    assert bits == pytest.approx(8 * sum(w.stored_bytes for w in weights), rel=1e-3)
+    assert packed_by_layer(begun("loftq", tiny, rank=2)) == ()  # all alike: there is nothing to tell
+    with pytest.raises(UserError, match=r"or --budget \d+kB"):
+        begun("lq_lora", tiny, rows(tiny), rank=2, budget="1kB")
+
+
+@pytest.mark.parametrize("said", ["60", "MB", "1.2.3MB", "-5MB", "60TB"])
+def test_a_budget_that_is_no_size_is_refused(said, tiny):
+    with pytest.raises(UserError, match="budget"):
+        begun("lq_lora", tiny, rows(tiny), rank=2, budget=said)
 
 
 def test_g5_too_few_bits_are_said_with_the_fewest_that_there_are(tiny):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from deltaw.train.events import Evaluated, Finished, Planned, Sampled, Started, Stepped, Warned
+from deltaw.train.events import Evaluated, Finished, Planned, Sampled, Started, Stepped, Warned, is_event
 from deltaw.train.record import EventFile, TensorBoard, fold, read
 
 
@@ -240,3 +240,11 @@ def test_tensorboard_without_room_counts_and_goes_on(tmp_path: Path, monkeypatch
 def test_tensorboard_unused_leaves_nothing(tmp_path: Path) -> None:
     TensorBoard(tmp_path / "tb").close()
     assert not (tmp_path / "tb").exists()
+
+
+def test_an_event_of_an_earlier_version_is_one_and_one_that_lacks_more_is_none() -> None:
+    whole = json.loads(json.dumps(started().record()))
+    assert is_event(whole)
+    assert is_event({key: value for key, value in whole.items() if key != "packed"})
+    assert not is_event({key: value for key, value in whole.items() if key != "rows"})
+    assert not is_event({**whole, "packed": [1]})

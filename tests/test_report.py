@@ -14,6 +14,7 @@ from test_record import planned, started, stepped
 from deltaw.errors import UserError
 from deltaw.train import svg
 from deltaw.train.events import Evaluated, Event, Finished, Sampled, Warned
+from deltaw.train.heat import FAINT
 from deltaw.train.record import EventFile
 from deltaw.train.report import write_report
 
@@ -90,6 +91,19 @@ def test_a_whole_run_is_told(tmp_path: Path) -> None:
                  "The disk is nearly full.", "Step 10 was kept.", "best 1.400", "lora.rank", "16", "q, v",
                  "predicted.micro_steps"):  # fmt: skip
         assert said in text, said
+
+
+def test_formats_that_differ_are_drawn_and_told_layer_by_layer(tmp_path: Path) -> None:
+    packed = ("layers.0.mlp.up_proj nf2 2.500", "layers.3.mlp.up_proj nf4 4.500", "layers.3.self_attn.q_proj nf3 3.500")
+    page = report(tmp_path, started(packed=packed), planned(), stepped(1))
+    cells = [attributes for tag, attributes in page.tags if tag == "rect" and attributes.get("class") == "cell"]
+    assert [float(cell["fill-opacity"]) for cell in cells] == [FAINT, 1.0, pytest.approx((1 + FAINT) / 2)]
+    assert len({cell["x"] for cell in cells}) == len({cell["y"] for cell in cells}) == 2
+    for said in ("Bits a number by layer, from 2.50 to 4.50", "layer 3, q_proj: nf3, 3.500 bits",
+                 "layers.0.mlp.up_proj", "nf2 2.500"):  # fmt: skip
+        assert said in page.text
+    (tmp_path / "alike").mkdir()
+    assert "Bits a number by layer" not in report(tmp_path / "alike", started(), planned(), stepped(1)).text
 
 
 def test_nothing_is_fetched_and_nothing_runs(tmp_path: Path) -> None:

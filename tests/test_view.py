@@ -15,7 +15,7 @@ from test_record import planned, started, stepped
 
 from deltaw import words
 from deltaw.train.events import Evaluated, Event, Finished, Sampled, Saved, Warned
-from deltaw.train.view import LiveView, PlainView, plan_line, view
+from deltaw.train.view import LiveView, PlainView, _facts, plan_line, view
 
 QUESTION = "Who are you?"
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -248,3 +248,9 @@ def test_one_line_cuts_and_cleans() -> None:
     assert words.one_line("  a\n\tb\x1b[31m c\u2028d ") == "a b [31m c d"
     assert words.one_line("abcdef", 4) == "abc…"
     assert words.one_line("abcd", 4) == "abcd"
+
+
+def test_formats_that_differ_are_told_by_kind_of_layer():
+    packed = ("layers.0.mlp.up_proj nf2 2.500", "layers.3.mlp.up_proj nf4 4.500", "layers.3.self_attn.q_proj nf3 3.500")
+    assert ("packed", "bits a number: up_proj 3.50, q_proj 3.50") in _facts(started(packed=packed))
+    assert "packed" not in dict(_facts(started()))

@@ -16,6 +16,7 @@ from deltaw.data.batch import lay
 from deltaw.errors import UserError
 from deltaw.scoring.loss import batch_loss
 from deltaw.settings import Training
+from deltaw.weights import Packed
 
 CALIBRATION = 40
 """Training rows that tell a method what matters, where it asks."""
@@ -47,3 +48,11 @@ def begun(method: Method, base: Base, settings: Training, loaded: Loaded, stop: 
             yield batch_loss(base.model, batch) / batch.targets
 
     return method.begin(adapter, base.model, base.tokenizer, losses), encoded
+
+
+def packed_by_layer(adapter: Adapter) -> tuple[str, ...]:
+    """Name, format and bits a number of the matrices that are an adapter's own; nothing where all are alike."""
+    own = {name: part for name, delta in adapter.named_deltas() for part in delta.modules() if isinstance(part, Packed)}
+    if len({str(weight.form) for weight in own.values()}) < 2:
+        return ()
+    return tuple(f"{name} {w.form} {8 * w.stored_bytes / (w.shape[0] * w.shape[1]):.3f}" for name, w in own.items())

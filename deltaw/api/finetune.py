@@ -17,7 +17,7 @@ from deltaw.adapters.protocol import Method
 from deltaw.advise import plan as planning
 from deltaw.advise.machine import free_disk
 from deltaw.advise.plan import SPREAD, Plan
-from deltaw.api.begin import begun, packing
+from deltaw.api.begin import begun, packed_by_layer, packing
 from deltaw.api.interrupt import interruptible
 from deltaw.api.persona import Base, Persona, load_base
 from deltaw.api.prepare import EncodedData, Loaded, load, manifest, question
@@ -254,7 +254,7 @@ def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loa
         val_rows=encoded.val_rows, tokens=encoded.rows.tokens,
         trained_tokens=encoded.rows.targets, batch_rows=batch_rows,
         dtype=str(base.model.dtype).removeprefix("torch."), device=str(base.model.device),
-        threads=torch.get_num_threads(), learning_rate=job.learning_rate,
+        threads=torch.get_num_threads(), learning_rate=job.learning_rate, packed=packed_by_layer(adapter),
         notices=(*loaded.notices, *encoded.notices))  # fmt: skip
     return job, started
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 SAMPLE = 16
 """One of so many rows of a matrix tells what a format does to it."""
+UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
+BUDGET = rf"^([0-9.]+) ?({'|'.join(UNITS)})$"
 GAP, SECONDS = 1e-4, 60
 """How near to the best a choice must be, and how long is looked for it."""
 Weights = Mapping[str, tuple[Tensor, Tensor]]
@@ -47,6 +49,8 @@ class LQLoRA(LoftQ):
     """How Q is packed, where no budget chooses."""
     bits: Annotated[float, Field(gt=0, le=32)] | None = None
     """Bits a number that the packed matrices have on average: the format of each is chosen under it."""
+    budget: Annotated[str, Field(pattern=BUDGET)] | None = None
+    """Or their size in all, such as 60MB."""
     fisher: bool = True
     """Whether errors count as much as the training rows say that they matter."""
     iterations: Annotated[int, Field(ge=1, le=100)] = 8
@@ -55,16 +59,18 @@ class LQLoRA(LoftQ):
     def begin(self, adapter: Adapter, model: Decoder, tokenizer: Tokenizer, losses: Losses) -> Adapter:  # noqa: ARG002 (no text)
         slots: dict[str, Any] = {name: model.get_submodule(name) for name, delta in adapter.named_deltas()
                                  if isinstance(delta, Corrected)}  # fmt: skip
-        if self.bits is not None and self.format_pattern:
-            raise UserError("A budget chooses the format of every layer.",
-                            remedy="Leave --bits out, or --format-pattern.")  # fmt: skip
+        chosen = [flag for flag, said in (("--bits", self.bits), ("--budget", self.budget),
+                                          ("--format-pattern", self.format_pattern)) if said]  # fmt: skip
+        if len(chosen) > 1:
+            raise UserError("A budget chooses the format of every layer.", remedy=f"Leave {' or '.join(chosen)} out.")
         if self.fisher:
             weights = importance(slots, losses())
         else:
             weights = {
                 name: (torch.ones(s.weight.shape[0]), torch.ones(s.weight.shape[1])) for name, s in slots.items()
             }
-        method = self if self.bits is None else replace(self, format_pattern=planned(slots, weights, self.bits))
+        most = self.most_bytes(sum(s.weight.shape[0] * s.weight.shape[1] for s in slots.values()))
+        method = self if most is None else replace(self, format_pattern=planned(slots, weights, most))
         made = Adapter.build(method, model).to(model.device)
         for name, delta in made.named_deltas():
             if isinstance(delta, Corrected):
@@ -73,6 +79,20 @@ class LQLoRA(LoftQ):
                 fill(delta, found)
         return made
 
+    def most_bytes(self, numbers: int) -> float | None:
+        """What so many numbers may take; None: as much as their format has.
+
+        Raises:
+            UserError: the budget is no number.
+        """
+        if self.budget is None:
+            return None if self.bits is None else self.bits * numbers / 8
+        said = re.match(BUDGET, self.budget)
+        try:
+            return float(said[1]) * UNITS[said[2]] if said else None
+        except ValueError:
+            raise UserError(f"budget = {self.budget!r}: that is no size.", remedy="For example: 60MB") from None
+
 
 def choices() -> list[Format]:
     """The formats of the paper's grid, but for maxima in bf16, which are as large as in fp16 and no better."""
@@ -80,20 +100,21 @@ def choices() -> list[Format]:
             product((2, 3, 4, 8), (16, 32, 64), (2, 3, 4, 8), ("fp16", "fp32"), (16, 64, 256))]  # fmt: skip
 
 
-def planned(slots: Mapping[str, Linear], weights: Weights, bits: float) -> dict[str, str]:
-    """The format of each layer, by pattern of its name, such that all have so many bits a number at most.
+def planned(slots: Mapping[str, Linear], weights: Weights, most_bytes: float) -> dict[str, str]:
+    """The format of each layer, by pattern of its name, such that all together have so many bytes at most.
 
     Raises:
         UserError: no formats are that small.
     """
     formats = choices()
     costs = np.array([errors(slot.weight.dense(), weights[name], formats) for name, slot in slots.items()])
-    sizes = np.array([[8.0 * f.stored_bytes(*slot.weight.shape) for f in formats] for slot in slots.values()])
-    numbers = sum(slot.weight.shape[0] * slot.weight.shape[1] for slot in slots.values())
-    if sizes.min(1).sum() > bits * numbers:
-        least = np.ceil(100 * sizes.min(1).sum() / numbers) / 100
-        raise UserError(f"No formats have {bits:g} bits a number.", remedy=f"Take --bits {least:.2f} or more.")
-    chosen = choose(costs, sizes, bits * numbers)
+    sizes = np.array([[float(f.stored_bytes(*slot.weight.shape)) for f in formats] for slot in slots.values()])
+    numbers, least = sum(slot.weight.shape[0] * slot.weight.shape[1] for slot in slots.values()), sizes.min(1).sum()
+    if least > most_bytes:
+        raise UserError(f"No formats have {8 * most_bytes / numbers:g} bits a number.",
+                        remedy=f"Take --bits {np.ceil(800 * least / numbers) / 100:.2f} or more, "
+                               f"or --budget {np.ceil(least / 1e3):.0f}kB.")  # fmt: skip
+    chosen = choose(costs, sizes, most_bytes)
     return {re.escape(name): str(formats[c]) for name, c in zip(slots, chosen, strict=True)}
 
 

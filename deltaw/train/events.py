@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -36,6 +36,8 @@ class Started(Event):
     threads: int
     learning_rate: float
     resumed_at: int = 0
+    packed: tuple[str, ...] = ()
+    """How layers are packed, where they differ: each one's name, its format, and its bits a number."""
     notices: tuple[str, ...] = ()
 
 
@@ -120,11 +122,17 @@ class Finished(Event):
 
 
 def is_event(record: Any) -> bool:
-    """Whether a JSON value is one of these events, with all that such a one says; a float that was none is null."""
+    """Whether a JSON value is one of these events, with all that such a one says; a float that was none is null.
+
+    What has a default may be missing: events of an earlier version do not say it.
+    """
     if not isinstance(record, dict) or not isinstance(record.get("seconds"), int | float):
         return False
     kind = next((cls for cls in Event.__subclasses__() if cls.__name__.lower() == record.get("event")), None)
-    return kind is not None and all(f.name in record and _fits(record[f.name], str(f.type)) for f in fields(kind))
+    if kind is None:
+        return False
+    return all(_fits(record[f.name], str(f.type)) if f.name in record else f.default is not MISSING
+               for f in fields(kind))  # fmt: skip
 
 
 def _fits(value: Any, kind: str) -> bool:

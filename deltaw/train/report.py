@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from deltaw.errors import UserError
 from deltaw.files.atomic import write_text
 from deltaw.train import svg
+from deltaw.train.heat import heat, placed
 from deltaw.train.record import Run, fold, read
 
 NONE = "–"
@@ -45,12 +46,16 @@ def write_report(run_folder: Path) -> Path:
             f"{s['trained_tokens']:,} of {s['tokens']:,} tokens trained · {s['dtype']} on {s['device']}, "
             f"{s['threads']} thread{'s' * (s['threads'] != 1)}") if (s := run.started) else ""  # fmt: skip
     loss, *charts = _plots(run)
+    packed = run.started.get("packed", ())
+    layers = placed(packed)
     shown = ("config.yaml", "Configuration", " open"), ("plan.json", "Plan in full", "")
     files = [(file, title, opened, _values(run_folder / file)) for file, title, opened in shown]
+    files.append(("name, format, bits a number", "Formats in full", "", [tuple(line.split(" ", 1)) for line in packed]))
     places = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
     page = places.get_template("report.html.jinja").render(
         run=run, name=run.started.get("run", run_folder.name), words=words, color=color, told=told,
-        tiles=list(_tiles(run)), loss=loss[1], charts=charts, plan=_plan(run), samples=list(_samples(run)),
+        tiles=list(_tiles(run)), loss=loss[1], charts=charts, plan=_plan(run),
+        heat=[heat(layers)] if layers else [], samples=list(_samples(run)),
         files=files, style=(HERE / "report.css").read_text(encoding="utf-8"))  # fmt: skip
     write_text(run_folder / "report.html", page.encode(errors="replace").decode())
     return run_folder / "report.html"

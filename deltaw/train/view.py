@@ -14,6 +14,7 @@ from rich.text import Text
 
 from deltaw import words
 from deltaw.train.events import Evaluated, Event, Finished, Planned, Sampled, Saved, Started, Stepped, Warned
+from deltaw.train.heat import placed
 from deltaw.train.record import Listener
 from deltaw.train.svg import smooth
 
@@ -197,9 +198,16 @@ def _facts(event: Started) -> list[tuple[str, str]]:
         ("data", f"{event.rows:,} rows, {tokens} tokens ({trained_tokens} trained), {batch} a step"),
         ("validation", f"{event.val_rows:,} rows"),
         ("compute", f"{event.dtype} on {event.device}, {event.threads} thread{'s' * (event.threads != 1)}"),
+        *([("packed", _packed(event))] if event.packed else []),
         ("rate", f"{event.learning_rate:.1e}"),
         *([("resumed", f"at step {event.resumed_at}")] if event.resumed_at else []),
     ]
+
+
+def _packed(event: Started) -> str:
+    """The mean bits of each kind of layer."""
+    kinds = {kind: [bits for _, bits in row.values()] for kind, row in placed(event.packed).items()}
+    return "bits a number: " + ", ".join(f"{kind} {sum(b) / len(b):.2f}" for kind, b in kinds.items())
 
 
 def _outcome(event: Finished) -> list[tuple[str, str]]:
