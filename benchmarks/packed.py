@@ -167,6 +167,8 @@ def peer():
     """How far the gradients of PEFT + bitsandbytes are from what they were before an evaluation."""
     import torch
 
+    from deltaw.models.device import instruction_sets
+
     model, tokenizer = peft_and_bitsandbytes()
     torch.manual_seed(0)
     for name, p in model.named_parameters():
@@ -183,7 +185,7 @@ def peer():
     with torch.no_grad():
         model.eval()(**batch)
     after = gradients()
-    return {"avx512_bf16": torch._C._cpu._is_avx512_bf16_supported() if hasattr(torch._C, "_cpu") else None,
+    return {"instructions": [name for name, has in instruction_sets().items() if has],
             "relative_change": ((after - before).norm() / before.norm()).item()}  # fmt: skip
 
 
