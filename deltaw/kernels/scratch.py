@@ -1,4 +1,4 @@
-"""A place for one plain matrix at a time: fresh memory for each costs more than unpacking it (docs/formats.md)."""
+"""A place for one plain matrix at a time: fresh memory for each may cost more than unpacking it."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SAMPLE = 16
 """One of so many rows of a matrix tells what a format does to it."""
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
-BUDGET = rf"^([0-9.]+) ?({'|'.join(UNITS)})$"
+BUDGET = rf"^(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})$"
 GAP, SECONDS = 1e-4, 60
 """How near to the best a choice must be, and how long is looked for it."""
 Weights = Mapping[str, tuple[Tensor, Tensor]]
@@ -63,13 +63,13 @@ class LQLoRA(LoftQ):
                                           ("--format-pattern", self.format_pattern)) if said]  # fmt: skip
         if len(chosen) > 1:
             raise UserError("A budget chooses the format of every layer.", remedy=f"Leave {' or '.join(chosen)} out.")
+        most = self.most_bytes(sum(s.weight.shape[0] * s.weight.shape[1] for s in slots.values()))
         if self.fisher:
             weights = importance(slots, losses())
         else:
             weights = {
                 name: (torch.ones(s.weight.shape[0]), torch.ones(s.weight.shape[1])) for name, s in slots.items()
             }
-        most = self.most_bytes(sum(s.weight.shape[0] * s.weight.shape[1] for s in slots.values()))
         method = self if most is None else replace(self, format_pattern=planned(slots, weights, most))
         made = Adapter.build(method, model).to(model.device)
         for name, delta in made.named_deltas():
@@ -80,18 +80,10 @@ class LQLoRA(LoftQ):
         return made
 
     def most_bytes(self, numbers: int) -> float | None:
-        """What so many numbers may take; None: as much as their format has.
-
-        Raises:
-            UserError: the budget is no number.
-        """
-        if self.budget is None:
-            return None if self.bits is None else self.bits * numbers / 8
-        said = re.match(BUDGET, self.budget)
-        try:
-            return float(said[1]) * UNITS[said[2]] if said else None
-        except ValueError:
-            raise UserError(f"budget = {self.budget!r}: that is no size.", remedy="For example: 60MB") from None
+        """What so many numbers may take; None: as much as their format has."""
+        if said := re.match(BUDGET, self.budget or ""):
+            return float(said[1]) * UNITS[said[2]]
+        return None if self.bits is None else self.bits * numbers / 8
 
 
 def choices() -> list[Format]:

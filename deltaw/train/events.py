@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+LATER = {"later": True}
+"""Marks what events of an earlier version do not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class Started(Event):
     threads: int
     learning_rate: float
     resumed_at: int = 0
-    packed: tuple[str, ...] = ()
+    packed: tuple[str, ...] = field(default=(), metadata=LATER)
     """How layers are packed, where they differ: each one's name, its format, and its bits a number."""
     notices: tuple[str, ...] = ()
 
@@ -124,15 +127,14 @@ class Finished(Event):
 def is_event(record: Any) -> bool:
     """Whether a JSON value is one of these events, with all that such a one says; a float that was none is null.
 
-    What has a default may be missing: events of an earlier version do not say it.
+    Only what was added later may be missing.
     """
     if not isinstance(record, dict) or not isinstance(record.get("seconds"), int | float):
         return False
     kind = next((cls for cls in Event.__subclasses__() if cls.__name__.lower() == record.get("event")), None)
     if kind is None:
         return False
-    return all(_fits(record[f.name], str(f.type)) if f.name in record else f.default is not MISSING
-               for f in fields(kind))  # fmt: skip
+    return all(_fits(record[f.name], str(f.type)) if f.name in record else f.metadata == LATER for f in fields(kind))
 
 
 def _fits(value: Any, kind: str) -> bool:

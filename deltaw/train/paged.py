@@ -31,11 +31,11 @@ class PagedAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, groups: list[dict[str, Any]], folder: Path) -> None:
-        super().__init__(groups, lr=1.0, fused=True)
-        self.moments: dict[Tensor, dict[str, Tensor]] = {}
-        trained = [p for group in self.param_groups for p in group["params"]]
+        trained = [p for group in groups for p in group["params"]]
         if any(p.device.type != "cpu" for p in trained):
             raise UserError("A paged optimizer is for the processor's memory.", remedy="Leave --optimizer out.")
+        super().__init__(groups, lr=1.0, fused=True)
+        self.moments: dict[Tensor, dict[str, Tensor]] = {}
         numbers, at = _mapped(sum(p.numel() for p in trained) * len(MOMENTS), folder), 0
         for p in trained:
             self.moments[p] = {}

@@ -11,7 +11,7 @@ import torch
 from small import end, losses, prepared, told
 
 from deltaw.advise import plan
-from deltaw.errors import WillNotFit
+from deltaw.errors import UserError, WillNotFit
 from deltaw.train import paged
 from deltaw.train.paged import MOMENTS, PagedAdamW
 
@@ -78,6 +78,12 @@ def test_a_full_disk_is_said_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(paged.os, "posix_fallocate", full)
     with pytest.raises(WillNotFit, match="No space left"):
         PagedAdamW(pair()[0], tmp_path)
+
+
+def test_on_another_device_it_is_refused(tmp_path):
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2, device="meta"))], "weight_decay": 0.0}]
+    with pytest.raises(UserError, match="for the processor's memory"):
+        PagedAdamW(groups, tmp_path)
 
 
 def test_a_run_is_the_same_and_its_moments_need_no_memory(tiny_path, tmp_path, rows_file):
