@@ -7,7 +7,7 @@ RUN := demo-village
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/' | expand -t 14
 
-.venv/.run: pyproject.toml constraints.txt scripts/setup.sh $(wildcard native/*.cpp) native/CMakeLists.txt
+.venv/.run: pyproject.toml constraints.txt scripts/setup.sh $(wildcard native/*.?pp) native/CMakeLists.txt
 	@scripts/setup.sh run
 
 .venv/.dev: .venv/.run
@@ -44,7 +44,7 @@ tests: .venv/.dev
 table: .venv/.dev ## every technique for a minute, three seeds: docs/results.md
 	$(BIN)/python benchmarks/table.py
 
-table-quant: .venv/.dev ## every format and technique of a packed base: docs/formats.md
+table-quant: .venv/.dev ## every format and technique of a packed base: docs/results.md
 	$(BIN)/python benchmarks/formats.py
 
 clean: ## remove what was installed and built

@@ -42,7 +42,7 @@ def main() -> int:
                  for f in functions(tree) if len(span(f)) > FUNCTION_LINES]  # fmt: skip
     over += [f"{path}: {n} lines, budget {FILE_LINES}" for path, n in whole.items() if n > FILE_LINES]
     over += [f"deltaw: {total} lines of code, budget {CODE_LINES}"] if total > CODE_LINES else []
-    native = {path: len(path.read_text().splitlines()) for path in sorted(Path("native").glob("*.cpp"))}
+    native = {path: len(path.read_text().splitlines()) for path in sorted(Path("native").glob("*.?pp"))}
     over += [f"{path}: {n} lines, budget {FILE_LINES}" for path, n in native.items() if n > FILE_LINES]
     over += (
         [f"native: {sum(native.values())} lines, budget {NATIVE_LINES}"] if sum(native.values()) > NATIVE_LINES else []

@@ -13,6 +13,8 @@ from deltaw.errors import UserError
 REFERENCE = "reference"
 """What is used where nothing native is: torch."""
 CHOICE = "DELTAW_ISA"
+ARGUMENTS = {"unpack": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int],
+             "multiply": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]}  # fmt: skip
 FILE = Path(__file__).parent / "built" / "native.so"
 
 
@@ -53,5 +55,5 @@ def function(name: str) -> Any:
     if loaded is None or instruction_set() == REFERENCE:
         return None
     found = getattr(loaded, f"{name}_{instruction_set()}")
-    found.restype = None
+    found.argtypes, found.restype = ARGUMENTS[name], None
     return found

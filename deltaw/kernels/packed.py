@@ -37,6 +37,8 @@ class Layout(NamedTuple):
     nested: Tensor | None = None
     most: Tensor | None = None
     mean: Tensor | None = None
+    lasting: bool = True
+    """Whether all of it is stored like that; else it was made, to be used once."""
 
 
 class Matrix(ctypes.Structure):
@@ -49,31 +51,34 @@ class Matrix(ctypes.Structure):
     ]
 
 
-def readable(layout: Layout) -> bool:
-    """Whether there is native code for matrices that lie so."""
+class Native:
+    """A layout that there is native code for, and what it is called with: made once, as it takes longer than a call."""
+
+    def __init__(self, layout: Layout) -> None:
+        pointers = (None if t is None else t.data_ptr() for t in
+                    (layout.codes, layout.levels, layout.scale, layout.offset, layout.nested, layout.most, layout.mean)
+                    )  # fmt: skip
+        offset = None if layout.offset is None else layout.offset.dtype
+        kinds = KINDS[layout.scale.dtype], KINDS[offset]
+        self.layout = layout  # whose tensors live as long as this points into them
+        self._matrix = Matrix(*pointers, *layout.shape, layout.block, layout.width, *kinds)
+        self._at = ctypes.addressof(self._matrix)
+
+    def unpack(self, out_OI: Tensor) -> Tensor:
+        """Write the plain numbers, to fp32 or bf16."""
+        narrow = int(out_OI.dtype == torch.bfloat16)
+        function("unpack")(self._at, out_OI.data_ptr(), narrow, torch.get_num_threads())
+        return out_OI
+
+    def multiply(self, x_TI: Tensor) -> Tensor:
+        """Return x W' as y_TO in fp32, of x in fp32."""
+        x_TI = x_TI.contiguous()
+        y_TO = torch.empty(len(x_TI), self.layout.shape[0])
+        function("multiply")(self._at, x_TI.data_ptr(), y_TO.data_ptr(), len(x_TI), torch.get_num_threads())
+        return y_TO
+
+
+def native(layout: Layout) -> Native | None:
+    """What reads a matrix that lies so; None: there is no native code for it."""
     fits = layout.shape[1] % LANES == 0 == layout.block % LANES
-    return fits and layout.codes.device.type == "cpu" and function("unpack") is not None
-
-
-def unpack(layout: Layout, out_OI: Tensor) -> Tensor:
-    """Write the plain numbers, to fp32 or bf16."""
-    function("unpack")(ctypes.byref(_matrix(layout)), ctypes.c_void_p(out_OI.data_ptr()),
-                       int(out_OI.dtype == torch.bfloat16), torch.get_num_threads())  # fmt: skip
-    return out_OI
-
-
-def multiply(layout: Layout, x_TI: Tensor) -> Tensor:
-    """Return x W' as y_TO in fp32, of x in fp32."""
-    x_TI = x_TI.contiguous()
-    y_TO = torch.empty(len(x_TI), layout.shape[0])
-    function("multiply")(ctypes.byref(_matrix(layout)), ctypes.c_void_p(x_TI.data_ptr()),
-                         ctypes.c_void_p(y_TO.data_ptr()), len(x_TI), torch.get_num_threads())  # fmt: skip
-    return y_TO
-
-
-def _matrix(layout: Layout) -> Matrix:
-    pointers = (None if t is None else t.data_ptr() for t in
-                (layout.codes, layout.levels, layout.scale, layout.offset, layout.nested, layout.most, layout.mean)
-                )  # fmt: skip
-    offset = None if layout.offset is None else layout.offset.dtype
-    return Matrix(*pointers, *layout.shape, layout.block, layout.width, KINDS[layout.scale.dtype], KINDS[offset])
+    return Native(layout) if fits and layout.codes.device.type == "cpu" and function("unpack") is not None else None

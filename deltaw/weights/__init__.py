@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from operator import is_
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.kernels.packed import FEW, PLAIN, Layout, multiply, readable, unpack
+from deltaw.kernels.packed import FEW, PLAIN, Layout, Native, native
 from deltaw.kernels.scratch import SCRATCH
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,6 +79,9 @@ class Weight(nn.Module):
 class Packed(Weight):
     """A matrix that is stored by a `format`, in its parts."""
 
+    _native: Native | None = None
+    _native_of: tuple[Tensor | None, ...] = ()
+
     def __init__(self, form: Format, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.form, self.shape, self.dtype = form, (shape[0], shape[1]), dtype
@@ -97,21 +101,32 @@ class Packed(Weight):
         """Unpack by torch alone."""
         raise NotImplementedError
 
+    def native(self) -> Native | None:
+        """What reads this natively, if anything does: made anew only when what is stored was replaced."""
+        kept = tuple(self._buffers.values())
+        if self._native is None or not all(map(is_, kept, self._native_of)):
+            made = native(self.layout())
+            if made is None or not made.layout.lasting:
+                return made
+            self._native, self._native_of = made, kept
+        return self._native
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_native")}
+
     def dense(self) -> Tensor:
-        layout = self.layout()
-        if self.dtype in PLAIN and readable(layout):
-            return unpack(layout, torch.empty(self.shape, dtype=self.dtype))
+        if self.dtype in PLAIN and (native := self.native()):
+            return native.unpack(torch.empty(self.shape, dtype=self.dtype))
         return self.plain()
 
     def lent(self) -> Tensor:
-        layout = self.layout()
-        if self.dtype in PLAIN and readable(layout):
-            return unpack(layout, SCRATCH.of(self.shape, self.dtype))
+        if self.dtype in PLAIN and (native := self.native()):
+            return native.unpack(SCRATCH.of(self.shape, self.dtype))
         return self.plain()
 
     def product(self, x_TI: Tensor) -> Tensor:
-        if len(x_TI) <= FEW and readable(layout := self.layout()):
-            return multiply(layout, x_TI.float()).to(x_TI.dtype)
+        if len(x_TI) <= FEW and (native := self.native()):
+            return native.multiply(x_TI.float()).to(x_TI.dtype)
         return super().product(x_TI)
 
     def repack(self, w_OI: Tensor) -> Weight:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class Plain:
         """The scales again, in fp32."""
         return kept["absmax"]
 
-    def laid(self, kept: Parts, count: int) -> Parts:
+    def laid(self, kept: Parts, count: int) -> Mapping[str, Any]:
         """What native code reads them from, by the names of `Layout`."""
         return {"scale": self.read(kept, count)}
 
@@ -61,7 +62,7 @@ class Double:
         values = dynamic().to(kept["codes2"].device)[kept["codes2"].int()]
         return (_blocks(values, self.BLOCK) * kept["absmax2"][:, None]).flatten()[:count] + kept["mean"]
 
-    def laid(self, kept: Parts, count: int) -> Parts:  # noqa: ARG002 (others need it)
+    def laid(self, kept: Parts, count: int) -> Mapping[str, Any]:  # noqa: ARG002 (others need it)
         return {"scale": kept["codes2"], "nested": dynamic(), "most": kept["absmax2"], "mean": kept["mean"]}
 
     def size(self, count: int) -> int:
@@ -96,8 +97,8 @@ class TwoLevel:
         step = kept["most"].float()[:, None] / ((1 << self.width) - 1)
         return (codes * step).flatten()[:count] + kept["least"]
 
-    def laid(self, kept: Parts, count: int) -> Parts:
-        return {"scale": self.read(kept, count)}
+    def laid(self, kept: Parts, count: int) -> Mapping[str, Any]:
+        return {"scale": self.read(kept, count), "lasting": False}
 
     def size(self, count: int) -> int:
         return stored_bytes(count, self.width) + TYPES[self.kind].itemsize * -(-count // self.block) + 4

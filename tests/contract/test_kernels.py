@@ -3,6 +3,7 @@
 Unpacking is the same to the last bit; products are as near as sums in another order are.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from deltaw.errors import UserError
 from deltaw.kernels import library
-from deltaw.kernels.packed import FEW, multiply, readable, unpack
+from deltaw.kernels.packed import FEW
 from deltaw.kernels.scratch import SCRATCH
 from deltaw.weights.formats import parse
 
@@ -59,8 +60,8 @@ def packed(name, shape, dtype=torch.float32, seed=0):
 def test_what_is_unpacked_is_what_torch_unpacks_to_the_last_bit(path, name, shape):
     for dtype in (torch.float32, torch.bfloat16):
         weight = packed(name, shape, dtype)
-        assert readable(weight.layout())
-        assert torch.equal(unpack(weight.layout(), torch.full(weight.shape, torch.nan, dtype=dtype)), weight.plain())
+        unpacked_OI = weight.native().unpack(torch.full(weight.shape, torch.nan, dtype=dtype))
+        assert torch.equal(unpacked_OI, weight.plain())
         assert torch.equal(weight.dense(), weight.plain())
         assert torch.equal(weight.lent(), weight.plain())
 
@@ -71,7 +72,7 @@ def test_a4_few_rows_are_multiplied_as_they_would_be_with_the_unpacked_matrix(pa
     weight = packed(name, (33, 640))
     x_TI = drawn(count, weight.shape[1], seed=1)
     want = x_TI.double() @ weight.plain().double().t()
-    off = (multiply(weight.layout(), x_TI).double() - want).abs().max() / want.abs().max()
+    off = (weight.native().multiply(x_TI).double() - want).abs().max() / want.abs().max()
     assert off < 1e-6
     narrow = packed(name, (33, 640), torch.bfloat16)
     got = narrow(x_TI.bfloat16())
@@ -98,7 +99,7 @@ def test_any_shape_and_any_number_of_threads(name, o, chunks, count, threads):
 @pytest.mark.parametrize(("name", "shape"), [("nf4", (5, 24)), ("nf4-b40", (4, 80)), ("int4-g8", (4, 32))])
 def test_what_native_code_cannot_read_torch_does(name, shape):
     weight = parse(name).pack(drawn(*shape), torch.float32)
-    assert not readable(weight.layout())
+    assert weight.native() is None
     x_TI = drawn(2, shape[1], seed=1)
     assert torch.equal(weight.dense(), weight.plain())
     assert torch.equal(weight(x_TI), F.linear(x_TI, weight.plain()))
@@ -122,11 +123,37 @@ def test_what_is_lent_is_the_same_memory_and_what_is_unpacked_is_not(path):
     assert first.dense().data_ptr() != second.dense().data_ptr()
 
 
+@pytest.mark.parametrize("name", ["nf4-dq", "int4-g32", "nf3-b32-s4.fp16.64"])
+def test_what_was_replaced_or_copied_is_read_anew(path, name):
+    weight, other, x_TI = packed(name, (64, 192)), packed(name, (64, 192), seed=1), drawn(1, 192, seed=1)
+    before = weight(x_TI)
+    twin = copy.deepcopy(weight)
+    for part, t in other.kept.items():
+        setattr(weight, part, t)
+    assert torch.equal(weight(x_TI), other(x_TI))
+    assert torch.equal(twin(x_TI), before)
+    assert not torch.equal(weight(x_TI), before)
+    twin.codes.zero_()
+    assert torch.equal(twin.dense(), twin.plain())
+    assert not torch.equal(twin(x_TI), before)
+
+
+def test_only_what_is_stored_is_held_on_to(path):
+    weight = packed("nf3-b32-s4.fp16.64", (64, 192))
+    assert weight.native() is not weight.native()
+    weight = packed("nf4-dq", (64, 192))
+    held = weight.native().layout
+    assert weight.native().layout is held
+    stored = {t.data_ptr() for t in weight.buffers()}
+    own = [t for t in held if torch.is_tensor(t) and t.data_ptr() not in stored]
+    assert sum(t.nbytes for t in own) == 4 * (16 + 256), "the tables, which all have in common"
+
+
 def test_the_reference_may_be_asked_for(monkeypatch):
     choose(monkeypatch, library.REFERENCE)
     weight, x_TI = packed("nf4", (64, 192)), drawn(1, 192, seed=1)
     assert library.function("unpack") is None
-    assert not readable(weight.layout())
+    assert weight.native() is None
     assert torch.equal(weight(x_TI), F.linear(x_TI, weight.plain()))
 
 
