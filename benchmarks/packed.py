@@ -87,6 +87,7 @@ def stepped(model, adapter, rows, count, recompute=False):
     """Median seconds of a step on these rows, all in one micro-batch, and the most memory of the process."""
     from deltaw.data.batch import lay
     from deltaw.data.encode import Encoded
+    from deltaw.kernels.heap import frugal
     from deltaw.scoring.loss import batch_loss
     from deltaw.settings import Training
     from deltaw.train.memory import peak_bytes
@@ -101,7 +102,7 @@ def stepped(model, adapter, rows, count, recompute=False):
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
-    with adapter.on():
+    with frugal(recompute), adapter.on():
         return medians(step, count), peak_bytes(model.device)
 
 
@@ -110,6 +111,7 @@ def large():
     import torch
 
     from deltaw.adapters.adapter import Adapter
+    from deltaw.kernels.heap import frugal
     from deltaw.methods import method
     from deltaw.models import checkpoint
     from deltaw.models.config import ModelConfig
@@ -124,11 +126,12 @@ def large():
     form = parse("nf4-dq")
     with torch.device("meta"):
         model = Decoder(c)
-    for slot in model.modules():
-        if isinstance(slot, Linear):
-            slot.weight = form.pack(0.02 * torch.randn(*slot.weight.shape), torch.float32)
-        elif hasattr(slot, "gain"):
-            slot.gain = torch.ones(slot.gain.shape)
+    with frugal():  # as where a base is loaded
+        for slot in model.modules():
+            if isinstance(slot, Linear):
+                slot.weight = form.pack(0.02 * torch.randn(*slot.weight.shape), torch.float32)
+            elif hasattr(slot, "gain"):
+                slot.gain = torch.ones(slot.gain.shape)
     model.embed_tokens.table = 0.02 * torch.randn(c.vocab, c.width)
     made = peak_bytes(model.device)
     adapter = Adapter.build(method("qlora"), model).train()
@@ -139,7 +142,7 @@ def large():
 
 
 def peft_and_bitsandbytes(rows=(), steps=0, rate=1e-3):
-    """A model of PEFT over bitsandbytes' layers, trained on these texts."""
+    """A model of PEFT over bitsandbytes' layers, trained on these conversations."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -155,7 +158,8 @@ def peft_and_bitsandbytes(rows=(), steps=0, rate=1e-3):
     tokenizer.pad_token = tokenizer.eos_token
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     for i in range(steps):
-        batch = tokenizer(rows[8 * i : 8 * i + 8], return_tensors="pt", padding=True)
+        texts = [tokenizer.apply_chat_template(row, tokenize=False) for row in rows[8 * i : 8 * i + 8]]
+        batch = tokenizer(texts, return_tensors="pt", padding=True)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         model(**batch, labels=labels).loss.backward()
         optimizer.step()
@@ -215,8 +219,8 @@ def main():
             name, *more = args.more
             made = {"token": token, "train": train, "large": large, "peer": peer}
             if name == "peft":
-                texts = [json.loads(line) for line in VILLAGE.read_text(encoding="utf-8").splitlines()]
-                peft_and_bitsandbytes([json.dumps(text) for text in texts], 10)
+                lines = VILLAGE.read_text(encoding="utf-8").splitlines()
+                peft_and_bitsandbytes([json.loads(line)["messages"] for line in lines], 10)
                 print(json.dumps({"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
             else:
                 print(json.dumps(made[name](*more)))
@@ -237,7 +241,7 @@ def main():
             print("| way | peak of the process |\n|---|---|")
             for name, flags in MEMORY.items():
                 command = [sys.executable, "-m", "deltaw.cli", "train", str(VILLAGE), "--steps", "10", "--val", "0",
-                           "--runs", "{folder}", *flags]  # fmt: skip
+                           "--dtype", "bfloat16", "--runs", "{folder}", *flags]  # fmt: skip
                 print(f"| deltaw, {name} | {process(command) / 1e9:.2f} GB |", flush=True)
             print(f"| PEFT + bitsandbytes | {said('peft')['peak_bytes'] / 1e9:.2f} GB |")
         case _:

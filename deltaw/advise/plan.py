@@ -22,6 +22,7 @@ from deltaw.data.batch import Batch, micro_batches, per_epoch, steps
 from deltaw.decode.generate import answers
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError, WillNotFit
+from deltaw.kernels.heap import frugal
 from deltaw.models.checkpoint import read_json
 from deltaw.scoring.loss import batch_loss
 from deltaw.settings import Count, complaint
@@ -119,7 +120,8 @@ def measure(job: Job, minutes: float | None = None) -> Plan:
         held = resident_bytes()
         recompute, need, notices = _fitting(job, batches)
         job = replace(job, recompute=recompute)
-        costs = _measured(job, batches)
+        with frugal(recompute):
+            costs = _measured(job, batches)
         work, peak = Work.through(costs), peak_bytes(job.model.device)
         if not all(c.whole for c in costs.values()):
             peak = max(peak, held + need)

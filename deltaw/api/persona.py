@@ -16,6 +16,7 @@ from deltaw.decode.generate import Answer, complete, stream
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
 from deltaw.files import adapters, runs
+from deltaw.kernels.heap import frugal
 from deltaw.models import checkpoint, source
 from deltaw.models.decoder import Decoder
 from deltaw.models.device import choose_device, choose_dtype
@@ -64,8 +65,9 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto", threads: int
         torch.set_num_threads(threads)
     path, where = source.find(name, say), choose_device(device)
     form = parse(base_format) if base_format else None
-    model = checkpoint.load(path, choose_dtype(dtype, where), str(where), form)
-    base = Base(name, path, model, Tokenizer.load(path), checkpoint.fingerprint(model), base_format)
+    with frugal():
+        model = checkpoint.load(path, choose_dtype(dtype, where), str(where), form)
+        base = Base(name, path, model, Tokenizer.load(path), checkpoint.fingerprint(model), base_format)
     if form is None or checkpoint.is_packed(path):
         checkpoint.check_seal(path, base.fingerprint)
     return base

@@ -17,6 +17,7 @@ from deltaw.api.persona import Persona, load_base
 from deltaw.data.batch import Batch
 from deltaw.errors import UserError
 from deltaw.files.atomic import replacing_folder
+from deltaw.kernels.heap import frugal
 from deltaw.models import checkpoint, source
 from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Linear
@@ -59,7 +60,7 @@ def quantize(base: str, form: str, folder: Path, calibrate: Path | None = None, 
         say(f"Rounding by {calibrate}")
         _rounded_by(rows_of(calibrate, Persona(base, loaded)), loaded.model, parsed)
     say(f"Writing {folder}")
-    with replacing_folder(folder) as scratch:
+    with frugal(), replacing_folder(folder) as scratch:
         checkpoint.save(loaded.model, scratch)
         loaded.tokenizer.save(scratch)
         note = source.note(loaded.path) | {"packed_from": base, "format": form}

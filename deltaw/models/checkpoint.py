@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", fo
         model = Decoder(config)
     wanted, (usual, others) = dict(_places(model)), packed.read_formats(told, path)
     pieces: dict[str, dict[str, Tensor]] = {}
-    for name, w in gguf.tensors() if gguf else _tensors(path):
+    for name, w in gguf.tensors() if gguf else _tensors(path, apart=form is not None):
         whole, dot, end = name.partition(".weight")
         if whole + dot in wanted and (end or w.dtype == torch.uint8):
             pieces.setdefault(whole + dot, {})[end] = w
@@ -162,13 +163,13 @@ def fingerprint(model: Decoder) -> str:
     Of the values as bf16, so that the same model loaded in fp32 and in bf16 is the same base. The sum is that of their
     bits: one that is flipped anywhere changes it, if it moves the bf16.
     """
-    h = hashlib.sha256()
-    for name, w in sorted(tensors(model)):
+    told = []
+    for name, w in tensors(model):
         flat = w.reshape(-1)
         total = sum(int(_bits(flat[i : i + SUMMED]).sum()) for i in range(0, len(flat), SUMMED))
-        h.update(f"{name}{tuple(w.shape)}{total}".encode())
-        h.update(_bits(flat[:: max(1, w.numel() // SAMPLED)]).tobytes())
-    return h.hexdigest()[:32]
+        sampled = _bits(flat[:: max(1, w.numel() // SAMPLED)]).tobytes()
+        told.append((name, f"{name}{tuple(w.shape)}{total}".encode() + sampled))
+    return hashlib.sha256(b"".join(said for _, said in sorted(told))).hexdigest()[:32]
 
 
 def _bits(values: Tensor) -> NDArray[np.uint64]:
@@ -237,7 +238,8 @@ def _put(owner: Any, part: str, w: Tensor, where: str) -> None:
     setattr(owner, part, Dense(w) if isinstance(owner, Linear) and part == "weight" else w)
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors(folder: Path, apart: bool) -> Iterator[tuple[str, Tensor]]:
+    """Every weight, as it lies in the file. `apart`: it alone is mapped, so that its memory is free when it is."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
@@ -254,7 +256,8 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         try:
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    yield name.removeprefix("model."), opened.get_tensor(name)
+                    with safe_open(file, "pt") if apart else nullcontext(opened) as mapped:
+                        yield name.removeprefix("model."), mapped.get_tensor(name)
         except SafetensorError as e:
             raise UserError("This safetensors file is damaged.", where=str(file), why=f"{e}.",
                             remedy="Fetch the model anew.") from None  # fmt: skip

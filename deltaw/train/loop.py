@@ -19,6 +19,7 @@ from deltaw.decode.generate import complete
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import Diverged, UserError
 from deltaw.files.atomic import sweep
+from deltaw.kernels.heap import frugal
 from deltaw.scoring.loss import batch_loss
 from deltaw.train import checkpoint
 from deltaw.train.checkpoint import Progress
@@ -75,7 +76,7 @@ class Trainer:
         self.before_seconds, self.began = self.progress.seconds, time.monotonic()
         if self.progress.step == 0:
             torch.manual_seed(self.job.settings.seed)
-        with self.job.adapter.on():
+        with frugal(self.job.recompute), self.job.adapter.on():
             for event in self._events():
                 yield replace(event, seconds=self._count_time())
 

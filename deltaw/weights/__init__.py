@@ -20,6 +20,8 @@ from deltaw.kernels.scratch import SCRATCH
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What plain numbers may be stored as."""
+PACKED_AT_ONCE = 1 << 20
+"""Numbers of a matrix that are turned into codes at a time."""
 
 
 class Format(ABC):

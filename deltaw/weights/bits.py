@@ -22,7 +22,9 @@ def pack(codes_N: Tensor, width: int) -> Tensor:
     planes, low = [], 0
     for piece in PLANES[width]:
         part_N, per = codes_N >> low & (1 << piece) - 1, 8 // piece
-        part_N = torch.nn.functional.pad(part_N, (0, -len(part_N) % per)).view(-1, per)
+        if over := -len(part_N) % per:
+            part_N = torch.nn.functional.pad(part_N, (0, over))
+        part_N = part_N.view(-1, per)
         planes.append(sum((part_N[:, i] << 8 - piece * (i + 1) for i in range(1, per)), part_N[:, 0] << 8 - piece))
         low += piece
     return torch.cat(planes)

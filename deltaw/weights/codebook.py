@@ -5,7 +5,7 @@ The matrix is taken row by row as one line of numbers, cut into blocks wherever 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels.packed import LANES, Layout
-from deltaw.weights import Format, Packed
+from deltaw.weights import PACKED_AT_ONCE, Format, Packed
 from deltaw.weights.bits import pack, stored_bytes, unpack
 from deltaw.weights.levels import fp4, nearest, normal
 from deltaw.weights.scales import Plain, Scales
@@ -29,19 +29,28 @@ class Codebook(Format):
     fp4: bool = False
 
     def pack(self, w_OI: Tensor, dtype: torch.dtype) -> Coded:
-        flat, count = w_OI.detach().float().flatten(), w_OI.numel()
-        blocks = torch.nn.functional.pad(flat, (0, -count % self.block)).view(-1, self.block)
-        most = blocks.abs().amax(1)
+        flat, count = w_OI.detach().flatten(), w_OI.numel()
+        most = torch.cat([blocks.abs().amax(1) for blocks in self._blocks(flat)])
         kept = self.scales.store(most)
-        by = most if self.scales.exact else self.scales.read(kept, len(most))
-        by = by.clamp(min=1e-38)[:, None]
-        scaled = blocks * (1 / by)
-        if count % self.block:
-            scaled[-1] = blocks[-1] / by[-1]  # to the last bit as bitsandbytes has it
-        scaled = torch.nn.functional.pad(scaled.flatten()[:count], (0, count % 2 * (self.width == 4)))
+        by_N = (most if self.scales.exact else self.scales.read(kept, len(most))).clamp(min=1e-38)[:, None]
         levels, order = self.levels(w_OI.device).sort(stable=True)
-        codes = order.to(torch.uint8)[nearest(scaled, levels)]
+        parts, first = list[Tensor](), 0
+        for blocks in self._blocks(flat):
+            by, first = by_N[first : first + len(blocks)], first + len(blocks)
+            scaled = blocks * (1 / by)
+            if first == len(by_N) and count % self.block:
+                scaled[-1] = blocks[-1] / by[-1]  # to the last bit as bitsandbytes has it
+            parts.append(order.to(torch.uint8)[nearest(scaled.flatten(), levels)])
+        zero = order.to(torch.uint8)[nearest(torch.zeros(1, device=w_OI.device), levels)]
+        codes = torch.cat([torch.cat(parts)[:count], *[zero] * (count % 2 * (self.width == 4))])
         return Coded(self, (w_OI.shape[0], w_OI.shape[1]), dtype, {"codes": pack(codes, self.width), **kept})
+
+    def _blocks(self, flat: Tensor) -> Iterator[Tensor]:
+        """Blocks as rows, in fp32, the last filled up with zeros: some at a time, or packing took several copies."""
+        step = max(1, PACKED_AT_ONCE // self.block) * self.block
+        for start in range(0, len(flat), step):
+            some = flat[start : start + step].float()
+            yield torch.nn.functional.pad(some, (0, -len(some) % self.block)).view(-1, self.block)
 
     def stored_bytes(self, o: int, i: int) -> int:
         return stored_bytes(o * i, self.width) + self.scales.size(-(-o * i // self.block))

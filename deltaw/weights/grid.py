@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deltaw.errors import UserError
 from deltaw.kernels.packed import Layout
-from deltaw.weights import Format, Packed
+from deltaw.weights import PACKED_AT_ONCE, Format, Packed
 from deltaw.weights.bits import pack, stored_bytes, unpack
 
 
@@ -42,9 +42,12 @@ class Grid(Format):
 
     def coded(self, groups_OGI: Tensor, scale_OG: Tensor, offset_OG: Tensor, dtype: torch.dtype) -> Gridded:
         """The nearest whole numbers by these scales and offsets."""
-        codes = self.near(groups_OGI, scale_OG[..., None], offset_OG[..., None]).to(torch.uint8)
         o, g, i = groups_OGI.shape
-        kept = {"codes": pack(codes.flatten(), self.width), "scale": scale_OG, "offset": offset_OG}
+        rows = max(1, PACKED_AT_ONCE // max(1, g * i))
+        parts = (slice(start, start + rows) for start in range(0, o, rows))
+        near = (self.near(groups_OGI[part], scale_OG[part, :, None], offset_OG[part, :, None]) for part in parts)
+        codes = torch.cat([part.to(torch.uint8).flatten() for part in near])
+        kept = {"codes": pack(codes, self.width), "scale": scale_OG, "offset": offset_OG}
         return Gridded(self, (o, g * i), dtype, kept)
 
     def grouped(self, w_OI: Tensor) -> Tensor:
