@@ -40,14 +40,14 @@ from contextlib import nullcontext
 from deltaw.kernels.heap import frugal
 held = lambda: psutil.Process().memory_info().rss
 torch.ones(24 << 18)  # 24 MB, and freed: glibc now keeps all that is smaller
-before, between = held(), []
+before, last = held(), []
 with frugal(sys.argv[1] == "frugal"):
-    for _ in range(40):
-        freed = torch.ones(10 << 18)
-        between.append(torch.ones(1 << 14))
-        del freed
-        between.append(torch.ones(12 << 18))
-print(held() - before - sum(t.nbytes for t in between))
+    large = []
+    for _ in range(10):
+        large.append(torch.ones(10 << 18))
+        last.append(torch.ones(1 << 14))
+    del large
+print(held() - before - sum(t.nbytes for t in last))
 """
 
 

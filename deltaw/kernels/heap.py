@@ -7,6 +7,7 @@ ones: a third of what a training step holds, several times what packing a matrix
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,17 +25,20 @@ _depth = 0
 
 @contextmanager
 def frugal(wanted: bool = True) -> Iterator[None]:
-    """Within it, memory is given back as soon as it is free, where glibc has it.
+    """Within it, memory is given back as soon as it is free, where glibc has it and its user did not choose otherwise.
 
     Fetching it anew takes time: a quarter of a small model's training step, nothing that is seen of a large one's.
     """
     global _depth
-    _depth += wanted
-    _set(FRUGAL if _depth else USUAL)
+    if not wanted:
+        yield
+        return
+    _depth += 1
+    _set(FRUGAL)
     try:
         yield
     finally:
-        _depth -= wanted
+        _depth -= 1
         _set(FRUGAL if _depth else USUAL)
 
 
@@ -46,4 +50,5 @@ def _set(sizes: Mapping[int, int]) -> None:
 
 @lru_cache
 def _mallopt() -> Any:
-    return getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    told = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
+    return getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" and not told else None

@@ -80,5 +80,5 @@ class Native:
 
 def native(layout: Layout) -> Native | None:
     """What reads a matrix that lies so; None: there is no native code for it."""
-    fits = layout.shape[1] % LANES == 0 == layout.block % LANES
+    fits = layout.shape[1] > 0 == layout.shape[1] % LANES == layout.block % LANES
     return Native(layout) if fits and layout.codes.device.type == "cpu" and function("unpack") is not None else None

@@ -53,7 +53,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", fo
         model = Decoder(config)
     wanted, (usual, others) = dict(_places(model)), packed.read_formats(told, path)
     pieces: dict[str, dict[str, Tensor]] = {}
-    for name, w in gguf.tensors() if gguf else _tensors(path, apart=form is not None):
+    for name, w in gguf.tensors() if gguf else _tensors(path, apart=form is not None and not is_packed(path)):
         whole, dot, end = name.partition(".weight")
         if whole + dot in wanted and (end or w.dtype == torch.uint8):
             pieces.setdefault(whole + dot, {})[end] = w

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from operator import is_
 from typing import Any
 
 import torch
@@ -82,7 +81,7 @@ class Packed(Weight):
     """A matrix that is stored by a `format`, in its parts."""
 
     _native: Native | None = None
-    _native_of: tuple[Tensor | None, ...] = ()
+    _native_of: tuple[int, ...] = ()
 
     def __init__(self, form: Format, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -100,18 +99,23 @@ class Packed(Weight):
         raise NotImplementedError
 
     def plain(self) -> Tensor:
-        """Unpack by torch alone."""
+        """Unpack by torch alone, as native code does: columns as they are stored."""
         raise NotImplementedError
 
     def native(self) -> Native | None:
         """What reads this natively, if anything does: made anew only when what is stored was replaced."""
-        kept = tuple(self._buffers.values())
-        if self._native is None or not all(map(is_, kept, self._native_of)):
+        at = tuple(t.data_ptr() for t in self.buffers())
+        if self._native is None or at != self._native_of:
             made = native(self.layout())
             if made is None or not made.layout.lasting:
+                self._native = None  # nor does it keep what was moved elsewhere
                 return made
-            self._native, self._native_of = made, kept
+            self._native, self._native_of = made, at
         return self._native
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._native = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_native")}

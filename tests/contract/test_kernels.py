@@ -7,6 +7,7 @@ import copy
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -142,11 +143,14 @@ def test_only_what_is_stored_is_held_on_to(path):
     weight = packed("nf3-b32-s4.fp16.64", (64, 192))
     assert weight.native() is not weight.native()
     weight = packed("nf4-dq", (64, 192))
-    held = weight.native().layout
+    held, codes = weight.native().layout, weakref.ref(weight.codes)
     assert weight.native().layout is held
     stored = {t.data_ptr() for t in weight.buffers()}
     own = [t for t in held if torch.is_tensor(t) and t.data_ptr() not in stored]
     assert sum(t.nbytes for t in own) == 4 * (16 + 256), "the tables, which all have in common"
+    del held
+    weight.to("meta")
+    assert codes() is None
 
 
 def test_the_reference_may_be_asked_for(monkeypatch):
