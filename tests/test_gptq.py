@@ -76,3 +76,17 @@ def test_inputs_that_were_never_seen_are_rounded_as_they_are():
 def test_rows_must_be_whole_groups():
     with pytest.raises(UserError, match="no whole number of groups of 32"):
         Grid(4, 32).pack(torch.randn(4, 48), torch.float32)
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_the_largest_inputs_first_leaves_less_where_inputs_differ_much(width):
+    """The order of a published option: act-order, or desc_act."""
+    w_OI, x = drawn(64, 128)
+    x = x * torch.logspace(0, 2, 128)[torch.randperm(128, generator=torch.Generator().manual_seed(1))]
+    in_turn, largest_first = (gptq(w_OI, x.t() @ x, Grid(width, 32, ordered=o), torch.float32) for o in (False, True))
+    off = [((w_OI - weight.dense()) @ x.t()).norm() for weight in (in_turn, largest_first)]
+    assert off[1] < 0.9 * off[0]
+    assert torch.equal(largest_first.order.long(), x.square().sum(0).argsort(descending=True))
+    x_TI = torch.randn(3, 128, generator=torch.Generator().manual_seed(4))
+    want = x_TI.double() @ largest_first.dense().double().t()
+    assert (largest_first(x_TI) - want).norm() / want.norm() < 1e-6

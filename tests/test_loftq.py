@@ -62,6 +62,12 @@ def test_l2_l4_more_turns_and_directions_leave_less(form):
     assert ranks == sorted(ranks, reverse=True)
 
 
+@pytest.mark.parametrize("form", ["nf4", "nf3", "nf2"])
+def test_l6_what_was_saved_as_bfloat16_packs_into_the_same_codes(form):
+    q = split(drawn(), parse(form), 8, 5)[0]
+    assert torch.equal(q.repack(q.dense().bfloat16().float()).codes, q.codes)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("alpha", [1.0, 8.0, 16.0, 64.0])
 @pytest.mark.parametrize("name", ["loftq", "lq_lora"])

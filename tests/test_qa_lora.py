@@ -1,15 +1,20 @@
 """§3.4 A1 to A10: what QA-LoRA adds is a change of offsets, to the last bit of the codes."""
 
+from dataclasses import replace
+
 import gguf
 import pytest
 import torch
 import torch.nn.functional as F
 from oracles import our_logits, scramble
+from safetensors.torch import load_file, save_file
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.api.exchange import export
+from deltaw.api.merge import moved
 from deltaw.api.persona import Base, Persona
 from deltaw.errors import UserError
+from deltaw.files import adapters
 from deltaw.methods import method
 from deltaw.methods.qa_lora import Pooled
 from deltaw.models import checkpoint
@@ -82,8 +87,8 @@ def test_a3_two_are_merged_one_after_the_other_and_taken_out_again(model, ids):
     both = [slot.weight.offset for slot, _ in one.items()]
     parts = [(d1.scale * d1.share * (d1.B @ d1.A), d2.scale * d2.share * (d2.B @ d2.A))
              for (_, d1), (_, d2) in zip(one.named_deltas(), two.named_deltas(), strict=True)]  # fmt: skip
-    for offset, moved, (a, b) in zip(offsets, both, parts, strict=True):
-        torch.testing.assert_close(moved, offset.float() + a + b, rtol=0, atol=1e-6)
+    for offset, after, (a, b) in zip(offsets, both, parts, strict=True):
+        torch.testing.assert_close(after, offset.float() + a + b, rtol=0, atol=1e-6)
     two.unmerge()
     one.unmerge()
     assert torch.equal(our_logits(model, ids), before)
@@ -139,6 +144,77 @@ def test_a6_whole_zero_points_would_round_the_adapter_away():
     rounded = slot.weight.shifted((exact.offset / scale).round() * scale - slot.weight.offset)
     assert (exact(x) - slot.run(x) - added).norm() / added.norm() < 1e-4
     assert (rounded(x) - slot.run(x) - added).norm() / added.norm() > 0.5
+
+
+def by_act_order(model, seed=3):
+    rng = torch.Generator().manual_seed(seed)
+    for slot in model.layers.modules():
+        if isinstance(slot, Linear):
+            order_I = torch.randperm(slot.weight.shape[1], generator=rng)
+            slot.weight = Grid(4, 32, ordered=True).pack(slot.weight.dense(), torch.float32, order_I)
+    return model
+
+
+@pytest.mark.parametrize("tokens", [3, 20])
+@torch.no_grad()
+def test_a7_groups_in_another_order_are_pooled_in_it(tokens):
+    order_I = torch.randperm(96, generator=torch.Generator().manual_seed(2))
+    w_OI, x = torch.randn(24, 96), torch.randn(tokens, 96)
+    slot = Linear(Grid(4, 32, ordered=True).pack(w_OI, torch.float32, order_I))
+    assert (slot.weight.dense() - w_OI).abs().max() < 0.4
+    delta = pooled(slot, share=32**-0.5)
+    delta.order = slot.weight.order
+    group_of = torch.empty(96, dtype=torch.long)
+    group_of[order_I] = torch.arange(96) // 32  # GPTQ's g_idx
+    A_RI = (32**-0.5 * delta.A)[:, group_of]
+    want = x.double() @ (slot.weight.dense() + 0.5 * delta.B @ A_RI).double().t()
+    near = {"rtol": 0, "atol": 1e-6 * want.abs().max().item()}
+    torch.testing.assert_close(delta(slot, x).double(), want, **near)
+    merged = delta.merged(slot)["weight"]
+    assert torch.equal(merged.codes, slot.weight.codes)
+    assert torch.equal(merged.order, slot.weight.order)
+    torch.testing.assert_close(merged(x).double(), want, **near)
+    torch.testing.assert_close(delta.factors()[0], A_RI, rtol=0, atol=0)
+    assert torch.equal(merged.repack(merged.dense()).codes, merged.codes)
+
+
+@torch.no_grad()
+def test_a7_a_model_rounded_by_act_order_is_merged_as_exactly_and_its_adapter_fits_no_other(tiny_path, ids, tmp_path):
+    plain = checkpoint.load(tiny_path)
+    checkpoint.save(by_act_order(checkpoint.load(tiny_path)), tmp_path)
+    model, other = checkpoint.load(tmp_path), by_act_order(checkpoint.load(tiny_path), seed=4)
+    adapter = scramble(Adapter.build(method("qa_lora", rank=2), model), 0.2)
+    kept = adapters.state(adapter)
+    with pytest.raises(UserError, match="do not fit"):
+        adapters.put(Adapter.build(adapter.method, plain), kept, "here")
+    told = Base("tiny", tiny_path, model, Tokenizer.load(tiny_path), ""), Base("x", tiny_path, plain, None, "")
+    with pytest.raises(UserError, match="in its base's own order"):
+        moved(Persona("tuned", told[0], adapter), replace(told[1], tokenizer=told[0].tokenizer))
+    again = Adapter.build(adapter.method, other)  # of another order, which is not that of the adapter
+    adapters.put(again, kept, "here")
+    for (_, ours), (_, theirs) in zip(adapter.named_deltas(), again.named_deltas(), strict=True):
+        assert torch.equal(ours.factors()[0], theirs.factors()[0])
+    with adapter.on():
+        worn = our_logits(model, ids)
+    codes = [slot.weight.codes.clone() for slot, _ in adapter.items()]
+    adapter.merge()
+    assert (our_logits(model, ids) - worn).abs().max() <= 2e-6 * worn.abs().max()
+    assert all(torch.equal(slot.weight.codes, kept) for (slot, _), kept in zip(adapter.items(), codes, strict=True))
+    assert str(checkpoint.form_of(model)) == "int4-g32-actorder-moved"
+
+
+def test_a7_an_order_that_is_none_is_refused(tiny_path, tmp_path):
+    checkpoint.save(by_act_order(checkpoint.load(tiny_path)), tmp_path)
+    whole, name = load_file(tmp_path / "model.safetensors"), "model.layers.0.mlp.up_proj.weight.order"
+    twice = whole[name].clone()
+    twice[3] = twice[4]
+    for tensors in (whole | {name: twice}, {key: t for key, t in whole.items() if key != name}):
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match="not what it is said to be"):
+            checkpoint.load(tmp_path)
+    with pytest.raises(UserError, match="told by rows") as caught:
+        checkpoint.load(tiny_path, form=parse("int4-g32-actorder"))
+    assert "--calibrate" in caught.value.remedy
 
 
 @torch.no_grad()

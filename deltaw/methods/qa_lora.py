@@ -18,22 +18,28 @@ from deltaw.errors import UserError
 from deltaw.methods.lora import LoRA, LowRank
 from deltaw.models.slots import Linear, Parts
 from deltaw.settings import settings
-from deltaw.weights.grid import Gridded
+from deltaw.weights.grid import Gridded, Ordered
 
 
 class Pooled(LowRank):
     """y = W x + scale * B A (share * sums of x over groups), with A of shape R x G."""
 
-    def __init__(self, A_RG: Tensor, B_OR: Tensor, scale: float, dropout: float, group: int, share: float) -> None:
+    order: Tensor | None
+
+    def __init__(self, A_RG: Tensor, B_OR: Tensor, scale: float, dropout: float, group: int, share: float,
+                 order_I: Tensor | None = None) -> None:  # fmt: skip
         super().__init__(A_RG, B_OR, scale, dropout)
         self.group, self.share = group, share
+        self.register_buffer("order", order_I)  # kept with it: on another base it would be another adapter
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.share * self.A.repeat_interleave(self.group, 1), self.B
+        A_RI = self.share * self.A.repeat_interleave(self.group, 1)
+        return A_RI if self.order is None else A_RI[:, self.order.argsort()], self.B
 
     def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
         y_TO = slot.run(x_TI)
         x_TI = F.dropout(x_TI, self.dropout, self.training and self.dropout > 0)
+        x_TI = x_TI if self.order is None else x_TI[:, self.order]
         x_TG = self.share * x_TI.view(len(x_TI), -1, self.group).sum(-1)
         return y_TO.addmm_(F.linear(x_TG, self.A.to(x_TI.dtype)), self.B.to(x_TI.dtype).t(), alpha=self.scale)
 
@@ -57,10 +63,11 @@ class QALoRA(LoRA):
     """Sums are divided by the root of the group, for LoRA's rates to hold; or they are sums (paper) or means (code)."""
 
     def pair(self, site: Site, rng: torch.Generator) -> LowRank:
-        o, i = site.slot.weight.shape
+        (o, i), weight = site.slot.weight.shape, site.slot.weight
         if i % self.group:
             raise UserError(f"The {i} inputs of {site.name} are no whole number of groups of {self.group}.",
                             remedy="Take another --group, or other --targets.")  # fmt: skip
         share = {"root": self.group**-0.5, "sum": 1.0, "mean": 1 / self.group}[self.pooling]
         A_RG, B_OR = self.drawn(site.rank, i // self.group, rng), torch.zeros(o, site.rank)
-        return Pooled(A_RG, B_OR, self.scale(site), self.dropout, self.group, share)
+        order_I = weight.order if isinstance(weight, Ordered) else None
+        return Pooled(A_RG, B_OR, self.scale(site), self.dropout, self.group, share, order_I)

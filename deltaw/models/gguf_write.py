@@ -122,6 +122,7 @@ def gridded(model: Decoder) -> dict[str, tuple[str, Gridded]]:
     return {gguf_name(f"{name}.weight", model.config): (f"{name}.weight", slot.weight)
             for name, slot in model.layers.named_modules(prefix="layers") if isinstance(slot, Linear)
             and isinstance(slot.weight, Gridded) and (slot.weight.form.width, slot.weight.form.group) == (4, 32)
+            and not slot.weight.form.ordered
             }  # fmt: skip
 
 

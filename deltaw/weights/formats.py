@@ -2,8 +2,8 @@
 
 nf4, nf3, nf2, nf8, fp4     codes into a table, a scale for 64 numbers; -b32: for 32; -dq: scales quantised as in QLoRA;
                             -s8.fp32.256: scales as in LQ-LoRA, of 8 bits, with fp32 maxima of 256 of them
-int2 … int8                 whole numbers with scales and offsets in groups of 32 inputs; -g64: of 64; -moved: with
-                            offsets of 32 bits, as a merged QA-LoRA has them
+int2 … int8                 whole numbers with scales and offsets in groups of 32 inputs; -g64: of 64; -actorder: of
+                            inputs that matter as much; -moved: with offsets of 32 bits, as a merged QA-LoRA has them
 fp32, bf16, fp16            plain numbers
 """
 
@@ -19,7 +19,7 @@ from deltaw.weights.grid import Grid
 from deltaw.weights.scales import Double, Plain, Scales, TwoLevel
 
 CODES = r"(nf|fp)([2348])(?:-b(\d+))?(?:-(dq)|-s([2348])\.(fp32|bf16|fp16)\.(\d+))?"
-WHOLE = r"int([2348])(?:-g(\d+))?(-moved)?"
+WHOLE = r"int([2348])(?:-g(\d+))?(-actorder)?(-moved)?"
 MOST = 65536
 EXAMPLES = "For example: nf4, nf4-dq, fp4, nf3, int4-g32, int8, bf16."
 
@@ -35,7 +35,7 @@ def parse(name: str) -> Format:
     if any(int(number) > MOST for number in re.findall(r"\d+", name)):
         raise UserError(f"There is no format '{name}'.", why=f"Blocks and groups have {MOST:,} numbers at most.")
     if (said := re.fullmatch(WHOLE, name)) and int(said[2] or 32):
-        return Grid(int(said[1]), int(said[2] or 32), bool(said[3]))
+        return Grid(int(said[1]), int(said[2] or 32), bool(said[3]), bool(said[4]))
     said = re.fullmatch(CODES, name)
     if said is None or (said[1] == "fp" and said[2] != "4") or int(said[3] or 64) < 2 or int(said[7] or 2) < 2:
         raise UserError(f"There is no format '{name}'.", remedy=EXAMPLES)

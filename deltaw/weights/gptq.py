@@ -1,7 +1,7 @@
 """GPTQ: round column by column, and let those to come make up for the error (Frantar et al. 2023, arXiv:2210.17323).
 
-What is kept small is |(W - Q) x| over the inputs x that were seen, not |W - Q|. Columns keep their order: groups are of
-neighbours, and QA-LoRA merges.
+What is kept small is |(W - Q) x| over the inputs x that were seen, not |W - Q|. A format with act-order takes the
+largest inputs first, while all others can still make up for them, and groups them so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ BLOCK = 128
 @torch.no_grad()
 def gptq(w_OI: Tensor, products_II: Tensor, form: Grid, dtype: torch.dtype) -> Gridded:
     """Pack a matrix, given the sum of x x' over inputs that it multiplies."""
-    work_OI, h_II = w_OI.float().clone(), products_II.float().clone()
+    work_OI, h_II, order_I = w_OI.float().clone(), products_II.float().clone(), None
+    if form.ordered:
+        order_I = h_II.diag().argsort(descending=True, stable=True)
+        work_OI, h_II = work_OI[:, order_I], h_II[order_I][:, order_I]
     unseen = h_II.diag() == 0
     h_II[unseen, unseen] = 1
     h_II += DAMPING * h_II.diag().mean() * torch.eye(len(h_II))
@@ -43,4 +46,4 @@ def gptq(w_OI: Tensor, products_II: Tensor, form: Grid, dtype: torch.dtype) -> G
             work_OI[:, c + 1 : stop] -= error_O[:, None] * pass_II[c, c + 1 : stop]
             errors.append(error_O)
         work_OI[:, stop:] -= torch.stack(errors, 1) @ pass_II[start:stop, stop:]
-    return form.coded(form.grouped(rounded_OI), torch.stack(scales, 1), torch.stack(offsets, 1), dtype)
+    return form.coded(form.grouped(rounded_OI), torch.stack(scales, 1), torch.stack(offsets, 1), dtype, order_I)

@@ -13,22 +13,30 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import UserError
-from deltaw.kernels.packed import Layout
-from deltaw.weights import PACKED_AT_ONCE, Format, Packed
+from deltaw.kernels.packed import FEW, Layout
+from deltaw.weights import PACKED_AT_ONCE, Format, Packed, Weight
 from deltaw.weights.bits import pack, stored_bytes, unpack
 
 
 @dataclass(frozen=True)
 class Grid(Format):
-    """`width` bits a number; a scale and an offset for every `group` inputs of a row, of 16 bits or, if moved, 32."""
+    """`width` bits a number; a scale and an offset for every `group` inputs of a row, of 16 bits or, if moved, 32.
+
+    `ordered`: a group is not of neighbours but of inputs that matter as much, as GPTQ's act-order has it.
+    """
 
     width: int = 4
     group: int = 32
+    ordered: bool = False
     moved: bool = False
 
-    def pack(self, w_OI: Tensor, dtype: torch.dtype) -> Gridded:
-        groups_OGI = self.grouped(w_OI.detach().float())
-        return self.coded(groups_OGI, *self.spanned(groups_OGI), dtype)
+    def pack(self, w_OI: Tensor, dtype: torch.dtype, order: Tensor | None = None) -> Gridded:
+        if self.ordered and order is None and not w_OI.is_meta:
+            raise UserError("Which inputs matter is told by rows, and there are none.",
+                            remedy=f"deltaw quantize MODEL --format {self} --calibrate rows.jsonl")  # fmt: skip
+        w_OI = w_OI.detach().float()
+        groups_OGI = self.grouped(w_OI if order is None else w_OI[:, order])
+        return self.coded(groups_OGI, *self.spanned(groups_OGI), dtype, order)
 
     def spanned(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Scales and offsets, as they are stored, that reach from the least to the largest of the last dimension."""
@@ -40,15 +48,19 @@ class Grid(Format):
         steps = (values - offset.float()) / scale.float().clamp(min=1e-38)
         return steps.round().clamp(0, (1 << self.width) - 1)
 
-    def coded(self, groups_OGI: Tensor, scale_OG: Tensor, offset_OG: Tensor, dtype: torch.dtype) -> Gridded:
-        """The nearest whole numbers by these scales and offsets."""
+    def coded(self, groups_OGI: Tensor, scale_OG: Tensor, offset_OG: Tensor, dtype: torch.dtype,
+              order: Tensor | None = None) -> Gridded:  # fmt: skip
+        """The nearest whole numbers by these scales and offsets; `order`: which input each column of groups is."""
         o, g, i = groups_OGI.shape
         rows = max(1, PACKED_AT_ONCE // max(1, g * i))
         parts = (slice(start, start + rows) for start in range(0, o, rows))
         near = (self.near(groups_OGI[part], scale_OG[part, :, None], offset_OG[part, :, None]) for part in parts)
         codes = torch.cat([part.to(torch.uint8).flatten() for part in near])
         kept = {"codes": pack(codes, self.width), "scale": scale_OG, "offset": offset_OG}
-        return Gridded(self, (o, g * i), dtype, kept)
+        if self.ordered:
+            order = torch.arange(g * i, device=groups_OGI.device) if order is None else order
+            kept["order"] = order.int()
+        return self.load((o, g * i), dtype, kept)
 
     def grouped(self, w_OI: Tensor) -> Tensor:
         """Rows cut into groups: O x G x group.
@@ -62,13 +74,13 @@ class Grid(Format):
         return w_OI.view(len(w_OI), -1, self.group)
 
     def stored_bytes(self, o: int, i: int) -> int:
-        return stored_bytes(o * i, self.width) + (6 if self.moved else 4) * o * (i // self.group)
+        return stored_bytes(o * i, self.width) + (6 if self.moved else 4) * o * (i // self.group) + 4 * i * self.ordered
 
     def __str__(self) -> str:
-        return f"int{self.width}-g{self.group}{'-moved' * self.moved}"
+        return f"int{self.width}-g{self.group}{'-actorder' * self.ordered}{'-moved' * self.moved}"
 
     def load(self, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> Gridded:
-        return Gridded(self, shape, dtype, kept)
+        return Ordered(self, shape, dtype, kept) if self.ordered else Gridded(self, shape, dtype, kept)
 
 
 class Gridded(Packed):
@@ -91,4 +103,35 @@ class Gridded(Packed):
     def shifted(self, by_OG: Tensor) -> Gridded:
         """The same codes and scales with every group's offset moved, and held in fp32: nothing is rounded again."""
         moved = self.offset.float() + by_OG.to(self.offset.device)
-        return Gridded(replace(self.form, moved=True), self.shape, self.dtype, {**self.kept, "offset": moved})
+        return type(self)(replace(self.form, moved=True), self.shape, self.dtype, {**self.kept, "offset": moved})
+
+
+class Ordered(Gridded):
+    """A matrix whose columns are stored in another order than inputs come in: column c is input `order[c]`.
+
+    Raises:
+        ValueError: an input is missing in that order.
+    """
+
+    order: Tensor
+
+    def __init__(self, form: Grid, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> None:
+        super().__init__(form, shape, dtype, kept)
+        if "order" not in kept:
+            raise ValueError("no order of the inputs")
+        if not self.order.is_meta and self.order.sort().values.tolist() != list(range(shape[1])):
+            raise ValueError("no order of the inputs")
+
+    def dense(self) -> Tensor:
+        return super().dense()[:, self.order.argsort()]
+
+    def lent(self) -> Tensor:
+        return super().lent()[:, self.order.argsort()]
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        if len(x_TI) <= FEW and self.native():
+            return super().product(x_TI[:, self.order])
+        return Weight.product(self, x_TI)
+
+    def repack(self, w_OI: Tensor) -> Gridded:
+        return self.form.pack(w_OI, self.dtype, self.order)

@@ -82,10 +82,11 @@ def test_plain_numbers_are_written_in_their_own_type(kind, folder, tmp_path):
     assert kinds["model.embed_tokens.weight"] == torch.float32
 
 
-def test_rounding_by_rows_brings_what_layers_give_nearer(folder, ids, tmp_path):
+@pytest.mark.parametrize("form", ["int3-g32", "int3-g32-actorder"])
+def test_rounding_by_rows_brings_what_layers_give_nearer(form, folder, ids, tmp_path):
     write_rows(tmp_path / "rows.jsonl", *[{"text": "".join(map(chr, range(60, 120)))}] * 4)
     quantize(str(folder), "int3-g32", tmp_path / "plain")
-    quantize(str(folder), "int3-g32", tmp_path / "by_rows", tmp_path / "rows.jsonl")
+    quantize(str(folder), form, tmp_path / "by_rows", tmp_path / "rows.jsonl")
     base = load_base(str(folder), "float32")
     text = torch.tensor(base.tokenizer.encode("".join(map(chr, range(60, 120)))))
     want = our_logits(base.model, text)
