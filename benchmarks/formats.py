@@ -22,8 +22,9 @@ from pathlib import Path
 DATA = Path(os.environ.get("DELTAW_DATA", "../shared/data")) / "wikitext2"
 SECONDS, WIDE, COUNT = 60, 512, 64
 PLAIN = ["bf16", "fp16", "fp32", "int8", "nf4", "nf4-dq", "fp4", "int4-g32", "int4-g64", "nf3", "nf2"]
+OWN = {"int4-g32": ", the base's own grid"}
 ROWS = {
-    **{name: {"base_format": name} for name in PLAIN},
+    **{name + OWN.get(name, ""): {"base_format": name} for name in PLAIN},
     **{f"loftq {f}": {"method": "loftq", "format": f} for f in ("nf4", "nf3", "nf2")},
     "loftq nf3 r64": {"method": "loftq", "format": "nf3", "rank": 64},
     "lq_lora nf3, no Fisher": {"method": "lq_lora", "format": "nf3", "fisher": False},
