@@ -27,6 +27,8 @@ from deltaw.weights.grid import Gridded
 PACKINGS = ("F32", "F16", "Q8_0", "Q4_1")
 GRID = "Q4_1"
 """The packing of llama.cpp whose numbers are those of our int4-g32."""
+FINER, VOCABULARY = {GRID: "Q8_0"}, ("token_embd.weight", "output.weight")
+"""How the matrices of the vocabulary are packed where the layers' are in four bits: those would lose most."""
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """llama.cpp's kinds of token."""
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -64,7 +66,8 @@ def write(model: Decoder, tokenizer: Tokenizer, path: Path, packing: str, name: 
         if key in exact:
             writer.add_tensor(key, blocks(*exact[key], config), raw_dtype=GGMLQuantizationType[packing])
             continue
-        kind = GGMLQuantizationType[packing if w.ndim > 1 else "F32"]
+        kept = FINER.get(packing, packing) if key in VOCABULARY else packing
+        kind = GGMLQuantizationType[kept if w.ndim > 1 else "F32"]
         try:
             packed = quantize(w.numpy(), kind)
         except QuantError:  # rows are no multiple of the packing's block

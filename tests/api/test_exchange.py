@@ -6,6 +6,7 @@ import llamacpp
 import pytest
 import torch
 from conftest import write_tiny
+from gguf import GGUFReader
 from oracles import our_logits, scramble
 from parity.test_families import LONG
 from parity.test_gguf_families import BYTES, merging_tokenizer
@@ -89,7 +90,12 @@ def test_packed_files_differ_as_much_as_they_say(persona, tmp_path):
     off = [export(persona, "gguf", tmp_path / f"{p}.gguf", p).difference.max_logit_difference
            for p in ("F32", "F16", "Q8_0", "Q4_1")]  # fmt: skip
     assert off == sorted(off)
+    kinds = {t.name: t.tensor_type.name for t in GGUFReader(tmp_path / "Q4_1.gguf").tensors if t.data.ndim > 1}
+    assert kinds.pop("token_embd.weight") == "Q8_0"
+    assert set(kinds.values()) == {"Q4_1"}
     read = checkpoint.load(tmp_path / "Q4_1.gguf")
+    lost = read.embed_tokens.table - persona.base.model.embed_tokens.table
+    assert lost.norm() < 0.01 * persona.base.model.embed_tokens.table.norm()
     assert (our_logits(read, LONG) - worn_logits(persona, LONG)).abs().max() > 10 * off[0]
 
 
