@@ -48,7 +48,9 @@ def stretches(base):
 
 def hidden(model, row):
     """What the head reads where a token follows, and the tokens that do."""
-    labelled_N = (row.labels_T != -100).nonzero()[:, 0]
+    from deltaw.data.batch import IGNORED
+
+    labelled_N = (row.labels_T != IGNORED).nonzero()[:, 0]
     return model.hidden(row.ids_T, row.at_T, row.seen)[labelled_N], row.labels_T[labelled_N]
 
 

@@ -36,7 +36,6 @@ print(held("VmHWM") - before)
 """
 EARLY = """
 import sys, torch, psutil
-from contextlib import nullcontext
 from deltaw.kernels.heap import frugal
 held = lambda: psutil.Process().memory_info().rss
 torch.ones(24 << 18)  # 24 MB, and freed: glibc now keeps all that is smaller

@@ -1,7 +1,7 @@
 """What becomes of memory that is free: kept for what comes next, or given back to the system.
 
 As glibc is by default, tensors up to 32 MB come from one heap, and what lies between two of them is lost to larger
-ones: a third of what a training step holds, several times what packing a matrix needs.
+ones: memory that a process holds for nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _depth = 0
 def frugal(wanted: bool = True) -> Iterator[None]:
     """Within it, memory is given back as soon as it is free, where glibc has it and its user did not choose otherwise.
 
-    Fetching it anew takes time: a quarter of a small model's training step, nothing that is seen of a large one's.
+    Fetching it anew takes time, which a small model's training step feels, and a large one's hardly.
     """
     global _depth
     if not wanted:
