@@ -17,10 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 DATA = Path(os.environ.get("DELTAW_DATA", "../shared/data")) / "wikitext2"
-SECONDS, WIDE, COUNT = 60, 512, 64
+SECONDS, WIDE, COUNT, AT_ONCE = 60, 512, 64, 4
 PLAIN = ["bf16", "fp16", "fp32", "int8", "nf4", "nf4-dq", "fp4", "int4-g32", "int4-g64", "nf3", "nf2"]
 OWN = {"int4-g32": ", the base's own grid"}
 ROWS = {
@@ -43,15 +44,32 @@ def stretches(base):
     lines = (DATA / "valid_pages.jsonl").read_text(encoding="utf-8").splitlines()
     pages = [base.tokenizer.encode(json.loads(line)["page"]) for line in lines]
     ids = [i for page in pages[30:60] for i in page]
-    return pages, [lay([Encoded(tuple(ids[i * WIDE : (i + 1) * WIDE]), (True,) * WIDE)]) for i in range(COUNT)]
+    rows = [Encoded(tuple(ids[i * WIDE : (i + 1) * WIDE]), (True,) * WIDE) for i in range(COUNT)]
+    return pages, [lay(rows[i : i + AT_ONCE]) for i in range(0, COUNT, AT_ONCE)]
 
 
-def hidden(model, row):
-    """What the head reads where a token follows, and the tokens that do."""
+def read(model, batches, of):
+    """What `of` makes of the hidden states where a token follows, and of the tokens that do; in pieces.
+
+    Every processor reads batches of its own: products of two threads each are a fourth slower on some.
+    """
+    import torch
+
     from deltaw.data.batch import IGNORED
 
-    labelled_N = (row.labels_T != IGNORED).nonzero()[:, 0]
-    return model.hidden(row.ids_T, row.at_T, row.seen)[labelled_N], row.labels_T[labelled_N]
+    @torch.inference_mode()
+    def one(batch):
+        labelled_N = (batch.labels_T != IGNORED).nonzero()[:, 0]
+        h_ND = model.hidden(batch.ids_T, batch.at_T, batch.seen)[labelled_N]
+        return [of(*piece) for piece in zip(h_ND.split(WIDE), batch.labels_T[labelled_N].split(WIDE), strict=True)]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return [piece for pieces in pool.map(one, batches) for piece in pieces]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def stated(file):
@@ -65,13 +83,12 @@ def stated(file):
 
     base = load_base("smollm2-135m", "float32", base_format="bf16")
     head = base.model.head_VD().double()
-    kept = {"head": base.model.head_VD(), "means": [], "certain": []}
-    with torch.inference_mode():
-        for row in stretches(base)[1]:
-            log_p = base.model.logits(hidden(base.model, row)[0]).double().log_softmax(1)
-            kept["means"].append(log_p.exp() @ head)
-            kept["certain"].append((log_p.exp() * log_p).sum(1))
-    torch.save(kept, file)
+
+    def said(h_ND, _):
+        log_p = base.model.logits(h_ND).double().log_softmax(1)
+        return log_p.exp() @ head, (log_p.exp() * log_p).sum(1)
+
+    torch.save({"head": base.model.head_VD(), "said": read(base.model, stretches(base)[1], said)}, file)
     return {}
 
 
@@ -85,20 +102,22 @@ def measured(chosen, file):
     from deltaw.weights import Packed
 
     base = load_base("smollm2-135m", "float32")
-    pages, rows = stretches(base)
+    pages, batches = stretches(base)
     kept = torch.load(file)
 
-    @torch.inference_mode()
     def compared(model):
         """Perplexity, and the mean Kullback-Leibler divergence from the base, a token."""
-        assert torch.equal(model.head_VD(), kept["head"]), "only layers are packed"
-        loss = apart = tokens = 0.0
-        for row, mean_ND, certain_N in zip(rows, kept["means"], kept["certain"], strict=True):
-            h_ND, labels_N = hidden(model, row)
+        head_VD = model.head_VD()
+        assert torch.equal(head_VD, kept["head"]), "only layers are packed"
+
+        def said(h_ND, labels_N):
             lse_N, h_ND = model.logits(h_ND).logsumexp(1).double(), h_ND.double()
-            loss += (lse_N - (h_ND * model.head_VD()[labels_N]).sum(1)).sum().item()
+            return h_ND, lse_N, (lse_N - (h_ND * head_VD[labels_N]).sum(1)).sum().item()
+
+        loss = apart = tokens = 0.0
+        for (h_ND, lse_N, less), (mean_ND, certain_N) in zip(read(model, batches, said), kept["said"], strict=True):
+            loss, tokens = loss + less, tokens + len(h_ND)
             apart += (certain_N - (h_ND * mean_ND).sum(1) + lse_N).sum().item()
-            tokens += len(labels_N)
         return {"perplexity": math.exp(loss / tokens), "kl": apart / tokens}
 
     with tempfile.TemporaryDirectory() as folder:

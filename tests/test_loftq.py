@@ -260,6 +260,33 @@ def test_where_packing_loses_nothing_it_starts_as_lora_and_can_learn(tiny):
         assert not delta.B.any()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["loftq", "lq_lora"])
+def test_a_rank_above_what_a_matrix_has_leaves_the_rest_to_be_learnt(name, tiny):
+    for layer, delta in begun(name, tiny, rows(tiny), rank=80, format="nf2").named_deltas():
+        o, i = delta.weight.shape
+        wide = min(o, i)
+        assert bool(delta.A.any(1).all())
+        assert delta.B[:, :wide].any(0).all()
+        assert not delta.B[:, wide:].any()
+        if name == "loftq" and wide < 80:  # all that is missing is there
+            w_OI = tiny.get_submodule(layer).weight.dense()
+            got = delta.weight.dense() + delta.scale * delta.B @ delta.A
+            torch.testing.assert_close(got, w_OI, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
+@pytest.mark.parametrize("kind", ["any", "of rank 3", "zero"])
+def test_directions_are_those_of_the_singular_values(shape, kind):
+    w_OI = drawn(*shape) if kind == "any" else drawn(shape[0], 3) @ drawn(3, shape[1], 1)
+    w_OI = 0 * w_OI if kind == "zero" else w_OI
+    A, B = loftq.directions(w_OI, 8)
+    u, s, vt = torch.linalg.svd(w_OI.double(), full_matrices=False)
+    want = u[:, :8] * s[:8] @ vt[:8]
+    torch.testing.assert_close((B @ A).double(), want, rtol=0, atol=1e-4 * max(1.0, s[0].item()))
+    torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0), rtol=1e-3, atol=1e-3)
+
+
 def test_a_pattern_of_formats_that_fits_no_layer_is_refused(tiny):
     with pytest.raises(UserError, match="fits no adapted layer"):
         Adapter.build(method("loftq", format_pattern={"layers.9.*": "nf2"}), tiny)

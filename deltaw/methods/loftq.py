@@ -87,8 +87,9 @@ def fill(delta: Corrected, found: tuple[Weight, Tensor, Tensor]) -> None:
     """Let a delta start from Q, A and B, whatever its scale; a direction in which nothing is missing, as LoRA does."""
     device = delta.A.device
     delta.weight, A_RI, B_OR = found[0].to(device), found[1].to(device), found[2].to(device)
-    delta.A.copy_(torch.where(A_RI.any(1, keepdim=True), A_RI / delta.scale**0.5, delta.A))
-    delta.B.copy_(B_OR / delta.scale**0.5)
+    A, B = delta.A[: len(A_RI)], delta.B[:, : len(A_RI)]  # a matrix has no more directions than its smaller side
+    A.copy_(torch.where(A_RI.any(1, keepdim=True), A_RI / delta.scale**0.5, A))
+    B.copy_(B_OR / delta.scale**0.5)
 
 
 @torch.no_grad()
@@ -103,9 +104,8 @@ def split(w_OI: Tensor, form: Format, rank: int, iterations: int, rows_O: Tensor
     by_I = torch.ones(1, w.shape[1]) if columns_I is None else columns_I[None]
 
     def strongest(missing_OI: Tensor) -> tuple[Tensor, Tensor]:
-        u, s, vt = _svd(by_O * missing_OI * by_I, rank)
-        root = s[:rank].sqrt()
-        return root[:, None] * vt[:rank] / by_I, u[:, :rank] * root / by_O
+        A_RI, B_OR = directions(by_O * missing_OI * by_I, rank)
+        return A_RI / by_I, B_OR / by_O
 
     A, B = (torch.zeros(rank, w.shape[1]), torch.zeros(len(w), rank)) if quantised_first else strongest(w)
     best: tuple[float, Weight, Tensor, Tensor] | None = None
@@ -125,9 +125,19 @@ def split(w_OI: Tensor, form: Format, rank: int, iterations: int, rows_O: Tensor
     return best[1:]
 
 
-def _svd(w_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    if min(w_OI.shape) <= EXACT:
-        u, s, vt = torch.linalg.svd(w_OI, full_matrices=False)
-        return u, s, vt
-    u, s, v = torch.svd_lowrank(w_OI, rank + 10, SEARCHED)
-    return u, s, v.t()
+def directions(w_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B whose product is W within its strongest directions, the strength of each shared out evenly.
+
+    Eigenvectors u of W W' take a third of the time that all singular vectors do, and B A = u u' W holds whatever they
+    lack in exactness.
+    """
+    if len(w_OI) > w_OI.shape[1]:
+        A_RI, B_OR = directions(w_OI.t(), rank)
+        return B_OR.t(), A_RI.t()
+    if len(w_OI) <= EXACT:
+        u_OR = torch.linalg.eigh(w_OI @ w_OI.t())[1][:, -rank:]
+    else:
+        u_OR = torch.svd_lowrank(w_OI, rank + 10, SEARCHED)[0][:, :rank]
+    along_RI = u_OR.t() @ w_OI
+    root_R = along_RI.norm(dim=1).sqrt()
+    return along_RI / root_R.clamp(min=1e-30)[:, None], u_OR * root_R
