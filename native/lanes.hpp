@@ -8,6 +8,11 @@
 #include <immintrin.h>
 #endif
 
+// What a function of C is called in the object that is compiled for one set.
+#define JOINED(name, set) name##_##set
+#define NAMED(name, set) JOINED(name, set)
+#define FOR_THIS_SET(name) NAMED(name, INSTRUCTION_SET)
+
 namespace {
 
 #if defined(__AVX512F__)

@@ -10,10 +10,6 @@
 
 #include "lanes.hpp"
 
-#define JOINED(name, set) name##_##set
-#define NAMED(name, set) JOINED(name, set)
-#define FOR_THIS_SET(name) NAMED(name, INSTRUCTION_SET)
-
 namespace {
 
 enum Kind : int32_t { NONE, FP32, FP16, NESTED };

@@ -14,7 +14,9 @@ REFERENCE = "reference"
 """What is used where nothing native is: torch."""
 CHOICE = "DELTAW_ISA"
 ARGUMENTS = {"unpack": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int],
-             "multiply": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]}  # fmt: skip
+             "multiply": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int],
+             "nearest": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p,
+                         ctypes.c_int]}  # fmt: skip
 FILE = Path(__file__).parent / "built" / "native.so"
 
 

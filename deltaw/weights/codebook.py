@@ -12,10 +12,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from deltaw.kernels.codes import nearest
 from deltaw.kernels.packed import LANES, Layout
 from deltaw.weights import PACKED_AT_ONCE, Format, Packed
 from deltaw.weights.bits import pack, stored_bytes, unpack
-from deltaw.weights.levels import fp4, nearest, normal
+from deltaw.weights.levels import fp4, normal
 from deltaw.weights.scales import Plain, Scales
 
 
@@ -34,14 +35,16 @@ class Codebook(Format):
         kept = self.scales.store(most)
         by_N = (most if self.scales.exact else self.scales.read(kept, len(most))).clamp(min=1e-38)[:, None]
         levels, order = self.levels(w_OI.device).sort(stable=True)
+        order = order.to(torch.uint8)
         parts, first = list[Tensor](), 0
         for blocks in self._blocks(flat):
             by, first = by_N[first : first + len(blocks)], first + len(blocks)
             scaled = blocks * (1 / by)
             if first == len(by_N) and count % self.block:
                 scaled[-1] = blocks[-1] / by[-1]  # to the last bit as bitsandbytes has it
-            parts.append(order.to(torch.uint8)[nearest(scaled.flatten(), levels)])
-        zero = order.to(torch.uint8)[nearest(torch.zeros(1, device=w_OI.device), levels)]
+            parts.append(nearest(scaled.flatten(), levels))
+        parts = [order[part.int()] if self.fp4 else part for part in parts]  # all others ascend
+        zero = order[nearest(torch.zeros(1, device=w_OI.device), levels).int()]
         codes = torch.cat([torch.cat(parts)[:count], *[zero] * (count % 2 * (self.width == 4))])
         return Coded(self, (w_OI.shape[0], w_OI.shape[1]), dtype, {"codes": pack(codes, self.width), **kept})
 

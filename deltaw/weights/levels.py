@@ -43,9 +43,3 @@ def dynamic() -> Tensor:
         middle = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6)
         levels += [middle, -middle]
     return torch.cat(levels).sort().values
-
-
-def nearest(values: Tensor, levels: Tensor) -> Tensor:
-    """Which of the ascending levels is nearest to each value; of two that are as near, the lower."""
-    found: Tensor = torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
-    return found

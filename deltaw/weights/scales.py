@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaw.kernels.codes import nearest
 from deltaw.weights import TYPES
 from deltaw.weights.bits import pack, stored_bytes, unpack
-from deltaw.weights.levels import dynamic, nearest
+from deltaw.weights.levels import dynamic
 
 Parts = Mapping[str, Tensor]
 """Tensors by name, as they are stored."""
@@ -56,7 +57,7 @@ class Double:
         blocks, count = _blocks(scale_N - mean, self.BLOCK), len(scale_N)
         most = blocks.abs().amax(1)
         codes = nearest((blocks / most.clamp(min=1e-38)[:, None]).clamp(-1, 1), dynamic().to(scale_N.device))
-        return {"codes2": codes.flatten()[:count].to(torch.uint8), "absmax2": most, "mean": mean.view(1)}
+        return {"codes2": codes.flatten()[:count], "absmax2": most, "mean": mean.view(1)}
 
     def read(self, kept: Parts, count: int) -> Tensor:
         values = dynamic().to(kept["codes2"].device)[kept["codes2"].int()]

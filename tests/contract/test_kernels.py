@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 
 from deltaw.errors import UserError
 from deltaw.kernels import library
+from deltaw.kernels.codes import WIDTHS, nearest
 from deltaw.kernels.packed import FEW
 from deltaw.kernels.scratch import SCRATCH
 from deltaw.weights.formats import parse
+from deltaw.weights.levels import dynamic, fp4, normal
 
 FORMATS = ["nf4", "nf4-dq", "nf4-b128", "fp4", "fp4-dq", "nf3", "nf3-dq", "nf2", "nf8", "nf8-dq", "nf3-b32-s4.fp16.64",
            "nf2-b16-s2.bf16.16", "nf8-b64-s8.fp32.256", "int2-g32", "int3-g64", "int4-g32", "int4-g32-moved",
@@ -104,6 +106,37 @@ def test_what_native_code_cannot_read_torch_does(name, shape):
     x_TI = drawn(2, shape[1], seed=1)
     assert torch.equal(weight.dense(), weight.plain())
     assert torch.equal(weight(x_TI), F.linear(x_TI, weight.plain()))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "levels", [normal(2), normal(3), normal(4), fp4().sort().values, normal(8), dynamic()], ids=len
+)
+def test_the_nearest_level_is_that_of_torch_and_of_two_the_lower(path, levels, threads):
+    edges = (levels[1:] + levels[:-1]) / 2
+    special = [
+        torch.tensor([0.0, -0.0, torch.inf, -torch.inf]),
+        levels,
+        edges,
+        edges.nextafter(torch.tensor(torch.inf)),
+    ]
+    values = torch.cat([1.1 * (2 * torch.rand(5000, generator=torch.Generator().manual_seed(0)) - 1), *special])
+    assert len(levels) in WIDTHS
+    torch.set_num_threads(threads)
+    try:
+        for part in (values, values[:1], values[:13], values[3:], values[::3], values[:0], values[:4000].view(50, 80)):
+            got = nearest(part, levels)
+            assert got.dtype == torch.uint8
+            assert torch.equal(got.long(), torch.bucketize(part.contiguous(), edges))
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_levels_of_another_number_and_type_are_searched_by_torch(path):
+    levels, values = torch.tensor([-1.0, 0.0, 2.0]), drawn(40)
+    want = torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
+    assert torch.equal(nearest(values, levels).long(), want)
+    assert torch.equal(nearest(values.double(), levels.double()).long(), want)
 
 
 def test_many_rows_take_the_unpacked_matrix(path):

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from deltaw.errors import UserError
+from deltaw.kernels.codes import nearest
 from deltaw.models import checkpoint
 from deltaw.weights.formats import parse
-from deltaw.weights.levels import dynamic, fp4, nearest, normal
+from deltaw.weights.levels import dynamic, fp4, normal
 
 SQUARE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_attention_heads": 2,
           "num_key_value_heads": 2}  # fmt: skip
