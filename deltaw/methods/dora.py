@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from deltaw.adapters.protocol import Site
 from deltaw.methods.lora import LoRA, LowRank
-from deltaw.models.slots import Affine, Linear, Parts
+from deltaw.models.fused import joined
+from deltaw.models.slots import Affine, Linear, Parts, Terms
 from deltaw.settings import settings
 
 
@@ -45,10 +46,17 @@ class Directed(LowRank):
         self._norm = None
         return super().train(mode)
 
+    def terms(self, slot: Linear) -> Terms | None:
+        if self.training and self.dropout:
+            return None
+        gain_O = self.gain(slot)
+        return Terms(slot.weight, slot.bias, self.A, gain_O[:, None] * self.B, self.scale, gain_O)
+
     def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
+        if terms := self.terms(slot):
+            return joined([terms], x_TI)[0]
         y_TO: Tensor = slot.weight(x_TI)
-        x_TI = F.dropout(x_TI, self.dropout, self.training and self.dropout > 0)
-        down_TR = F.linear(x_TI, self.A.to(x_TI.dtype))
+        down_TR = F.linear(F.dropout(x_TI, self.dropout), self.A.to(x_TI.dtype))
         y_TO = y_TO.addmm_(down_TR, self.B.to(x_TI.dtype).t(), alpha=self.scale)
         y_TO = y_TO + (self.gain(slot) - 1).to(x_TI.dtype) * y_TO  # the gain itself would be rounded to one
         return y_TO if slot.bias is None else y_TO + slot.bias

@@ -37,9 +37,8 @@ class Corrected(LowRank):
         super().__init__(A_RI, B_OR, scale, dropout)
         self.weight = weight
 
-    def frozen(self, slot: Linear, x_TI: Tensor) -> Tensor:
-        y_TO: Tensor = self.weight(x_TI)
-        return y_TO if slot.bias is None else y_TO + slot.bias
+    def frozen(self, slot: Linear) -> Weight:  # noqa: ARG002 (Q is in its place)
+        return self.weight
 
     def merged(self, slot: Linear) -> Parts:
         w_OI = torch.addmm(self.weight.dense().float(), self.B, self.A, alpha=self.scale)

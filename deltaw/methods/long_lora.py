@@ -19,7 +19,7 @@ from deltaw.adapters.protocol import Site
 from deltaw.errors import UserError
 from deltaw.methods.lora import LoRA
 from deltaw.models.rope import KINDS, Dynamic, Linear, Llama3, Rope, Yarn
-from deltaw.models.seen import Documents, Seen, Span, attention, causal
+from deltaw.models.seen import Documents, Seen, attention, causal
 from deltaw.models.slots import Attend, Delta, Parts, Positions
 from deltaw.settings import Count, settings
 
@@ -46,21 +46,17 @@ class Grouped(Delta):
         for first, last, early in (*pieces(0, lower, slot, 0), *pieces(lower, slot.heads, slot, by)):
             of = slice(first * slot.kv_heads // slot.heads, (last - 1) * slot.kv_heads // slot.heads + 1)
             q, k, v = q_THE[:, first:last], k_TKE[:, of], v_TKE[:, of]
-            seen_by.append(torch.cat([self._one(slot, span, q, k, v, early) for span in seen.spans]))
+            seen_by.append(torch.cat([self._one(slot, *own, early) for own in seen.apart(q, k, v)]))
         return torch.cat(seen_by, 1)
 
-    def _one(self, slot: Attend, span: Span, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, by: int) -> Tensor:
+    def _one(self, slot: Attend, q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor, by: int) -> Tensor:
         """A document, group after group; its first tokens may be a stem, which it shares."""
-        q_PHE, k_PKE, v_PKE = (t[span.start : span.stop] for t in (q_THE, k_TKE, v_TKE))
-        if stem := span.stem_stop - span.stem_start:
-            k_PKE, v_PKE = (torch.cat((t[span.stem_start : span.stem_stop], own))
-                            for t, own in ((k_TKE, k_PKE), (v_TKE, v_PKE)))  # fmt: skip
-        seen = []
-        for first, last in borders(stem + len(q_PHE), self.group, by):
+        seen, stem = [], len(k_SKE) - len(q_THE)
+        for first, last in borders(len(k_SKE), self.group, by):
             if (begin := max(first, stem)) < last:
-                asked = q_PHE[begin - stem : last - stem]
+                asked = q_THE[begin - stem : last - stem]
                 mask = causal(len(asked), begin - first, asked) if begin > first else None
-                seen.append(attention(asked, k_PKE[first:last], v_PKE[first:last], mask, slot.score))
+                seen.append(attention(asked, k_SKE[first:last], v_SKE[first:last], mask, slot.score))
         return torch.cat(seen)
 
     def merged(self, slot: Any) -> Parts:  # noqa: ARG002 (a way to train, no change to what was trained)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from deltaw.adapters.protocol import Method, Site, matches
 from deltaw.adapters.whole import PART, Whole
 from deltaw.errors import UserError
-from deltaw.models.slots import Affine, Delta, Linear, Parts
+from deltaw.models.fused import joined
+from deltaw.models.slots import Affine, Delta, Linear, Parts, Terms
 from deltaw.settings import Count, settings
+from deltaw.weights import Weight
 
 
 class Product(Delta):
@@ -29,15 +31,22 @@ class Product(Delta):
         raise NotImplementedError
 
     def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
+        if terms := self.terms(slot):
+            return joined([terms], x_TI)[0]
         A_RI, B_OR = self.factors()
-        y_TO = self.frozen(slot, x_TI)
-        x_TI = F.dropout(x_TI, self.dropout, self.training and self.dropout > 0)
-        down_TR = F.linear(x_TI, A_RI.to(x_TI.dtype))
-        return y_TO.addmm_(down_TR, B_OR.to(x_TI.dtype).t(), alpha=self.scale)
+        y_TO: Tensor = self.frozen(slot)(x_TI)
+        down_TR = F.linear(F.dropout(x_TI, self.dropout), A_RI.to(x_TI.dtype))
+        y_TO = y_TO.addmm_(down_TR, B_OR.to(x_TI.dtype).t(), alpha=self.scale)
+        return y_TO if slot.bias is None else y_TO + slot.bias
 
-    def frozen(self, slot: Linear, x_TI: Tensor) -> Tensor:
-        """What B A is added to."""
-        return slot.run(x_TI)
+    def terms(self, slot: Linear) -> Terms | None:
+        if self.training and self.dropout:
+            return None
+        return Terms(self.frozen(slot), slot.bias, *self.factors(), self.scale)
+
+    def frozen(self, slot: Linear) -> Weight:
+        """The matrix that B A stands beside."""
+        return slot.weight
 
     def merged(self, slot: Linear) -> Parts:
         A_RI, B_OR = self.factors()

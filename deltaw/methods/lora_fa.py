@@ -17,6 +17,7 @@ from torch import Tensor
 from deltaw.adapters.protocol import Site
 from deltaw.errors import UserError
 from deltaw.methods.lora import LoRA, LowRank
+from deltaw.models.fused import joined
 from deltaw.models.slots import Linear
 from deltaw.settings import settings
 
@@ -33,9 +34,10 @@ class FrozenA(LowRank):
         self.register_buffer("A", A_RI, persistent=stored)
 
     def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
+        if terms := self.terms(slot):
+            return joined([terms], x_TI)[0]
         y_TO = slot.run(x_TI)
-        down_TR = F.linear(x_TI, self.A.to(x_TI.dtype))
-        down_TR = F.dropout(down_TR, self.dropout, self.training and self.dropout > 0)
+        down_TR = F.dropout(F.linear(x_TI, self.A.to(x_TI.dtype)), self.dropout)
         return y_TO.addmm_(down_TR, self.B.to(x_TI.dtype).t(), alpha=self.scale)
 
     def project(self) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -35,13 +34,6 @@ class Pooled(LowRank):
     def factors(self) -> tuple[Tensor, Tensor]:
         A_RI = self.share * self.A.repeat_interleave(self.group, 1)
         return A_RI if self.order is None else A_RI[:, self.order.argsort()], self.B
-
-    def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
-        y_TO = slot.run(x_TI)
-        x_TI = F.dropout(x_TI, self.dropout, self.training and self.dropout > 0)
-        x_TI = x_TI if self.order is None else x_TI[:, self.order]
-        x_TG = self.share * x_TI.view(len(x_TI), -1, self.group).sum(-1)
-        return y_TO.addmm_(F.linear(x_TG, self.A.to(x_TI.dtype)), self.B.to(x_TI.dtype).t(), alpha=self.scale)
 
     def merged(self, slot: Linear) -> Parts:
         weight = slot.weight

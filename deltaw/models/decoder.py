@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deltaw.errors import UserError
 from deltaw.models.config import ModelConfig
+from deltaw.models.fused import together
 from deltaw.models.rope import Dynamic, rotate
 from deltaw.models.seen import Score, Seen
 from deltaw.models.slots import Attend, Embedding, Linear, Positions, RMSNorm, Slot
@@ -63,7 +64,8 @@ class Attention(nn.Module):
         if self.fused:
             y_THE = self.qkv_proj(x_TD).view(len(x_TD), -1, self.head_width)
             return tuple(y_THE.split((self.heads, self.kv_heads, self.kv_heads), 1))
-        return tuple(p(x_TD).view(len(x_TD), -1, self.head_width) for p in (self.q_proj, self.k_proj, self.v_proj))
+        three = together((self.q_proj, self.k_proj, self.v_proj), x_TD)
+        return tuple(y_TO.view(len(x_TD), -1, self.head_width) for y_TO in three)
 
 
 class MLP(nn.Module):
@@ -83,7 +85,7 @@ class MLP(nn.Module):
         if self.fused:
             gate_TI, up_TI = self.gate_up_proj(x_TD).chunk(2, -1)
         else:
-            gate_TI, up_TI = self.gate_proj(x_TD), self.up_proj(x_TD)
+            gate_TI, up_TI = together((self.gate_proj, self.up_proj), x_TD)
         act_TI = F.silu(gate_TI) if self.activation == "silu" else F.gelu(gate_TI, approximate="tanh")
         y_TD: Tensor = self.down_proj(act_TI * up_TI)
         return y_TD

@@ -84,22 +84,31 @@ class Documents:
         return Documents(self.spans, (k_PKE, v_PKE))
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, score: Score) -> Tensor:
-        return torch.cat([y for span in self.spans for y in self._one(span, q_THE, k_TKE, v_TKE, score)])
+        return torch.cat([y for own in self.apart(q_THE, k_TKE, v_TKE) for y in self._one(*own, score)])
 
-    def _one(self, span: Span, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, score: Score) -> Iterator[Tensor]:
+    def apart(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Each document's queries, and the keys and values of its stem and its own.
+
+        They are split, not sliced: on the way back a slice is as much as all documents, with zeros around it.
+        """
+        lengths = [span.stop - span.start for span in self.spans]
+        q, k, v = (torch.split(x, lengths) for x in (q_THE, k_TKE, v_TKE))
+        first = {span.start: i for i, span in enumerate(self.spans)}
+        for i, span in enumerate(self.spans):
+            if span.stem_start == span.stem_stop:
+                yield q[i], k[i], v[i]
+            else:
+                stem = first[span.stem_start]
+                yield q[i], torch.cat((k[stem], k[i])), torch.cat((v[stem], v[i]))
+
+    def _one(self, q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor, score: Score) -> Iterator[Tensor]:
         """A document's tokens; where they see a window only, in pieces, so that far pairs cost nothing."""
-        start, stop, stem_start, stem_stop = span
-        stem, window = stem_stop - stem_start, score.window
-        k_SKE, v_SKE = k_TKE[start:stop], v_TKE[start:stop]
-        if stem:
-            k_SKE = torch.cat((k_TKE[stem_start:stem_stop], k_SKE))
-            v_SKE = torch.cat((v_TKE[stem_start:stem_stop], v_SKE))
         if self.before is not None:
             k_SKE, v_SKE = torch.cat((self.before[0], k_SKE)), torch.cat((self.before[1], v_SKE))
-            stem += len(self.before[0])
-        piece = PIECE if 0 < window < len(k_SKE) else stop - start
-        for at in range(0, stop - start, piece):
-            q_PHE = q_THE[start + at : min(start + at + piece, stop)]
+        count, stem, window = len(q_THE), len(k_SKE) - len(q_THE), score.window
+        piece = PIECE if 0 < window < len(k_SKE) else count
+        for at in range(0, count, piece):
+            q_PHE = q_THE[at : at + piece]
             last = stem + at + len(q_PHE)
             first = max(0, stem + at + 1 - window) if window else 0
             past = last - first - len(q_PHE)

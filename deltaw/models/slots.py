@@ -32,6 +32,17 @@ class Affine(NamedTuple):
     bias_O: Tensor | None = None
 
 
+class Terms(NamedTuple):
+    """What a linear layer does: y = gain * (W x) + scale * B A x + bias. In parts, neighbours are computed as one."""
+
+    weight: Weight
+    bias_O: Tensor | None = None
+    A_RI: Tensor | None = None
+    B_OR: Tensor | None = None
+    scale: float = 1.0
+    gain_O: Tensor | None = None
+
+
 class Delta(nn.Module):
     """What one adapter does at one slot. Its parameters are trained; its state dict is what is saved."""
 
@@ -57,6 +68,10 @@ class Delta(nn.Module):
             CannotMerge: no weights of the plain layer do what this delta does.
         """
         raise CannotMerge(f"{type(self).__name__} at {type(slot).__name__}")
+
+    def terms(self, slot: Linear) -> Terms | None:  # noqa: ARG002 (the contract's argument; some deltas need it)
+        """Give what `forward` does now at a linear layer, if it is of this form; None: it is not."""
+        return None
 
     def served(self, slot: Any) -> Affine | None:  # noqa: ARG002 (the contract's argument; most deltas need it)
         """Give the form in which a server mixes this with other adapters in one batch; None: merged only."""
@@ -101,6 +116,10 @@ class Linear(Slot):
     def run(self, x_TI: Tensor) -> Tensor:
         y_TO: Tensor = self.weight(x_TI)
         return y_TO if self.bias is None else y_TO + self.bias
+
+    def terms(self) -> Terms | None:
+        """What this layer does, with what it wears; None: only calling it tells."""
+        return Terms(self.weight, self.bias) if self.delta is None else self.delta.terms(self)
 
 
 class RMSNorm(Slot):
