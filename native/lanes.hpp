@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -116,6 +117,37 @@ struct Table {
   }
 };
 
+// Numbers as they are stored: fp32, or bf16 as its bits.
+inline floats load(const float* at) { return read<floats>(at); }
+inline floats load(const uint16_t* at) { return (floats)(__builtin_convertvector(read<halves>(at), bits) << 16); }
+
+inline void store(float* at, floats x) { memcpy(at, &x, sizeof x); }
+inline void store(uint16_t* at, floats x) {
+  bits whole = (bits)x;
+  whole = (whole + 0x7fff + (whole >> 16 & 1)) >> 16;  // to the nearest, of two the even
+  const halves upper = __builtin_convertvector(whole, halves);
+  memcpy(at, &upper, sizeof upper);
+}
+
+// The first `left` of them, where there are no more, and `filling` behind.
+template <typename T>
+inline floats load(const T* at, int64_t left, float filling) {
+  if (left >= LANES) return load(at);
+  T some[LANES] = {};
+  memcpy(some, at, sizeof(T) * left);
+  floats x = load(some);
+  for (int64_t lane = left; lane < LANES; lane++) x[lane] = filling;
+  return x;
+}
+
+template <typename T>
+inline void store(T* at, floats x, int64_t left) {
+  if (left >= LANES) return store(at, x);
+  T some[LANES];
+  store(some, x);
+  memcpy(at, some, sizeof(T) * left);
+}
+
 inline floats add_product(floats x, floats y, floats sum) {
 #if defined(__AVX512F__)
   return (floats)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)sum);
@@ -124,6 +156,22 @@ inline floats add_product(floats x, floats y, floats sum) {
 #else
   return sum + x * y;
 #endif
+}
+
+inline floats largest(floats x, floats y) { return x > y ? x : y; }
+
+// exp(x) within 2e-7 of itself: 2**n by its bits, and e**r of what is left by a polynomial (Cephes' expf).
+inline floats exponential(floats x) {
+  constexpr float MAGIC = 12582912.f;  // 1.5 * 2**23: a sum with it has its whole part in its lowest bits
+  x = x > -87.f ? x : -87.f + floats{};
+  x = x < 88.f ? x : 88.f + floats{};
+  const floats shifted = add_product(x, 1.44269504f + floats{}, MAGIC + floats{}), n = shifted - MAGIC;
+  const floats r = add_product(n, 2.12194440e-4f + floats{}, add_product(n, -0.693359375f + floats{}, x));
+  floats sum = 1.9875691500e-4f + floats{};
+  for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    sum = add_product(sum, r, next + floats{});
+  sum = add_product(sum, r * r, r + 1);
+  return (floats)((bits)sum + ((bits)shifted << 23));
 }
 
 inline float total(floats v) {

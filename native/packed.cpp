@@ -89,14 +89,8 @@ inline floats levels_at(const Matrix& m, const Table& table, int64_t i) {
 }
 
 inline void put(void* out, int64_t at, floats w, bool bf16) {
-  if (!bf16) {
-    memcpy(static_cast<float*>(out) + at, &w, sizeof w);
-    return;
-  }
-  bits whole = (bits)w;
-  whole = (whole + 0x7fff + (whole >> 16 & 1)) >> 16;  // to the nearest, of two the even
-  halves upper = __builtin_convertvector(whole, halves);
-  memcpy(static_cast<uint16_t*>(out) + at, &upper, sizeof upper);
+  if (bf16) store(static_cast<uint16_t*>(out) + at, w);
+  else store(static_cast<float*>(out) + at, w);
 }
 
 template <int width, bool coded, bool shifted>

@@ -170,3 +170,24 @@ def said(capsys):
         return re.sub(r"\s+", " ", re.sub(r"[│╭╮╰╯─]", " ", err)).strip()
 
     return said
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """Let native code be that of the instruction set of this name."""
+
+    def take(name):
+        monkeypatch.setenv(library.CHOICE, name)
+        library.instruction_set.cache_clear()
+        library.function.cache_clear()
+
+    yield take
+    library.instruction_set.cache_clear()
+    library.function.cache_clear()
+
+
+@pytest.fixture(params=[name for name in library.available() if name != library.REFERENCE])
+def path(request, choose):
+    """Every instruction set that there is, in turn."""
+    choose(request.param)
+    return request.param

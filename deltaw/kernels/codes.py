@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltaw.kernels.library import function
-from deltaw.kernels.packed import LANES
+from deltaw.kernels.library import LANES, function
 
 WIDTHS = {4: 2, 8: 3, 16: 4, 256: 8}
 """Bits of a code, by how many levels there are."""

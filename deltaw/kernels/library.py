@@ -8,15 +8,30 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from deltaw.errors import UserError
 
 REFERENCE = "reference"
 """What is used where nothing native is: torch."""
 CHOICE = "DELTAW_ISA"
-ARGUMENTS = {"unpack": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int],
-             "multiply": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int],
-             "nearest": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p,
-                         ctypes.c_int]}  # fmt: skip
+AT, COUNT, FLAG, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+ARGUMENTS = {
+    "unpack": [AT, AT, FLAG, FLAG],
+    "multiply": [AT, AT, AT, FLAG, FLAG],
+    "nearest": [AT, COUNT, AT, FLAG, AT, FLAG],
+    "norm": [AT, AT, AT, AT, COUNT, COUNT, NUMBER, FLAG, FLAG],
+    "norm_back": [AT, AT, AT, AT, AT, COUNT, COUNT, FLAG, FLAG],
+    "gated": [AT, AT, AT, COUNT, FLAG, FLAG, FLAG],
+    "gated_back": [AT, AT, AT, AT, AT, COUNT, FLAG, FLAG, FLAG],
+    "turn": [AT, COUNT, AT, AT, AT, COUNT, COUNT, COUNT, COUNT, NUMBER, FLAG, FLAG],
+    "surprise": [AT, AT, AT, COUNT, COUNT, FLAG, FLAG, FLAG],
+}
+PLAIN = (torch.float32, torch.bfloat16)
+"""What plain numbers may be stored as."""
+LANES = 16
+"""Numbers that are taken at once: widths are whole numbers of them, or torch does the work."""
 FILE = Path(__file__).parent / "built" / "native.so"
 
 
@@ -59,3 +74,14 @@ def function(name: str) -> Any:
     found = getattr(loaded, f"{name}_{instruction_set()}")
     found.argtypes, found.restype = ARGUMENTS[name], None
     return found
+
+
+def plainly(name: str, *tensors: Tensor) -> Any:
+    """A native function for tensors that lie whole in memory and are all of one plain type; None: torch does its work.
+
+    It is called without its last two arguments: whether they are bf16, and the number of threads.
+    """
+    dtype = tensors[0].dtype
+    fits = dtype in PLAIN and all(t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+    found = function(name) if fits else None
+    return found and (lambda *told: found(*told, int(dtype == torch.bfloat16), torch.get_num_threads()))

@@ -9,15 +9,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from deltaw.kernels.library import function
+from deltaw.kernels.library import LANES, function
 
-LANES = 16
-"""Numbers that are unpacked at once: rows and blocks are whole numbers of them, or torch does the work."""
 FEW = 8
 """Rows up to which reading the codes takes longer than the products do."""
 KINDS = {None: 0, torch.float32: 1, torch.float16: 2, torch.uint8: 3}
-PLAIN = (torch.float32, torch.bfloat16)
-"""What it is unpacked to."""
 
 
 class Layout(NamedTuple):

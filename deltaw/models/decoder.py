@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deltaw.errors import UserError
+from deltaw.kernels.gate import gated
+from deltaw.kernels.turn import rotate
 from deltaw.models.config import ModelConfig
 from deltaw.models.fused import together
-from deltaw.models.rope import Dynamic, rotate
+from deltaw.models.rope import Dynamic
 from deltaw.models.seen import Score, Seen
 from deltaw.models.slots import Attend, Embedding, Linear, Positions, RMSNorm, Slot
 from deltaw.weights import Weight
@@ -86,8 +88,7 @@ class MLP(nn.Module):
             gate_TI, up_TI = self.gate_up_proj(x_TD).chunk(2, -1)
         else:
             gate_TI, up_TI = together((self.gate_proj, self.up_proj), x_TD)
-        act_TI = F.silu(gate_TI) if self.activation == "silu" else F.gelu(gate_TI, approximate="tanh")
-        y_TD: Tensor = self.down_proj(act_TI * up_TI)
+        y_TD: Tensor = self.down_proj(gated(gate_TI, up_TI, self.activation == "gelu_tanh"))
         return y_TD
 
 

@@ -155,11 +155,3 @@ class Rope:
 def plain(theta: float, width: int, like: Tensor) -> Tensor:
     """Angle per position of each rotary pair, not stretched."""
     return theta ** -(torch.arange(0, width, 2, dtype=torch.float32, device=like.device) / width)
-
-
-def rotate(x_THE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor) -> Tensor:
-    """Turn every pair (x[e], x[e + E/2]) by its token's angle; numbers beyond the angles' width stay."""
-    if (width := cos_T1E.shape[-1]) < x_THE.shape[-1]:
-        return torch.cat((rotate(x_THE[..., :width], cos_T1E, sin_T1E), x_THE[..., width:]), -1)
-    a, b = x_THE.chunk(2, -1)
-    return x_THE * cos_T1E + torch.cat((-b, a), -1) * sin_T1E

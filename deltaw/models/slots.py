@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltaw.kernels.norm import rms_norm
 from deltaw.models.rope import Rope
 from deltaw.models.seen import Score, Seen
 from deltaw.weights import Weight
@@ -136,7 +137,7 @@ class RMSNorm(Slot):
         gain_D = self.gain if gain_D is None else gain_D
         if self.unit:
             gain_D = (1 + gain_D.float()).to(x.dtype)
-        return F.rms_norm(x, x.shape[-1:], gain_D, self.eps)
+        return rms_norm(x, gain_D, self.eps)
 
 
 class Embedding(Slot):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deltaw.data.batch import IGNORED, Batch
+from deltaw.kernels.surprise import surprise
 from deltaw.models.decoder import Decoder
 
 CHUNK_TOKENS = 128
@@ -27,22 +28,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=h_ND.device)
         dh_ND = torch.empty_like(h_ND) if wants_h else None
         dhead_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_head else None
+        room_NV = torch.empty(min(CHUNK_TOKENS, len(h_ND)), len(head_VD), dtype=h_ND.dtype, device=h_ND.device)
         for start in range(0, len(labels_N), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
-            logits_NV = (h_ND[rows] @ head_VD.t()).float()
+            logits_NV = torch.mm(h_ND[rows], head_VD.t(), out=room_NV[: len(h_ND[rows])])
             if cap:
-                bent_NV = logits_NV.div_(cap).tanh_()
+                bent_NV = logits_NV.float().div_(cap).tanh_()
                 logits_NV = bent_NV * cap
-            picked_N1 = labels_N[rows, None]
-            lse_N1 = logits_NV.logsumexp(1, keepdim=True)
-            total += (lse_N1 - logits_NV.gather(1, picked_N1)).sum()
+            total += surprise(logits_NV, labels_N[rows], wants_h or wants_head).sum()
             if dh_ND is None and dhead_VD is None:
                 continue
-            p_NV = logits_NV.sub_(lse_N1).exp_()
-            p_NV.scatter_add_(1, picked_N1, torch.full_like(lse_N1, -1.0))
             if cap:
-                p_NV *= 1 - bent_NV**2
-            dlogits_NV = p_NV.to(h_ND.dtype)
+                logits_NV *= 1 - bent_NV**2
+            dlogits_NV = logits_NV.to(h_ND.dtype)
             if dh_ND is not None:
                 torch.mm(dlogits_NV, head_VD, out=dh_ND[rows])
             if dhead_VD is not None:

@@ -27,25 +27,10 @@ FORMATS = ["nf4", "nf4-dq", "nf4-b128", "fp4", "fp4-dq", "nf3", "nf3-dq", "nf2",
            "nf2-b16-s2.bf16.16", "nf8-b64-s8.fp32.256", "int2-g32", "int3-g64", "int4-g32", "int4-g32-moved",
            "int8-g16", "int4-g128"]  # fmt: skip
 SHAPES = [(64, 192), (7, 128), (33, 640), (100, 320), (1, 64)]
-NATIVE = [name for name in library.available() if name != library.REFERENCE]
 
 
 def drawn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def choose(monkeypatch, name):
-    monkeypatch.setenv(library.CHOICE, name)
-    library.instruction_set.cache_clear()
-    library.function.cache_clear()
-
-
-@pytest.fixture(params=NATIVE)
-def path(request, monkeypatch):
-    choose(monkeypatch, request.param)
-    yield request.param
-    library.instruction_set.cache_clear()
-    library.function.cache_clear()
 
 
 def packed(name, shape, dtype=torch.float32, seed=0):
@@ -186,16 +171,16 @@ def test_only_what_is_stored_is_held_on_to(path):
     assert codes() is None
 
 
-def test_the_reference_may_be_asked_for(monkeypatch):
-    choose(monkeypatch, library.REFERENCE)
+def test_the_reference_may_be_asked_for(choose):
+    choose(library.REFERENCE)
     weight, x_TI = packed("nf4", (64, 192)), drawn(1, 192, seed=1)
     assert library.function("unpack") is None
     assert weight.native() is None
     assert torch.equal(weight(x_TI), F.linear(x_TI, weight.plain()))
 
 
-def test_an_instruction_set_that_is_not_there_is_said(monkeypatch):
-    choose(monkeypatch, "avx1024")
+def test_an_instruction_set_that_is_not_there_is_said(choose):
+    choose("avx1024")
     with pytest.raises(UserError, match="avx1024") as caught:
         library.instruction_set()
     assert all(name in caught.value.remedy for name in library.available())
