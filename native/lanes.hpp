@@ -160,6 +160,12 @@ inline floats add_product(floats x, floats y, floats sum) {
 
 inline floats largest(floats x, floats y) { return x > y ? x : y; }
 
+inline float largest_of_all(floats x) {
+  float most = x[0];
+  for (int lane = 1; lane < LANES; lane++) most = x[lane] > most ? x[lane] : most;
+  return most;
+}
+
 // exp(x) within 2e-7 of itself: 2**n by its bits, and e**r of what is left by a polynomial (Cephes' expf).
 inline floats exponential(floats x) {
   constexpr float MAGIC = 12582912.f;  // 1.5 * 2**23: a sum with it has its whole part in its lowest bits

@@ -102,8 +102,7 @@ void surprise(T* z, const int64_t* labels, float* loss, int64_t rows, int64_t wi
     T* at = z + row * width;
     floats most = -INFINITY + floats{}, sum{};
     for (int64_t i = 0; i < width; i += LANES) most = largest(most, load(at + i, width - i, -INFINITY));
-    float top = most[0];
-    for (int lane = 1; lane < LANES; lane++) top = most[lane] > top ? most[lane] : top;
+    const float top = largest_of_all(most);
     for (int64_t i = 0; i < width; i += LANES) sum += exponential(load(at + i, width - i, -INFINITY) - top);
     const int64_t label = labels[row], among = label / LANES * LANES;
     const float lse = top + std::log(total(sum));

@@ -26,6 +26,8 @@ ARGUMENTS = {
     "gated": [AT, AT, AT, COUNT, FLAG, FLAG, FLAG],
     "gated_back": [AT, AT, AT, AT, AT, COUNT, FLAG, FLAG, FLAG],
     "turn": [AT, COUNT, AT, AT, AT, COUNT, COUNT, COUNT, COUNT, NUMBER, FLAG, FLAG],
+    "attend": [AT],
+    "attend_back": [AT],
     "surprise": [AT, AT, AT, COUNT, COUNT, FLAG, FLAG, FLAG],
 }
 PLAIN = (torch.float32, torch.bfloat16)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaw.kernels.attention import attend
+
 PIECE = 512
 """Tokens that are attended from together where they see a window only."""
 
@@ -84,6 +86,10 @@ class Documents:
         return Documents(self.spans, (k_PKE, v_PKE))
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, score: Score) -> Tensor:
+        if self.before is None and not score.cap:
+            y_THE = attend(q_THE, k_TKE, v_TKE, self.spans, score.scale, score.window)
+            if y_THE is not None:
+                return y_THE
         return torch.cat([y for own in self.apart(q_THE, k_TKE, v_TKE) for y in self._one(*own, score)])
 
     def apart(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
