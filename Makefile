@@ -2,7 +2,7 @@
 BIN := .venv/bin
 RUN := demo-village
 
-.PHONY: help demo test lint types imports size tests table table-quant clean
+.PHONY: help demo test lint types imports size tests table table-quant bench-peers clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/' | expand -t 14
@@ -47,5 +47,10 @@ table: .venv/.dev ## every technique for a minute, three seeds: docs/results.md
 table-quant: .venv/.dev ## every format and technique of a packed base: docs/results.md
 	$(BIN)/python benchmarks/formats.py
 
+.venv-peers/.peers: pyproject.toml constraints.txt scripts/setup.sh
+	@scripts/setup.sh peers
+
+bench-peers: .venv-peers/.peers ## install what the benchmarks measure deltaw beside
+
 clean: ## remove what was installed and built
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-peers build dist *.egg-info

@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Make .venv and install the pinned dependencies: `run` for using deltaw, `dev` for working on it.
+# Make .venv and install the pinned dependencies: `run` for using deltaw, `dev` for working on it. `peers` makes
+# .venv-peers, with what deltaw is measured beside.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+venv=.venv
+[ "$1" != peers ] || venv=.venv-peers
 
 find_python() {
     for name in ${PYTHON:-} python3.13 python3.12 python3.11 python3 python; do
@@ -13,7 +16,7 @@ find_python() {
     exit 2
 }
 
-pip() { .venv/bin/python -m pip --disable-pip-version-check -qq "$@"; }
+pip() { $venv/bin/python -m pip --disable-pip-version-check -qq "$@"; }
 
 # Without an NVIDIA GPU the processor build of torch is enough, and brings no gigabytes of CUDA libraries. It is on
 # torch's own index; an index of yours that has it, or has only one build, is asked first.
@@ -28,19 +31,28 @@ install_torch() {
     fi
 }
 
-if [ ! -x .venv/bin/python ]; then
+if [ ! -x $venv/bin/python ]; then
     python=$(find_python)
-    echo "Making .venv with $("$python" --version)"
-    "$python" -m venv .venv || { echo "This Python cannot make environments (on Debian: apt install python3-venv)." >&2; exit 2; }
+    echo "Making $venv with $("$python" --version)"
+    "$python" -m venv $venv || { echo "This Python cannot make environments (on Debian: apt install python3-venv)." >&2; exit 2; }
 fi
-if [ "$1" = run ]; then
+case "$1" in
+run)
     echo "Installing deltaw and its dependencies"
     pip install "pip>=25.1"
     install_torch
     pip install -c constraints.txt -e ".[eval]"
     [ -e deltaw/kernels/built/native.so ] || echo "No C++ compiler (GCC or Clang): torch does the native kernels' work, more slowly."
-else
+    ;;
+dev)
     echo "Installing what tests need"
     pip install -c constraints.txt --group dev
-fi
-touch ".venv/.$1"
+    ;;
+peers)
+    echo "Installing the peers"
+    pip install "pip>=25.1"
+    install_torch
+    pip install -c constraints.txt --group peers
+    ;;
+esac
+touch "$venv/.$1"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deltaw.kernels.library import LANES, PLAIN, function
+from deltaw.kernels.library import function
+from deltaw.kernels.plain import LANES, PLAIN
 
 TENSORS = ("q", "k", "v", "out", "lse", "dout", "dq", "dk", "dv", "spans")
 

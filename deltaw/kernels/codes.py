@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltaw.kernels.library import LANES, function
+from deltaw.kernels.library import function
+from deltaw.kernels.plain import LANES
 
 WIDTHS = {4: 2, 8: 3, 16: 4, 256: 8}
 """Bits of a code, by how many levels there are."""

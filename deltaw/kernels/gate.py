@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deltaw.kernels.library import LANES, plainly
+from deltaw.kernels.plain import LANES, plainly
 
 
 def gated(gate_TI: Tensor, up_TI: Tensor, gelu: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467): x / rms(x) * gain, natively where the gain is frozen."""
+"""RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467): x / rms(x) * gain."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deltaw.kernels.library import LANES, plainly
+from deltaw.kernels.plain import LANES, plainly
 
 
 def rms_norm(x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
     """Each of the rows of the last dimension by its root mean square, times the gain; shaped as x is."""
-    call = None if gain_D.requires_grad or len(gain_D) % LANES else plainly("norm", x, gain_D)
+    call = None if len(gain_D) % LANES else plainly("norm", x, gain_D)
     if call is None:
         return F.rms_norm(x, x.shape[-1:], gain_D, eps)
     normed: Tensor = _Norm.apply(x, gain_D, eps, call)  # type: ignore[no-untyped-call]  # torch's
@@ -32,9 +32,12 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, gain_D, inverse_N = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(x)
         plainly("norm_back", x, gain_D, dy)(x.data_ptr(), gain_D.data_ptr(), inverse_N.data_ptr(), dy.data_ptr(),
                                             dx.data_ptr(), len(inverse_N), len(gain_D))  # fmt: skip
-        return dx, None, None, None
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None, None
+        dgain_D = (dy.float() * x.float()).view(len(inverse_N), -1).mul_(inverse_N[:, None]).sum(0)
+        return dx, dgain_D.to(gain_D.dtype), None, None

@@ -9,7 +9,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from deltaw.kernels.library import LANES, function
+from deltaw.kernels.library import function
+from deltaw.kernels.plain import LANES
 
 FEW = 8
 """Rows up to which reading the codes takes longer than the products do."""

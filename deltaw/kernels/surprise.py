@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltaw.kernels.library import plainly
+from deltaw.kernels.plain import plainly
 
 
 def surprise(logits_NV: Tensor, labels_N: Tensor, back: bool) -> Tensor:

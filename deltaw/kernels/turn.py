@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deltaw.kernels.library import LANES, plainly
+from deltaw.kernels.plain import LANES, plainly
 
 
 def rotate(x_THE: Tensor, cos_T1W: Tensor, sin_T1W: Tensor) -> Tensor:

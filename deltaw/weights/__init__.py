@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.kernels.library import PLAIN
 from deltaw.kernels.packed import FEW, Layout, Native, native
+from deltaw.kernels.plain import PLAIN
 from deltaw.kernels.scratch import SCRATCH
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -3,10 +3,8 @@
 import io
 import json
 import math
-import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -235,21 +233,12 @@ def test_help_names_every_command(shown):
         assert f"deltaw {name}" in shown(name, "--help")
 
 
-def test_help_comes_at_once_and_without_torch():
-    plain = {k: v for k, v in os.environ.items() if not k.startswith("COV")}  # measuring coverage takes its time too
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "deltaw.cli", "--help"], cwd=ROOT, check=True, capture_output=True, env=plain
-        )
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5
+def test_help_loads_nothing_that_takes_long():
     script = "import sys; from deltaw.cli.app import run; run(['--help']); print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True)
     loaded = done.stdout.splitlines()[-1]
     assert "'deltaw.cli.app'" in loaded
-    assert "'torch'" not in loaded
+    assert all(f"'{slow}'" not in loaded for slow in ("torch", "numpy", "scipy", "transformers", "gguf", "tensorboard"))
     assert "'transformers'" not in loaded
 
 
