@@ -32,6 +32,7 @@ ROWS = {
     "lq_lora nf3": {"method": "lq_lora", "format": "nf3"},
     **{f"lq_lora {b} bits": {"method": "lq_lora", "bits": b} for b in (2.5, 2.75, 3.0)},
     # Uniform formats of the same sizes; nf2 above has 2.5 bits
+    "nf2-b43 of 2.75 bits": {"base_format": "nf2-b43"},
     "int2-g32 of 3.0 bits": {"base_format": "int2-g32"},
 }
 

@@ -62,6 +62,12 @@ def main():
                  for m in ("qa_lora", "qlora")}  # fmt: skip
         print(f"| of {len(rows)} answers | other than worn | perplexity |\n|---|---|---|")
         qa, q = tuned.values()
+        for form in ("int4-g32", "nf4-dq"):  # by themselves
+            encoded = encode_all(rows, qa.base.tokenizer, "answers", 8192)[0]
+            base = load_base(ORIGINAL, "float32", base_format=form)
+            print(
+                f"| the base as {form}, nothing worn | | {perplexity(base.model, micro_batches(encoded, 2048)):.4f} |"
+            )
         before = told("QA-LoRA, worn", qa, rows)
         requantised(qa, made / "int4")
         told("merged: int4-g32, offsets of 32 bits", plain(made / "int4"), rows, before)

@@ -52,7 +52,7 @@ def deltaw(path, dtype, ids):
     from deltaw.settings import Training
     from deltaw.train.optimizer import adamw
 
-    model = checkpoint.load(path, dtype)
+    model = checkpoint.load(Path(path), dtype)
     adapter = Adapter.build(method("lora", rank=RANK), model).train()
     optimizer = adamw(adapter, Training())
     batch = lay([Encoded(tuple(row), (True,) * len(row)) for row in ids.tolist()])
