@@ -52,7 +52,7 @@ def stretches(base):
 def read(model, batches, of):
     """What `of` makes of the hidden states where a token follows, and of the tokens that do; in pieces.
 
-    Every processor reads batches of its own: products of two threads each are a fourth slower on some.
+    Every processor reads batches of its own: on some, products of two threads are slower.
     """
     import torch
 

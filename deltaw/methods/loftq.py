@@ -127,8 +127,8 @@ def split(w_OI: Tensor, form: Format, rank: int, iterations: int, rows_O: Tensor
 def directions(w_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A and B whose product is W within its strongest directions, the strength of each shared out evenly.
 
-    Eigenvectors u of W W' take a third of the time that all singular vectors do, and B A = u u' W holds whatever they
-    lack in exactness.
+    Eigenvectors u of W W' take less time than all singular vectors do, and B A = u u' W holds whatever they lack in
+    exactness.
     """
     if len(w_OI) > w_OI.shape[1]:
         A_RI, B_OR = directions(w_OI.t(), rank)
