@@ -40,7 +40,7 @@ def compare(ours, theirs, inputs, dtype, times=1.0):
         assert torch.equal(ours(*inputs), got)
 
 
-def native(name, monkeypatch):
+def native(monkeypatch):
     """Fail where torch would do the work."""
     for module in ("norm", "gate", "turn", "surprise"):
         monkeypatch.setattr(f"deltaw.kernels.{module}.plainly",
@@ -50,7 +50,7 @@ def native(name, monkeypatch):
 @both_types
 @pytest.mark.parametrize("shape", [(1, 16), (5, 48), (3, 4, 64), (70, 576)], ids=str)
 def test_norm(path, shape, dtype, monkeypatch):
-    native("norm", monkeypatch)
+    native(monkeypatch)
     gain = 1 + drawn(shape[-1], seed=1, size=0.2)
     compare(lambda x, g: rms_norm(x, g, 1e-5), lambda x, g: F.rms_norm(x, x.shape[-1:], g, 1e-5),
             [drawn(*shape, size=3.0), gain], dtype, 3)  # fmt: skip
@@ -74,7 +74,7 @@ def test_norm_of_zeros_is_zero_and_its_gradient_finite(path):
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("shape", [(1, 16), (7, 64), (40, 1536)], ids=str)
 def test_gate(path, shape, gelu, dtype, monkeypatch):
-    native("gate", monkeypatch)
+    native(monkeypatch)
 
     def plain(gate, up):
         return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
@@ -95,7 +95,7 @@ def test_a_gate_far_out_is_shut_or_open(path, gelu):
 @pytest.mark.parametrize(("width", "size"), [(32, 32), (64, 64), (64, 96), (32, 48)])
 @pytest.mark.parametrize("apart", [False, True])
 def test_turn(path, width, size, apart, dtype, monkeypatch):
-    native("turn", monkeypatch)
+    native(monkeypatch)
     cos, sin = (t.to(dtype) for t in Rope(width=width).turns(torch.arange(9) + 3, torch.full((9,), 20), torch.float32))
 
     def plain(x):
@@ -113,7 +113,7 @@ def test_turn(path, width, size, apart, dtype, monkeypatch):
 @pytest.mark.parametrize("vocabulary", [16, 260, 1003])
 @pytest.mark.parametrize("size", [1.0, 60.0])
 def test_surprise(path, vocabulary, size, dtype, monkeypatch):
-    native("surprise", monkeypatch)
+    native(monkeypatch)
     labels = torch.tensor([0, vocabulary - 1, vocabulary // 2, 5, 9])
     logits = drawn(5, vocabulary, size=size).to(dtype)
     wide = logits.double().requires_grad_()
