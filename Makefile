@@ -2,7 +2,7 @@
 BIN := .venv/bin
 RUN := demo-village
 
-.PHONY: help demo test lint types imports size tests table table-quant bench-peers clean
+.PHONY: help demo test lint types imports size tests table table-quant bench bench-peers clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/' | expand -t 14
@@ -46,6 +46,11 @@ table: .venv/.dev ## every technique for a minute, three seeds: docs/results.md
 
 table-quant: .venv/.dev ## every format and technique of a packed base: docs/results.md
 	$(BIN)/python benchmarks/formats.py
+
+bench: .venv/.dev .venv-peers/.peers ## speed and memory beside the peers', JSON and pictures in runs/: docs/performance.md
+	for question in speed rows drift step growth techniques roofline; do \
+		$(BIN)/python benchmarks/$$question.py --out $(or $(OUT),runs) || exit 1; \
+	done
 
 .venv-peers/.peers: pyproject.toml constraints.txt scripts/setup.sh
 	@scripts/setup.sh peers

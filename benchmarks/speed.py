@@ -12,18 +12,16 @@ five; the peak is of the whole process. Needs a quiet machine.
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-HERE = Path(__file__).parent
-PEERS = HERE.parent / ".venv-peers" / "bin" / "python"
-SIDES = {"deltaw": sys.executable, "peft": PEERS, "peft compiled": PEERS}
+import beside
+
+SIDES = ("deltaw", "peft", "peft compiled")
 SHAPES = ("4x512", "1x2048", "16x128")
 STEPS, RANK = 5, 16
 GEMMA = {"vocab_size": 262144, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 6,
@@ -41,8 +39,8 @@ def written(folder):
     return folder
 
 
-def deltaw(path, dtype, ids):
-    """One step by deltaw, as a function."""
+def deltaw(path, dtype, ids, name="lora", **chosen):
+    """One step by deltaw, as a function; of a technique with these settings."""
     from deltaw.adapters.adapter import Adapter
     from deltaw.data.batch import lay
     from deltaw.data.encode import Encoded
@@ -53,7 +51,7 @@ def deltaw(path, dtype, ids):
     from deltaw.train.optimizer import adamw
 
     model = checkpoint.load(Path(path), dtype)
-    adapter = Adapter.build(method("lora", rank=RANK), model).train()
+    adapter = Adapter.build(method(name, **(chosen or {"rank": RANK})), model).train()
     optimizer = adamw(adapter, Training())
     batch = lay([Encoded(tuple(row), (True,) * len(row)) for row in ids.tolist()])
 
@@ -115,45 +113,36 @@ def measured(side, path, dtype, shape):
 
 def rows(args):
     """Each measurement, in a process of its own."""
-    from deltaw.models import source
-    from deltaw.models.device import choose_device, choose_dtype
-
-    dtype = args.dtype or str(choose_dtype("auto", choose_device("cpu"))).removeprefix("torch.")
+    dtype = args.dtype or beside.type_here()
     with tempfile.TemporaryDirectory() as folder:
-        found = {"smollm2": lambda: source.find("smollm2-135m"), "gemma3": lambda: written(folder)}
+        found = {"smollm2": beside.base, "gemma3": lambda: written(folder)}
         for model in args.models:
             path = found[model]()
             for shape in args.shapes:
                 for side in args.sides:
-                    command = [str(SIDES[side]), __file__, "--one", side, str(path), dtype, shape]
-                    quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-                    done = subprocess.run(command, env=quiet, check=True, text=True, stdout=subprocess.PIPE)
                     yield {"model": model, "shape": shape, "side": side, "dtype": dtype,
-                           **json.loads(done.stdout.splitlines()[-1])}  # fmt: skip
+                           **beside.alone(__file__, side, path, dtype, shape)}  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=["smollm2", "gemma3"], choices=["smollm2", "gemma3"])
     parser.add_argument("--shapes", nargs="*", default=SHAPES, help="rows x tokens; default: %(default)s")
-    parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=list(SIDES))
+    parser.add_argument("--sides", nargs="*", default=SIDES, choices=SIDES)
     parser.add_argument("--dtype", help="default: what the processor is good at")
-    parser.add_argument("--out", type=Path, default=Path("runs/speed.json"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="a folder; default: %(default)s")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measured(*args.one)))
         return 0
-    if args.sides != ["deltaw"] and not PEERS.exists():
-        sys.exit("The peers are not installed: make bench-peers")
     print("| model | rows x tokens | side | tokens/s | peak | first step done |\n|---|---|---|---|---|---|")
     done = []
     for row in rows(args):
         done.append(row)
         print(f"| {row['model']}, {row['dtype']} | {row['shape']} | {row['side']} | {row['tokens_per_second']:.0f} "
               f"| {row['peak_bytes'] / 1e9:.2f} GB | {row['ready_seconds']:.0f} s |", flush=True)  # fmt: skip
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(done, indent=1))
+        beside.keep("speed", done, args.out)
     return 0
 
 

@@ -10,11 +10,11 @@ are what counts. Needs a quiet machine.
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-from speed import SIDES, deltaw, peft
+import beside
+from speed import deltaw, peft
 
 THIN = 64
 KINDS = {
@@ -54,25 +54,19 @@ def measured(side, path, dtype, shape):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="4x512", help="rows x tokens; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="a folder; default: %(default)s")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measured(*args.one)))
         return 0
-    from deltaw.models import source
-    from deltaw.models.device import choose_device, choose_dtype
-
-    path = source.find("smollm2-135m")
-    dtype = str(choose_dtype("auto", choose_device("cpu"))).removeprefix("torch.")
-    rows = {}
-    for side in ("deltaw", "peft"):
-        command = [str(SIDES[side]), str(Path(__file__)), "--one", side, str(path), dtype, args.shape]
-        said = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
-        rows[side] = json.loads(said.splitlines()[-1])
+    path, dtype = beside.base(), beside.type_here()
+    rows = {side: beside.alone(__file__, side, path, dtype, args.shape) for side in ("deltaw", "peft")}
     print(f"| {dtype}, {args.shape} | " + " | ".join(f"{side}, ms" for side in rows) + " |\n|---|---|---|")
     for name in dict.fromkeys(name for found in rows.values() for name in sorted(found, key=found.get, reverse=True)):
         print(f"| {name} | " + " | ".join(f"{found.get(name, 0):.0f}" for found in rows.values()) + " |")
     print("| in all | " + " | ".join(f"{sum(found.values()):.0f}" for found in rows.values()) + " |")
+    beside.keep("step", rows, args.out)
     return 0
 
 

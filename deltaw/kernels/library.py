@@ -26,6 +26,7 @@ ARGUMENTS = {
     "attend": [AT],
     "attend_back": [AT],
     "surprise": [AT, AT, AT, COUNT, COUNT, FLAG, FLAG, FLAG],
+    "summed": [AT],
 }
 FILE = Path(__file__).parent / "built" / "native.so"
 
@@ -66,6 +67,8 @@ def function(name: str) -> Any:
     loaded = library()
     if loaded is None or instruction_set() == REFERENCE:
         return None
-    found = getattr(loaded, f"{name}_{instruction_set()}")
+    found = getattr(loaded, f"{name}_{instruction_set()}", None)
+    if found is None:  # products are written for AMX alone
+        return None
     found.argtypes, found.restype = ARGUMENTS[name], None
     return found

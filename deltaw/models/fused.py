@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from deltaw.kernels.products import summed
 from deltaw.models.slots import Linear, Terms
 from deltaw.weights import Weight
 
@@ -52,7 +53,7 @@ class Joined(torch.autograd.Function):
         products, parts = saved[: len(dys)], saved[len(dys) :]
         terms, learns = _whole(ctx.plain, parts), ctx.needs_input_grad[2:]
         worn = [k for k, each in enumerate(terms) if each.A_RI is not None]
-        ddowns = [(dys[k] @ parts[4 * k + 1].to(dys[k].dtype)).mul_(terms[k].scale) for k in worn]
+        ddowns = [summed([(dys[k], _scaled(terms[k], dys[k].dtype))]) for k in worn]
         ddown_TR: Any = torch.cat(ddowns, 1) if worn else None
         ranks = [len(parts[4 * k]) for k in worn]
         grads: list[Any] = [None] * len(parts)
@@ -82,19 +83,27 @@ def _stacked(terms: Sequence[Terms], dtype: torch.dtype) -> Tensor | None:
     return torch.cat(all_A).to(dtype) if all_A else None
 
 
+def _scaled(term: Terms, dtype: torch.dtype) -> Tensor:
+    """B, times the scale."""
+    assert term.B_OR is not None
+    return (term.B_OR * term.scale).to(dtype)
+
+
 def _outputs(terms: Sequence[Terms], x_TI: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None, list[Tensor | None]]:
     """All y, all A x side by side, and the W x that a gain's gradient needs."""
     A_RI = _stacked(terms, x_TI.dtype)
-    down_TR = None if A_RI is None else x_TI @ A_RI.t()
+    down_TR = None if A_RI is None else summed([(x_TI, A_RI.t())])
     ys, products, at = list[Tensor](), list[Tensor | None](), 0
     for each in terms:
-        y_TO = each.weight.product(x_TI)
+        worn = []
+        if each.A_RI is not None and down_TR is not None:
+            worn = [(down_TR[:, at : at + len(each.A_RI)], _scaled(each, x_TI.dtype).t())]
+            at += len(each.A_RI)
+        y_TO = each.weight.product(x_TI, *(worn if each.gain_O is None else ()))
         products.append(None if each.gain_O is None else y_TO)
         if each.gain_O is not None:  # which would be rounded to one
             y_TO = torch.addcmul(y_TO, y_TO, (each.gain_O - 1).to(y_TO.dtype))
-        if each.A_RI is not None and each.B_OR is not None and down_TR is not None:
-            own_TR, at = down_TR[:, at : at + len(each.A_RI)], at + len(each.A_RI)
-            y_TO.addmm_(own_TR, each.B_OR.to(y_TO.dtype).t(), alpha=each.scale)
+            y_TO = summed(worn, onto=y_TO) if worn else y_TO
         if each.bias_O is not None:
             y_TO += each.bias_O.to(y_TO.dtype)
         ys.append(y_TO)
@@ -102,12 +111,15 @@ def _outputs(terms: Sequence[Terms], x_TI: Tensor) -> tuple[tuple[Tensor, ...], 
 
 
 def _back(terms: Sequence[Terms], dys: Sequence[Tensor], ddown_TR: Tensor | None) -> Tensor:
-    """What goes back to x, summed as it comes."""
+    """What goes back to x: one sum, as far as the weights it reads stand side by side."""
     dx_TI: Tensor | None = None
+    products: list[tuple[Tensor, Tensor]] = []
     for each, dy_TO in zip(terms, dys, strict=True):
+        if products and not each.weight.stands:
+            dx_TI, products = summed(products, onto=dx_TI), []
         dbase_TO = dy_TO if each.gain_O is None else dy_TO * each.gain_O.to(dy_TO.dtype)
-        w_OI = each.weight.lent()
-        dx_TI = dbase_TO @ w_OI if dx_TI is None else dx_TI.addmm_(dbase_TO, w_OI)
-    assert dx_TI is not None
-    A_RI = _stacked(terms, dx_TI.dtype)
-    return dx_TI if A_RI is None or ddown_TR is None else dx_TI.addmm_(ddown_TR, A_RI)
+        products.append((dbase_TO, each.weight.lent()))
+    A_RI = _stacked(terms, dys[0].dtype)
+    if A_RI is not None and ddown_TR is not None:
+        products.append((ddown_TR, A_RI))
+    return summed(products, onto=dx_TI)

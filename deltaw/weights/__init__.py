@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.kernels.packed import FEW, Layout, Native, native
 from deltaw.kernels.plain import PLAIN
+from deltaw.kernels.products import Product, summed
 from deltaw.kernels.scratch import SCRATCH
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,6 +49,8 @@ class Weight(nn.Module):
 
     shape: tuple[int, int]
     dtype: torch.dtype
+    stands = False
+    """Whether what is lent stays as it is when another is lent."""
 
     def dense(self) -> Tensor:
         """Unpack to a plain matrix W_OI."""
@@ -62,9 +64,9 @@ class Weight(nn.Module):
         """Unpack to a plain matrix that is good until another is lent to this thread."""
         return self.dense()
 
-    def product(self, x_TI: Tensor) -> Tensor:
-        """Return x W' as y_TO; nothing is remembered for a backward pass."""
-        return F.linear(x_TI, self.lent())
+    def product(self, x_TI: Tensor, *also: Product) -> Tensor:
+        """Return x W' as y_TO, with other products added; nothing is remembered for a backward pass."""
+        return summed([(x_TI, self.lent().t()), *also])
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Return x W' as y_TO; for the backward pass neither x nor a dense copy of W is kept."""
@@ -131,10 +133,11 @@ class Packed(Weight):
             return native.unpack(SCRATCH.of(self.shape, self.dtype))
         return self.plain()
 
-    def product(self, x_TI: Tensor) -> Tensor:
+    def product(self, x_TI: Tensor, *also: Product) -> Tensor:
         if len(x_TI) <= FEW and (native := self.native()):
-            return native.multiply(x_TI.float()).to(x_TI.dtype)
-        return super().product(x_TI)
+            y_TO = native.multiply(x_TI.float()).to(x_TI.dtype)
+            return summed(also, onto=y_TO) if also else y_TO
+        return super().product(x_TI, *also)
 
     def repack(self, w_OI: Tensor) -> Weight:
         return self.form.pack(w_OI, self.dtype)
@@ -150,4 +153,4 @@ class FrozenMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor, None]:
-        return dy_TO @ ctx.weight.lent(), None
+        return summed([(dy_TO, ctx.weight.lent())]), None

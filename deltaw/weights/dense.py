@@ -34,6 +34,7 @@ class Dense(Weight):
     """A plain O x I tensor; `dtype`: the type it is multiplied in, if another."""
 
     w_OI: Tensor
+    stands = True
 
     def __init__(self, w_OI: Tensor, dtype: torch.dtype | None = None) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deltaw.errors import UserError
 from deltaw.kernels.packed import FEW, Layout
+from deltaw.kernels.products import Product
 from deltaw.weights import PACKED_AT_ONCE, Format, Packed, Weight
 from deltaw.weights.bits import pack, stored_bytes, unpack
 
@@ -128,10 +129,10 @@ class Ordered(Gridded):
     def lent(self) -> Tensor:
         return super().lent()[:, self.order.argsort()]
 
-    def product(self, x_TI: Tensor) -> Tensor:
+    def product(self, x_TI: Tensor, *also: Product) -> Tensor:
         if len(x_TI) <= FEW and self.native():
-            return super().product(x_TI[:, self.order])
-        return Weight.product(self, x_TI)
+            return super().product(x_TI[:, self.order], *also)
+        return Weight.product(self, x_TI, *also)
 
     def repack(self, w_OI: Tensor) -> Gridded:
         return self.form.pack(w_OI, self.dtype, self.order)

@@ -61,27 +61,37 @@ def test_documents_with_and_without_a_stem(path, heads, kv_heads, size, window, 
     compare([[70, 9, 1], [1], [130], [17, 64, 65]], heads, kv_heads, size, window, dtype)
 
 
+@pytest.mark.parametrize("dtype", list(OFF), ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "window"), [(2, 2, 32, 0), (6, 2, 64, 140), (5, 1, 256, 0)])
+def test_documents_longer_than_what_is_looked_at_together(path, heads, kv_heads, size, window, dtype):
+    compare([[300], [200, 150, 33], [129]], heads, kv_heads, size, window, dtype)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3), min_size=1, max_size=3),
-       st.sampled_from([(2, 1), (2, 2), (6, 2)]), st.integers(0, 50), st.integers(1, 3))  # fmt: skip
-def test_any_documents_any_window_any_number_of_threads(families, heads, window, threads):
+       st.sampled_from([(2, 1), (2, 2), (6, 2)]), st.integers(0, 50), st.integers(1, 3),
+       st.sampled_from(list(OFF)))  # fmt: skip
+def test_any_documents_any_window_any_number_of_threads(families, heads, window, threads, dtype):
     torch.set_num_threads(threads)
     try:
-        compare(families, *heads, 32, window, torch.float32)
+        compare(families, *heads, 32, window, dtype)
     finally:
         torch.set_num_threads(1)
 
 
-def test_large_scores_do_not_overflow(path):
-    spans, x = laid([[40]]), 30 * drawn(40, 2, 32)
+@pytest.mark.parametrize("dtype", list(OFF), ids=str)
+def test_large_scores_do_not_overflow(path, dtype):
+    spans, x = laid([[40]]), (30 * drawn(40, 2, 32)).to(dtype)
     want = brute(x.double(), x.double(), x.double(), spans, 1.0, 0)
-    torch.testing.assert_close(attend(x, x, x, spans, 1.0, 0).double(), want, rtol=1e-4, atol=1e-3)
+    rtol, atol = (1e-4, 1e-3) if dtype == torch.float32 else (1e-2, 0.1)
+    torch.testing.assert_close(attend(x, x, x, spans, 1.0, 0).double(), want, rtol=rtol, atol=atol)
 
 
-def test_nothing_of_what_is_not_seen_gets_through(path):
+@pytest.mark.parametrize("dtype", list(OFF), ids=str)
+def test_nothing_of_what_is_not_seen_gets_through(path, dtype):
     """Numbers that are none stand in all other documents, and others after the token."""
     spans = laid([[30], [50], [40]])
-    q, k, v = (drawn(120, 2, 32, seed=i) for i in range(3))
+    q, k, v = (drawn(120, 2, 32, seed=i).to(dtype) for i in range(3))
     want = attend(q, k, v, spans, 0.2, 0)[30:60]
     for x in (q, k, v):
         x[:30] = x[80:] = torch.nan

@@ -1,0 +1,69 @@
+"""Sums of matrix products in bf16, computed as one (native/products.cpp): c = a1 b1 + a2 b2 + ..., rounded once."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from deltaw.kernels.library import function
+
+FEWEST_ROWS = 16
+"""With fewer, torch is as quick."""
+Product = tuple[Tensor, Tensor]
+"""a of N x K, and b of K x M; either's rows may lie apart, and b may be a matrix that was turned."""
+
+
+class Part(ctypes.Structure):
+    """One product, as C has it."""
+
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
+        ("a", ctypes.c_void_p), ("b", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("across", "stride", "depth", "turned")),
+    ]  # fmt: skip
+
+
+class Sum(ctypes.Structure):
+    """What is summed, and where to."""
+
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
+        ("parts", ctypes.c_void_p), ("c", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("count", "rows", "columns", "ld")),
+        ("onto", ctypes.c_int32), ("threads", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+def summed(products: Sequence[Product], onto: Tensor | None = None, to: Tensor | None = None) -> Tensor:
+    """The sum of all a b; added to `onto`, or written to `to`, if either is there."""
+    a_NK, b_KM = products[0]
+    c_NM = to if onto is None else onto
+    native = _native(products, c_NM)
+    if native is None:
+        c_NM = torch.mm(a_NK, b_KM, out=to) if onto is None else onto.addmm_(a_NK, b_KM)
+        for a_NK, b_KM in products[1:]:
+            c_NM.addmm_(a_NK, b_KM)
+        return c_NM
+    if c_NM is None:
+        c_NM = a_NK.new_empty(len(a_NK), b_KM.shape[1])
+    parts = (Part * len(products))(*(_part(*each) for each in products))
+    native(ctypes.byref(Sum(ctypes.addressof(parts), c_NM.data_ptr(), len(products), *c_NM.shape, c_NM.stride(0),
+                            int(onto is not None), torch.get_num_threads())))  # fmt: skip
+    return c_NM
+
+
+def _native(products: Sequence[Product], c_NM: Tensor | None) -> Any:
+    """What does it natively; None: torch does."""
+    if len(products[0][0]) < FEWEST_ROWS or not (found := function("summed")):
+        return None
+    tensors = [*(t for each in products for t in each), *(() if c_NM is None else (c_NM,))]
+    flat = all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and 1 in t.stride() for t in tensors)
+    rows = all(a_NK.stride(1) == 1 for a_NK, _ in products) and (c_NM is None or c_NM.stride(1) == 1)
+    return found if flat and rows else None
+
+
+def _part(a_NK: Tensor, b_KM: Tensor) -> Part:
+    turned = b_KM.stride(0) == 1 and b_KM.stride(1) != 1
+    return Part(a_NK.data_ptr(), b_KM.data_ptr(), a_NK.stride(0), b_KM.stride(int(turned)), a_NK.shape[1], int(turned))

@@ -1,0 +1,31 @@
+// Memory for some numbers, of whole cache lines, with nothing in it yet.
+
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace {
+
+template <typename T>
+class Room {
+  std::unique_ptr<T[], void (*)(void*)> held{nullptr, std::free};
+  int64_t most = 0;
+
+ public:
+  explicit Room(int64_t count = 0) { grow(count); }
+
+  // Room for so many at least; what was there is lost if there was too little.
+  void grow(int64_t count) {
+    if (count <= most) return;
+    held.reset();
+    held.reset(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
+    if (!held) throw std::bad_alloc();
+    most = count;
+  }
+  T* at(int64_t i = 0) const { return held.get() + i; }
+};
+
+}  // namespace
