@@ -28,7 +28,7 @@ def bars(ax, groups, sides, values, label):
         ax.bar_label(drawn, [f"{values[g, side]:,.4g}" if (g, side) in values else "" for g in groups], fontsize=7)
     ax.set_xticks(range(len(groups)), groups, fontsize=8)
     ax.set_ylabel(label)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, ncols=len(sides), loc="lower right", bbox_to_anchor=(1, 1))
 
 
 def speed(rows):
@@ -67,7 +67,8 @@ def rows(rows):
 
 
 def growth(rows):
-    questions = list(dict.fromkeys(r["question"] for r in rows))
+    asked = list(dict.fromkeys(r["question"] for r in rows))
+    questions = [q for q in asked if q != "large"] or asked
     fig, axes = plt.subplots(2, len(questions), figsize=(3 * len(questions), 5), squeeze=False)
     for column, question in enumerate(questions):
         mine = [r for r in rows if r["question"] == question]
@@ -77,6 +78,8 @@ def growth(rows):
             ax.plot(sizes, [r[key] / per for r in mine], "o-", color=OURS)
             ax.set_xscale("log", base=2)
             ax.set_yscale("log", base=2)
+            ax.set_xticks(sizes, sizes)
+            ax.yaxis.set_major_formatter("{x:g}")
             ax.set_xlabel(question)
             ax.set_ylabel(label)
     return fig

@@ -4,7 +4,8 @@
     python benchmarks/step.py                       # 4 rows of 512 tokens, as in benchmarks/speed.py
 
 Self times of operations, by what they are for: products with a side of at most 64 are an adapter's (or attention's,
-where it is not one call), all others those of frozen weights and head. A profiled step is slower than others; shares
+where it is not one call), all others those of frozen weights and head, with
+which our sums of both are counted. A profiled step is slower than others; shares
 are what counts. Needs a quiet machine.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 import beside
 from speed import deltaw, peft
 
-THIN = 64
+THIN, WARM = 64, 4
 KINDS = {
     "cross entropy": ("crossentropy", "nll_loss", "log_softmax", "logsumexp"),
     "attention": ("attend", "attention", "softmax", "bmm"),
@@ -28,6 +29,8 @@ KINDS = {
 def kind(event):
     """What an operation is for."""
     name = event.key.lower().removeprefix("aten::")
+    if name.startswith("joined"):
+        return "products of weights and head"
     if name in ("mm", "addmm", "addmm_"):
         sides = {side for shape in event.input_shapes for side in shape}
         return "products of the adapter" if min(sides) <= THIN else "products of weights and head"
@@ -42,7 +45,8 @@ def measured(side, path, dtype, shape):
     torch.manual_seed(0)
     ids = torch.randint(1000, 40000, tuple(map(int, shape.split("x"))))
     step = {"deltaw": deltaw, "peft": peft}[side](path, getattr(torch, dtype), ids)
-    step()
+    for _ in range(WARM):  # until its memory is its own
+        step()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as told:
         step()
     found = {}

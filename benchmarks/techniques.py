@@ -35,8 +35,9 @@ def measured(_, name, path, dtype):
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         file.write_text("".join(json.dumps({"text": f"Row {i}: {WORDS}"}) + "\n" for i in range(8)), encoding="utf-8")
-        job = prepare([str(file)], {"base": path, "method": name, "dtype": dtype, "steps": 1, "val": "0",
-                                    "evaluations": 0, "batch_rows": 1, "runs": Path(folder) / "runs"}).job  # fmt: skip
+        told = {"base": path, "method": name, "dtype": dtype, "steps": 1, "val": "0", "train_on": "all",
+                "evaluations": 0, "batch_rows": 1, "runs": Path(folder) / "runs"}  # fmt: skip
+        job = prepare([str(file)], told).job
         ids = torch.randint(1000, 40000, SHAPE, generator=torch.Generator().manual_seed(0))
         batch = lay([Encoded(tuple(row), (True,) * len(row)) for row in ids.tolist()])
         with job.adapter.on():
