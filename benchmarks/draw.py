@@ -121,7 +121,8 @@ def drift(rows):
 
 def main():
     name, folder = sys.argv[1], Path(sys.argv[2])
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": name})
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update({"svg.hashsalt": name, "svg.fonttype": "none"})
     fig = globals()[name](json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
     fig.tight_layout()
     fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
