@@ -9,7 +9,6 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PEERS = HERE.parent / ".venv-peers" / "bin" / "python"
 DATA = Path(os.environ.get("DELTAW_DATA", HERE.parent / ".." / "shared" / "data")).resolve()
-RESULTS = HERE / "results"
 
 
 def python_of(side):
@@ -41,14 +40,6 @@ def base():
     from deltaw.models import source
 
     return source.find("smollm2-135m")
-
-
-def processor():
-    """The machine that figures are of, in words."""
-    from deltaw.advise.machine import look
-
-    seen = look()
-    return f"{seen.cores} cores, {', '.join(seen.instructions)}"
 
 
 def keep(name, rows, folder):

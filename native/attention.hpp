@@ -122,7 +122,8 @@ void backward(const Attention& a) {
   for (int64_t s = 0; s < a.documents; s++)
     if (spans[s].stem == spans[s].stem_stop) families.push_back(s);
   families.push_back(a.documents);
-  const int64_t alone = (families.size() - 1) * a.kv_heads, parts = alone < 4 * a.threads ? a.threads : 1;
+  const int64_t alone = (families.size() - 1) * a.kv_heads;
+  const int64_t parts = std::min<int64_t>(a.threads, (4 * a.threads + alone - 1) / alone);  // each takes memory
   const int64_t step = Worker::tokens_at_once(a), all = a.kv_heads * kept.tokens * a.size;
   const Room<float> dk(parts * all), dv(parts * all);
 #pragma omp parallel num_threads(a.threads)

@@ -12,7 +12,7 @@ from torch import Tensor
 from deltaw.kernels.library import function
 
 FEWEST_ROWS = 16
-"""With fewer, torch is as quick."""
+"""Fewer are left to torch: all of b would be laid for them."""
 Product = tuple[Tensor, Tensor]
 """a of N x K, and b of K x M; either's rows may lie apart, and b may be a matrix that was turned."""
 
