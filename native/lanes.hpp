@@ -121,6 +121,14 @@ struct Table {
 inline floats load(const float* at) { return read<floats>(at); }
 inline floats load(const uint16_t* at) { return (floats)(__builtin_convertvector(read<halves>(at), bits) << 16); }
 
+inline float plain(float x) { return x; }
+inline float plain(uint16_t x) {
+  const uint32_t whole = uint32_t(x) << 16;
+  float value;
+  memcpy(&value, &whole, 4);
+  return value;
+}
+
 inline void store(float* at, floats x) { memcpy(at, &x, sizeof x); }
 inline void store(uint16_t* at, floats x) {
   bits whole = (bits)x;

@@ -16,7 +16,7 @@ CHOICE = "DELTAW_ISA"
 AT, COUNT, FLAG, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 ARGUMENTS = {
     "unpack": [AT, AT, FLAG, FLAG],
-    "multiply": [AT, AT, AT, FLAG, FLAG],
+    "multiply": [AT, AT, AT, FLAG, FLAG, FLAG],
     "nearest": [AT, COUNT, AT, FLAG, AT, FLAG],
     "norm": [AT, AT, AT, AT, COUNT, COUNT, NUMBER, FLAG, FLAG],
     "norm_back": [AT, AT, AT, AT, AT, COUNT, COUNT, FLAG, FLAG],

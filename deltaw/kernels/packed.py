@@ -68,10 +68,11 @@ class Native:
         return out_OI
 
     def multiply(self, x_TI: Tensor) -> Tensor:
-        """Return x W' as y_TO in fp32, of x in fp32."""
+        """Return x W' as y_TO, both in fp32 or both in bf16; its sums are in fp32."""
         x_TI = x_TI.contiguous()
-        y_TO = torch.empty(len(x_TI), self.layout.shape[0])
-        function("multiply")(self._at, x_TI.data_ptr(), y_TO.data_ptr(), len(x_TI), torch.get_num_threads())
+        y_TO = x_TI.new_empty(len(x_TI), self.layout.shape[0])
+        narrow = int(x_TI.dtype == torch.bfloat16)
+        function("multiply")(self._at, x_TI.data_ptr(), y_TO.data_ptr(), len(x_TI), narrow, torch.get_num_threads())
         return y_TO
 
 

@@ -107,7 +107,7 @@ class Packed(Weight):
 
     def native(self) -> Native | None:
         """What reads this natively, if anything does: made anew only when what is stored was replaced."""
-        at = tuple(t.data_ptr() for t in self.buffers())
+        at = tuple([t.data_ptr() for t in self._buffers.values() if t is not None])  # asked for every product: quickly
         if self._native is None or at != self._native_of:
             made = native(self.layout())
             if made is None or not made.layout.lasting:
@@ -135,7 +135,7 @@ class Packed(Weight):
 
     def product(self, x_TI: Tensor, *also: Product) -> Tensor:
         if len(x_TI) <= FEW and (native := self.native()):
-            y_TO = native.multiply(x_TI.float()).to(x_TI.dtype)
+            y_TO = native.multiply(x_TI if x_TI.dtype in PLAIN else x_TI.float()).to(x_TI.dtype)
             return summed(also, onto=y_TO) if also else y_TO
         return super().product(x_TI, *also)
 
