@@ -1,11 +1,11 @@
 // Softmax attention of documents that lie one after another, forward and back (FlashAttention-2, arXiv:2307.08691).
 //
-// All is computed in fp32, but where a processor multiplies tiles of bf16. Rows are queries by heads that share a key.
+// All is computed in fp32, but where a processor multiplies bf16. Rows are queries by heads that share a key.
 
 #include "attention.hpp"
 #include "tiles.hpp"
-#if defined(__AMX_BF16__)
-#include "attention_amx.hpp"
+#if defined(__AVX512BF16__)
+#include "attention_bf16.hpp"
 #endif
 
 namespace {
@@ -169,7 +169,7 @@ struct Lanes : Sights<64> {
 
 }  // namespace
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 typedef Tiled Narrow;
 #else
 typedef Lanes<uint16_t> Narrow;

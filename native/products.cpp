@@ -1,16 +1,17 @@
-// Sums of matrix products in bf16: c = a1 b1 + a2 b2 + ..., each b as it lies, or turned. Only where there is AMX.
+// Sums of matrix products in bf16: c = a1 b1 + a2 b2 + ..., each b as it lies, or turned. Where a processor multiplies
+// bf16.
 //
 // A frozen matrix, what adapters add to it, and neighbours that go back to one input are one sum: fp32 until its end,
 // and c is written once. A thread takes some columns and rows, lays its columns of every b as tiles need them (at most
 // DEPTH of it at a time, so that it stays in the cache), and runs through its rows.
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "amx.hpp"
+#include "bf16.hpp"
 #include "room.hpp"
 
 // As deltaw/kernels/products.py lays it out.
@@ -81,7 +82,7 @@ Rows padded(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns, in
 struct Desk {
   Room<uint32_t> laid;
   Room<uint16_t> edge, left{SIDE * NEAR};
-  Room<float> sums, block{SIDE * SIDE};
+  Room<float> sums;
 };
 
 // Some rows and columns of c.
@@ -131,44 +132,36 @@ struct Unit {
       a[i] = padded(part->a + r * part->across + from, part->across, high, depth, SIDE, left);
       left += SIDE * whole(depth);
     }
-    written(desk.left.at());
-    for (int64_t c = column; c < to_column; c += SIDE, sums += SIDE * SIDE) {
-      begin(first, sums, r, high, c);
+    const int64_t apart = first && last ? 0 : SIDE * SIDE;  // what is given at once has one place, which stays near
+    for (int64_t c = column; c < to_column; c += SIDE, sums += apart) {
+      if (first && s.onto)
+        over(r, high, c, sums, [&](uint16_t* from, float* to, int64_t left) { store(to, load(from, left, 0)); });
+      Square square(sums, SIDE, first && !s.onto);
       for (size_t i = 0; i < stretch.pieces.size(); i++) {
-        const int64_t depth = whole(stretch.pieces[i].depth);
-        ::multiply(a[i], {right, SIDE}, depth);
-        right += depth / 2 * SIDE;
+        square.add(a[i], {right, SIDE}, stretch.pieces[i].depth);
+        right += whole(stretch.pieces[i].depth) / 2 * SIDE;
       }
-      store_tiles(last ? desk.block.at() : sums, SIDE);
-      if (last) give(r, high, c);
+      square.done();
+      if (last) give(r, high, c, sums);
     }
   }
 
-  void begin(bool first, float* sum, int64_t row, int64_t high, int64_t column) {
-    if (first && !s.onto) return zero_tiles();
-    if (first) {
-      sum = desk.block.at();
-      over(row, high, column, [&](uint16_t* c, float* at, int64_t left) { store(at, load(c, left, 0)); });
-    }
-    load_tiles(sum, SIDE);
-  }
-
-  void give(int64_t row, int64_t high, int64_t column) {
+  void give(int64_t row, int64_t high, int64_t column, float* sums) {
     if (s.columns - column < SIDE)
-      return over(row, high, column, [&](uint16_t* c, float* at, int64_t left) { store(c, load(at), left); });
+      return over(row, high, column, sums, [&](uint16_t* c, float* at, int64_t left) { store(c, load(at), left); });
     for (int64_t i = 0; i < high; i++) {
-      const float* from = desk.block.at(i * SIDE);
+      const float* from = sums + i * SIDE;
       _mm512_storeu_si512(s.c + (row + i) * s.ld + column, rounded(load(from), load(from + LANES)));
     }
   }
 
-  // Calls of(place in c, place in the block, how many numbers there are) for pieces of rows.
+  // Calls of(place in c, place in the sums, how many numbers there are) for pieces of rows.
   template <typename Of>
-  void over(int64_t row, int64_t high, int64_t column, Of of) {
+  void over(int64_t row, int64_t high, int64_t column, float* sums, Of of) {
     const int64_t wide = std::min(SIDE, s.columns - column);
     for (int64_t i = 0; i < high; i++)
       for (int64_t j = 0; j < wide; j += LANES)
-        of(s.c + (row + i) * s.ld + column + j, desk.block.at(i * SIDE + j), wide - j);
+        of(s.c + (row + i) * s.ld + column + j, sums + i * SIDE + j, wide - j);
   }
 };
 
@@ -188,7 +181,7 @@ extern "C" void FOR_THIS_SET(summed)(const Sum* given) {
 #pragma omp parallel num_threads(s.threads)
   {
     static thread_local Desk desk;
-    const TilesOn on;
+    const Ready ready;
     desk.laid.grow(each * SIDE * deepest / 2), desk.edge.grow(SIDE * NEAR);
     desk.sums.grow(each * SIDE * (all.size() > 1 ? tall : SIDE));
 #pragma omp for collapse(2) schedule(dynamic, 1)

@@ -45,7 +45,7 @@ TINY = {
 def pytest_report_header():
     """Which native kernels this machine can test; the others are not tested here."""
     native = [name for name in library.available() if name != library.REFERENCE]
-    missed = [name for name in ("amx", "avx512", "avx2", "portable") if name not in native]
+    missed = [name for name in ("amx", "avx512_bf16", "avx512", "avx2", "portable") if name not in native]
     return f"native kernels: {', '.join(native) or 'none'}; not to be had here: {', '.join(missed) or 'none'}"
 
 

@@ -68,7 +68,7 @@ def function(name: str) -> Any:
     if loaded is None or instruction_set() == REFERENCE:
         return None
     found = getattr(loaded, f"{name}_{instruction_set()}", None)
-    if found is None:  # products are written for AMX alone
+    if found is None:  # products are written for bfloat16 alone
         return None
     found.argtypes, found.restype = ARGUMENTS[name], None
     return found

@@ -1,11 +1,11 @@
-// Attention of bf16 by tiles: scores lie with keys down and queries across, so that no table of shares is ever turned.
+// Attention of bf16 by squares: scores lie with keys down and queries across, so that no table of shares is ever turned.
 //
 // A row is a query of one head; heads lie one after another, each with whole SIDEs of tokens, of which some may be
 // none. Shares are rounded to bf16 before they are multiplied, as by other implementations; sums are fp32.
 
 #pragma once
 
-#include "amx.hpp"
+#include "bf16.hpp"
 #include "attention.hpp"
 
 namespace {
@@ -56,7 +56,7 @@ struct Tiled : Sights<128> {
   };
 
   const Kept& kept;
-  const TilesOn on;
+  const Ready ready;
   int64_t wide = 0, each_head = 0;  // rows of the block, and of each of its heads
   Asked q, dout;
   Room<float> s, ds, sums, most, sum;
