@@ -28,6 +28,12 @@ def alone(file, side, *told):
     return json.loads(said.splitlines()[-1])
 
 
+def peak_bytes():
+    """The most memory that this process held; getrusage would tell that of the process that began it, if it is more."""
+    told = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in told if line.startswith("VmHWM"))
+
+
 def type_here():
     """What is computed with: bfloat16 where the processor multiplies it, else float32."""
     from deltaw.models.device import choose_device, choose_dtype

@@ -10,7 +10,6 @@ and its median of three steps after one. Needs a quiet machine.
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -72,7 +71,7 @@ def measured(_, path, dtype, shape, rank):
         seconds.append(time.perf_counter() - began)
     median = statistics.median(seconds)
     return {"step_seconds": median, "tokens_per_second": ids.numel() / median, "seconds": seconds,
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # fmt: skip
+            "peak_bytes": beside.peak_bytes()}  # fmt: skip
 
 
 def main():

@@ -13,13 +13,14 @@ need peft and bitsandbytes (the dev group), all but `large` the default model. N
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import beside
 
 DTYPES = ("bfloat16", "float32")
 TOKEN = [*((d, "") for d in DTYPES), *((d, f) for f in ("int4-g32", "nf4-dq", "nf3-dq", "int8") for d in DTYPES)]
@@ -221,7 +222,7 @@ def main():
             if name == "peft":
                 lines = VILLAGE.read_text(encoding="utf-8").splitlines()
                 peft_and_bitsandbytes([json.loads(line)["messages"] for line in lines], 10)
-                print(json.dumps({"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+                print(json.dumps({"peak_bytes": beside.peak_bytes()}))
             else:
                 print(json.dumps(made[name](*more)))
         case "token":

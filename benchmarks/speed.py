@@ -12,7 +12,6 @@ five; the peak is of the whole process. Needs a quiet machine.
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -106,7 +105,7 @@ def measured(side, path, dtype, shape):
         began = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - began)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = beside.peak_bytes()
     return {"tokens_per_second": ids.numel() / statistics.median(seconds), "peak_bytes": peak, "ready_seconds": ready,
             "seconds": seconds, "threads": torch.get_num_threads()}  # fmt: skip
 

@@ -71,3 +71,11 @@ def test_memory_that_is_free_is_given_back_at_once_when_asked_to():
     kept, given_back = printed(EARLY, "usual"), printed(EARLY, "frugal")
     assert kept > 50e6
     assert given_back < 10e6
+
+
+def test_a_peak_is_not_that_of_the_process_that_began_this_one():
+    child = "import torch; from deltaw.train.memory import peak_bytes; print(peak_bytes(torch.device('cpu')))"
+    begun = f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    parent = f"import subprocess, sys; held = b'x' * (2 << 30); {begun}"
+    said = subprocess.run([sys.executable, "-c", parent], check=True, text=True, stdout=subprocess.PIPE).stdout
+    assert 1 << 26 < int(said) < 2 << 30
