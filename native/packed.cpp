@@ -48,8 +48,8 @@ struct Spans {
   std::vector<float> scale, offset;
   int64_t first = 0;
 
-  explicit Spans(const Matrix& m)
-      : scale(BAND * m.columns / m.block + 2 + LANES), offset(m.offset ? scale.size() : 0) {}
+  explicit Spans(const Matrix& m)  // sixteen more, as tables are read
+      : scale(BAND * m.columns / m.block + 2 + 16), offset(m.offset ? scale.size() : 0) {}
 
   void take(const Matrix& m, int64_t row, int64_t rows) {
     first = row * m.columns / m.block;
