@@ -75,6 +75,10 @@ class Method(ABC):
         """
         return adapter
 
+    def notices(self, adapter: Adapter) -> tuple[str, ...]:  # noqa: ARG002 (a hook)
+        """What whoever trains should know of these settings over this base, in sentences. By default: nothing."""
+        return ()
+
     def finished(self, adapter: Adapter) -> Adapter:
         """What is kept of a trained adapter: by default, all of it."""
         return adapter

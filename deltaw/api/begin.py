@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -38,6 +39,7 @@ def begun(method: Method, base: Base, settings: Training, loaded: Loaded, stop: 
         raise UserError("These settings leave nothing to train.", remedy="See the page of the method, docs/methods.")
     with adapter.on():
         encoded = encode(loaded, base, settings, stop)
+    encoded = replace(encoded, notices=(*encoded.notices, *method.notices(adapter)))
     if not fresh:
         return adapter, encoded
 

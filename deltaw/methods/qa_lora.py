@@ -6,7 +6,7 @@ group, as is the offset of the group. The merged model is as quantised as it was
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeGuard
 
 import torch
 from pydantic import Field
@@ -17,7 +17,12 @@ from deltaw.errors import UserError
 from deltaw.methods.lora import LoRA, LowRank
 from deltaw.models.slots import Linear, Parts
 from deltaw.settings import settings
+from deltaw.weights import Weight
 from deltaw.weights.grid import Gridded, Ordered
+from deltaw.words import some
+
+if TYPE_CHECKING:
+    from deltaw.adapters.adapter import Adapter
 
 
 class Pooled(LowRank):
@@ -37,10 +42,14 @@ class Pooled(LowRank):
 
     def merged(self, slot: Linear) -> Parts:
         weight = slot.weight
-        if not isinstance(weight, Gridded) or self.group % weight.form.group:
+        if not self.fits(weight):
             return super().merged(slot)
         by_OG = self.scale * self.share * (self.B @ self.A)
         return {"weight": weight.shifted(by_OG.repeat_interleave(self.group // weight.form.group, 1))}
+
+    def fits(self, weight: Weight) -> TypeGuard[Gridded]:
+        """Whether what it adds is the same for all inputs of each group that this matrix has."""
+        return isinstance(weight, Gridded) and self.group % weight.form.group == 0
 
 
 @settings
@@ -63,3 +72,11 @@ class QALoRA(LoRA):
         A_RG, B_OR = self.drawn(site.rank, i // self.group, rng), torch.zeros(o, site.rank)
         order_I = weight.order if isinstance(weight, Ordered) else None
         return Pooled(A_RG, B_OR, self.scale(site), self.dropout, self.group, share, order_I)
+
+    def notices(self, adapter: Adapter) -> tuple[str, ...]:
+        fits = [delta.fits(slot.weight) for slot, delta in adapter.items()
+                if isinstance(slot, Linear) and isinstance(delta, Pooled)]  # fmt: skip
+        if all(fits):
+            return ()
+        return (f"{fits.count(False)} of {some(len(fits), 'layer')} have no groups that fit --group {self.group}; "
+                f"merged, they keep no codes. Over --base-format int4-g{self.group} they do.",)  # fmt: skip

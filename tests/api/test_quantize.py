@@ -19,6 +19,7 @@ from deltaw.errors import UserError
 from deltaw.files import adapters
 from deltaw.models import checkpoint
 from deltaw.models.slots import Linear
+from deltaw.train.events import Started
 from deltaw.weights import Packed
 from deltaw.weights.formats import parse
 
@@ -41,7 +42,7 @@ def rows(tmp_path):
 
 def tuned(folder, rows, **chosen):
     return finetune(rows, base=folder, runs=rows.parent / "runs", name="run", dtype="float32", threads=1, steps=3,
-                    val="0", learning_rate=0.02, sample="hi", listen=(), **chosen)  # fmt: skip
+                    val="0", learning_rate=0.02, sample="hi", **{"listen": ()} | chosen)  # fmt: skip
 
 
 @pytest.mark.parametrize("form", ["nf4-dq", "nf3-b32-s4.fp16.64", "int4-g32"])
@@ -120,6 +121,17 @@ def test_what_was_trained_is_worn_and_merged_on_the_base_that_it_was_trained_on(
     torch.testing.assert_close(our_logits(plain, ids), want, rtol=0, atol=1e-4)
     with persona.on():
         assert torch.equal(our_logits(persona.base.model, ids), want)
+
+
+@pytest.mark.parametrize(("form", "group", "unfit"), [
+    ("int4-g32", 32, 0), ("int8-g32", 64, 0), ("int4-g32", 16, 2), ("fp16", 32, 2), ("nf4", 32, 2),
+])  # fmt: skip
+def test_qa_lora_says_over_which_bases_it_does_not_merge_exactly(form, group, unfit, folder, rows):
+    heard = []
+    tuned(folder, rows, method="qa_lora", rank=2, targets="layers.0.*.q_proj,layers.1.*.q_proj", base_format=form,
+          group=group, listen=[heard.append])  # fmt: skip
+    told = [line for event in heard if isinstance(event, Started) for line in event.notices if "--group" in line]
+    assert [line.startswith(f"{unfit} of 2 layers") for line in told] == [True] * bool(unfit)
 
 
 def test_qa_lora_merges_into_its_own_four_bits_and_lora_does_not(folder, rows, ids, tmp_path):
