@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -36,6 +37,16 @@ class Interrupted(UserError):
     """The user stopped the work; what was done is saved."""
 
     code = 130
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Let a mistake in this block say where it is, if it does not."""
+    try:
+        yield
+    except UserError as e:
+        e.where = e.where or where
+        raise
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

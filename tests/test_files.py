@@ -18,7 +18,7 @@ import deltaw
 from deltaw.adapters.adapter import Adapter
 from deltaw.errors import Diverged, UserError
 from deltaw.files import adapters, runs
-from deltaw.files.atomic import replacing, write_text
+from deltaw.files.atomic import disk_is_full, replacing, write_text
 from deltaw.files.runs import Run
 from deltaw.methods import method
 from deltaw.models import checkpoint
@@ -274,10 +274,12 @@ def test_what_no_run_can_be_taken_for_is_said_with_what_to_do(tmp_path):
     assert refused(lambda run: not run.adapter.exists()) == f"Every run has ended. deltaw chat mine --runs {tmp_path}"
 
 
-def test_a_full_disk_that_safetensors_tells_in_words_is_an_error_of_the_system(tmp_path):
-    with pytest.raises(OSError, match="No space left") as e, replacing(tmp_path / "x"):
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-    assert e.value.errno == errno.ENOSPC
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EIO])
+def test_what_safetensors_tells_in_words_is_an_error_of_the_system(number, tmp_path):
+    with pytest.raises(OSError, match=os.strerror(number)) as e, replacing(tmp_path / "x"):
+        raise SafetensorError(f"I/O error: something (os error {number})")
+    assert e.value.errno == number
+    assert disk_is_full(e.value) == (number != errno.EIO)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -90,3 +90,11 @@ def test_the_largest_inputs_first_leaves_less_where_inputs_differ_much(width):
     x_TI = torch.randn(3, 128, generator=torch.Generator().manual_seed(4))
     want = x_TI.double() @ largest_first.dense().double().t()
     assert (largest_first(x_TI) - want).norm() / want.norm() < 1e-6
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_inputs_that_are_no_numbers_are_refused(value):
+    products_II = torch.eye(64)
+    products_II[3, 3] = value
+    with pytest.raises(UserError, match="no number, or too large"):
+        gptq(torch.randn(8, 64), products_II, Grid(4, 32), torch.float32)

@@ -15,6 +15,7 @@ from deltaw.adapters.adapter import Adapter
 from deltaw.adapters.protocol import Site
 from deltaw.adapters.whole import Whole
 from deltaw.errors import UserError
+from deltaw.methods import method
 from deltaw.methods.lora import LoRA, LowRank
 from deltaw.models import checkpoint
 from deltaw.models.config import ModelConfig
@@ -279,3 +280,9 @@ def test_a_tied_head_follows_a_trained_embedding_only_if_it_is_to(tiny, follows)
     with adapter.on():
         assert torch.equal(tiny.embed_tokens(torch.arange(5)), trained[:5])
         assert torch.equal(tiny.head_VD(), trained if follows else head)
+
+
+@pytest.mark.parametrize("alpha", [0, -4.0, 2e6])
+def test_an_alpha_for_some_layers_is_as_it_may_be_for_all(alpha):
+    with pytest.raises(UserError, match="alpha"):
+        method("lora", alpha_pattern={"mlp.*": alpha})

@@ -189,11 +189,16 @@ def test_a7_a_model_rounded_by_act_order_is_merged_as_exactly_and_its_adapter_fi
     with pytest.raises(UserError, match="do not fit"):
         adapters.put(Adapter.build(adapter.method, plain), kept, "here")
     told = Base("tiny", tiny_path, model, Tokenizer.load(tiny_path), ""), Base("x", tiny_path, plain, None, "")
-    with pytest.raises(UserError, match="in its base's own order"):
+    with pytest.raises(UserError, match="in the order of its own base's groups"):
         moved(Persona("tuned", told[0], adapter), replace(told[1], tokenizer=told[0].tokenizer))
     elsewhere = Persona("tuned", replace(told[1], tokenizer=told[0].tokenizer), Adapter.build(adapter.method, plain))
-    with pytest.raises(UserError, match="do not fit"):  # nor does one without an order, and that is said otherwise
+    with pytest.raises(UserError, match="in the order of its own base's groups"):  # nor does one without an order
         moved(elsewhere, told[0])
+    third = replace(told[0], name="y", model=other)
+    before = our_logits(other, ids)
+    with pytest.raises(UserError, match="in the order of its own base's groups"):
+        moved(Persona("tuned", told[0], adapter), third)
+    assert torch.equal(our_logits(other, ids), before)
     again = Adapter.build(adapter.method, other)  # of another order, which is not that of the adapter
     adapters.put(again, kept, "here")
     for (_, ours), (_, theirs) in zip(adapter.named_deltas(), again.named_deltas(), strict=True):

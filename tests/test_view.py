@@ -83,6 +83,14 @@ def test_live_tells_the_run_from_header_to_summary() -> None:
         assert said in text, said
 
 
+def test_the_base_and_the_kernels_are_as_they_were_used() -> None:
+    console = pipe()
+    play(console, [started(base_form="nf4-dq", kernels="avx2"), started(kernels="reference")])
+    assert "base tiny, packed as nf4-dq;" in shown(console)
+    assert "2 threads, kernels for avx2;" in shown(console)
+    assert "2 threads, no native kernels;" in shown(console)
+
+
 def drawn(listener: LiveView, width: int) -> str:
     """The live area as it stands."""
     console = Console(file=io.StringIO(), width=width)

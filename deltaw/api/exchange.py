@@ -19,7 +19,7 @@ from deltaw.evaluate.measure import Difference
 from deltaw.files import adapters, ollama, peft
 from deltaw.files.atomic import replacing, replacing_folder, write_text
 from deltaw.files.runs import Run, check_name
-from deltaw.models import checkpoint, gguf_write, source
+from deltaw.models import checkpoint, gguf_write, packed, source
 
 Target = Literal["peft", "vllm", "gguf", "gguf-lora", "ollama"]
 SYSTEM = "system_prompt.txt"
@@ -72,7 +72,7 @@ def _exported(persona: Persona, to: Target, out: Path, packing: Packing, example
                     write_text(scratch / "README.md", card)
                 again = Persona(persona.name, base, peft.read(scratch, base.model))
                 with again.on():
-                    return Exported(to, out, _size(scratch), compared(persona, base.model, batches))
+                    return Exported(to, out, _size(scratch), compared(persona, base.model, batches), _elsewhere(base))
         case "ollama":
             text = ollama.modelfile(base.tokenizer, persona.system, f"{persona.name}.gguf")
             with replacing_folder(out) as scratch:
@@ -89,7 +89,20 @@ def _exported(persona: Persona, to: Target, out: Path, packing: Packing, example
         case "gguf-lora":
             with replacing(out) as scratch:
                 gguf_write.write_lora(_pairs(persona.adapter), base.model.config, scratch, persona.name)
-                return Exported(to, out, _size(scratch), None)
+                return Exported(to, out, _size(scratch), None, _elsewhere(base))
+
+
+def _elsewhere(base: Base) -> tuple[str, ...]:
+    """What to know of an adapter that is loaded onto its base by others, where it was packed only here."""
+    form = checkpoint.form_of(base.model)
+    if form is None or checkpoint.is_packed(base.path):
+        return ()
+    told = packed.said({"": form}, base.model.dtype)[packed.KEY]
+    names = "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"
+    how = (f"transformers packs so too: BitsAndBytesConfig({', '.join(f'{n}={told[n]!r}' for n in names)})."
+           if packed.is_theirs(form) else "deltaw merge writes one model of both.")  # fmt: skip
+    return (f"It was trained over {base.name} packed as {form}, and says other things over plain matrices, as far as "
+            f"packing changed them. {how}",)  # fmt: skip
 
 
 def requantised(persona: Persona, out: Path, examples: Sequence[Example] = ()) -> Merged:

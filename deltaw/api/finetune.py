@@ -26,6 +26,7 @@ from deltaw.data.columns import HUB
 from deltaw.errors import Diverged, Interrupted, UserError, WillNotFit, nearest
 from deltaw.files import adapters, runs
 from deltaw.files.runs import Run
+from deltaw.kernels.library import instruction_set
 from deltaw.methods import find as find_method
 from deltaw.methods import method as make_method
 from deltaw.models.checkpoint import count
@@ -255,6 +256,7 @@ def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loa
         trained_tokens=encoded.rows.targets, batch_rows=batch_rows,
         dtype=str(base.model.dtype).removeprefix("torch."), device=str(base.model.device),
         threads=torch.get_num_threads(), learning_rate=job.learning_rate, packed=packed_by_layer(adapter),
+        base_form=base.form, kernels=instruction_set(),
         notices=(*loaded.notices, *encoded.notices))  # fmt: skip
     return job, started
 

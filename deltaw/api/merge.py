@@ -99,9 +99,11 @@ def moved(persona: Persona, base: Base) -> Persona:
     if any(ours[i] != theirs[i] for i in ours.keys() & theirs.keys()):
         raise UserError("This base has another vocabulary than the one the adapter was trained on.", where=base.name)
     adapter = Adapter.build(persona.adapter.method, base.model).to(base.model.device)
-    if any(name.endswith(".order") for name in persona.adapter.state_dict().keys() - adapter.state_dict().keys()):
-        raise UserError("This adapter sums the inputs in its base's own order, which the other base does not have.",
-                        remedy="Take --into base, or --into quantised.")  # fmt: skip
+    own, others = ({name: t.tolist() for name, t in state(each).items() if name.endswith(".order")}
+                   for each in (persona.adapter, adapter))  # fmt: skip
+    if own != others:
+        raise UserError("This adapter sums inputs in the order of its own base's groups, and the other has another.",
+                        where=base.name, remedy="Take --into base, or --into quantised.")  # fmt: skip
     put(adapter, state(persona.adapter), base.name)
     return replace(persona, base=base, adapter=adapter.eval())
 

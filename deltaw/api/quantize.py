@@ -15,7 +15,7 @@ from deltaw.adapters.watch import Inputs, watching
 from deltaw.api.evaluate import rows_of
 from deltaw.api.persona import Persona, load_base
 from deltaw.data.batch import Batch
-from deltaw.errors import UserError
+from deltaw.errors import UserError, located
 from deltaw.files.atomic import replacing_folder
 from deltaw.kernels.heap import frugal
 from deltaw.models import checkpoint, source
@@ -75,10 +75,16 @@ def quantize(base: str, form: str, folder: Path, calibrate: Path | None = None, 
 @torch.no_grad()
 def _rounded_by(batches: Sequence[Batch], model: Decoder, form: Grid) -> None:
     """Pack the matrices of a model by what they multiply when these rows pass through it as it is."""
-    slots = {name: slot for name, slot in model.layers.named_modules() if isinstance(slot, Linear)}
+    if (have := checkpoint.form_of(model)) is not None:
+        raise UserError(f"This model is packed already, as {have}.", remedy="Take the model that it was made from.")
+    slots = {name: slot for name, slot in model.layers.named_modules(prefix="layers") if isinstance(slot, Linear)}
+    for name, slot in slots.items():  # before the rows take their time
+        with located(name):
+            form.grouped(torch.empty(slot.weight.shape, device="meta"))
     ears = {name: Inputs(slot.weight.shape[1]) for name, slot in slots.items()}
     with watching(slots, ears):
         for batch in batches:
             model.hidden(batch.ids_T, batch.at_T, batch.seen)
     for name, slot in slots.items():
-        slot.weight = gptq(slot.weight.dense(), ears[name].products_II, form, model.dtype)
+        with located(name):
+            slot.weight = checkpoint.finite(gptq(slot.weight.dense(), ears[name].products_II, form, model.dtype))

@@ -151,7 +151,7 @@ def _usage(error: CycloptsError) -> UserError:
 
 def _unwritable(error: OSError) -> UserError:
     """What the system refused, in our words."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = "Free some, or take a folder on another disk." if full else REFUSED.get(
         error.errno or 0, "Take another place, or make it writable.")  # fmt: skip
     return (WillNotFit if full else UserError)(f"{error.strerror or error}.", where=os.fsdecode(error.filename or ""),

@@ -62,7 +62,7 @@ def export(run: str | None = None, /, *, to: Target, out: Path | None = None, pa
     facts(f"Exported {name}", rows, json, asdict(done))
 
 
-def bring(folder: Path, /, *, base: str, name: str | None = None, runs: Path = Path("runs"),
+def bring(folder: Path, /, *, base: str, base_format: str = "", name: str | None = None, runs: Path = Path("runs"),
           machine: Annotated[Machine | None, Parameter(name="*")] = None, json: bool = False) -> None:  # fmt: skip
     """Take in a LoRA that PEFT or mlx-lm wrote: it becomes a run, to chat with, measure, merge and export.
 
@@ -72,6 +72,8 @@ def bring(folder: Path, /, *, base: str, name: str | None = None, runs: Path = P
         The folder with adapter_config.json.
     base
         The base model that it was trained on.
+    base_format
+        How its matrices were packed meanwhile, such as nf4-dq. By default: not at all.
     name
         The new run's name. By default: the folder's.
     runs
@@ -84,7 +86,7 @@ def bring(folder: Path, /, *, base: str, name: str | None = None, runs: Path = P
     from deltaw.files.runs import Run
 
     with busy(json) as say:
-        loaded = load_base(base, **plain(machine or Machine()), say=say)
+        loaded = load_base(base, **plain(machine or Machine()), say=say, base_format=base_format)
         path = brought(folder, loaded, name or folder.resolve().name, runs)
     rows = {"written": str(path), "talk to it": Run(path.parent.parent).command("chat")}
     facts(f"Imported {folder}", rows, json, {"adapter": str(path)})

@@ -78,7 +78,8 @@ class Comparison:
 
     def add(self, before_NV: torch.Tensor, after_NV: torch.Tensor, labels_N: torch.Tensor) -> None:
         """Take in the logits of both models for the same labelled tokens."""
-        self.most = max(self.most, float((before_NV - after_NV).abs().max()))
+        # What is no number is the most there can be.
+        self.most = max(self.most, float((before_NV - after_NV).abs().max()), key=lambda most: (math.isnan(most), most))
         self.agreed += int((before_NV.argmax(1) == after_NV.argmax(1)).sum())
         self.tokens += len(labels_N)
         for i, logits_NV in enumerate((before_NV, after_NV)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -74,8 +75,8 @@ def _told_of(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if disk_is_full(e) and not isinstance(e, OSError):  # safetensors has an error of its own
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from e
+        if not isinstance(e, OSError) and (number := _refused(e)):
+            raise OSError(number, os.strerror(number), str(path)) from e
         said = Path(os.fsdecode(getattr(e, "filename", None) or "")).parts
         if isinstance(e, OSError) and any(part.startswith(f".{path.name}") for part in said):
             e.filename = str(path)
@@ -95,9 +96,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def disk_is_full(error: Exception) -> bool:
-    """Whether this is why a file could not be written; safetensors says it only in words."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
+    """Whether this is why a file could not be written: no room, or none for a file of this size."""
+    return (getattr(error, "errno", None) or _refused(error)) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _refused(error: Exception) -> int:
+    """What the system said to safetensors, which has an error of its own and tells it only in words; 0: nothing."""
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return int(said[1]) if said else 0
 
 
 def _flush(path: Path) -> None:

@@ -69,6 +69,9 @@ class LowRank(Product):
         return self.A, self.B
 
 
+Alpha = Annotated[float, Field(gt=0, le=1e6)]
+
+
 @settings
 class LoRA(Method):
     """Train two thin matrices beside each frozen one."""
@@ -78,7 +81,7 @@ class LoRA(Method):
 
     rank: Annotated[int, Field(ge=1, le=8192)] = 16
     """Rank R of the update."""
-    alpha: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    alpha: Alpha | None = None
     """The update is scaled by alpha / rank. By default: twice the rank."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead, so that high ranks learn as fast (Kalajdzievski 2023, arXiv:2312.03732)."""
@@ -88,7 +91,7 @@ class LoRA(Method):
     """How A starts: uniform in ±1/sqrt(in) as in the authors' code, or normal with deviation 1/rank."""
     rank_pattern: dict[str, Count] = field(default_factory=dict)
     """Other ranks for some layers, by pattern of their names: {"layers[.]0[.].*": 32}."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, Alpha] = field(default_factory=dict)
     """Other alphas for some layers, by pattern of their names."""
     modules_to_save: str = ""
     """Layers that are trained whole beside, such as embed_tokens,norm; named as targets are."""

@@ -70,7 +70,7 @@ class QALoRA(LoRA):
                             remedy="Take another --group, or other --targets.")  # fmt: skip
         share = {"root": self.group**-0.5, "sum": 1.0, "mean": 1 / self.group}[self.pooling]
         A_RG, B_OR = self.drawn(site.rank, i // self.group, rng), torch.zeros(o, site.rank)
-        order_I = weight.order if isinstance(weight, Ordered) else None
+        order_I = weight.order.clone() if isinstance(weight, Ordered) else None
         return Pooled(A_RG, B_OR, self.scale(site), self.dropout, self.group, share, order_I)
 
     def notices(self, adapter: Adapter) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deltaw.errors import UserError
+from deltaw.errors import UserError, located
 from deltaw.models import packed
 from deltaw.models.config import ModelConfig
 from deltaw.models.decoder import Decoder
@@ -65,9 +65,13 @@ def load(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", fo
         owner, part = wanted.pop(name)
         _put(owner, part, w.to(device=device, dtype=dtype), f"{path}: {name}")
         if form is not None and isinstance(owner, Linear) and part == "weight" and owner is not model.lm_head:
-            owner.weight = form.pack(w.to(device), dtype)
+            with located(f"{path}: {name}"):
+                owner.weight = finite(form.pack(w.to(device), dtype))
     for name, found in pieces.items():
         (owner, _), own = wanted.pop(name), others.get(name.removesuffix(".weight"), usual)
+        if not isinstance(owner, Linear):
+            raise UserError("This weight is packed, and only those of linear layers may be.", where=f"{path}: {name}",
+                            remedy=ANEW)  # fmt: skip
         owner.weight = packed.weight_of(found, own, owner.weight.shape, dtype, f"{path}: {name}").to(device)
     if pieces and form not in (None, have := form_of(model)):
         raise UserError(f"This model is packed already, as {have}.", where=str(path),
@@ -76,6 +80,18 @@ def load(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", fo
         raise UserError(f"{some(len(wanted), 'weight')} missing, such as '{min(wanted)}'.", where=str(path),
                         remedy=ANEW)  # fmt: skip
     return model.eval()
+
+
+def finite(weight: Weight) -> Weight:
+    """A matrix that was packed, if it is of numbers.
+
+    Raises:
+        UserError: it has values that are no numbers, or too large for its format.
+    """
+    if all(bool(t.isfinite().all()) for t in weight.buffers() if t.is_floating_point()):
+        return weight
+    raise UserError("This matrix holds values that are no numbers, or too large for this format.",
+                    remedy="Take another format, such as bf16; or fetch the model anew.")  # fmt: skip
 
 
 def save(model: Decoder, folder: Path) -> None:

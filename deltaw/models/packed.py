@@ -52,7 +52,9 @@ def said(forms: Mapping[str, Format], dtype: torch.dtype) -> dict[str, Any]:
 
 def is_theirs(form: Format) -> bool:
     """Whether bitsandbytes has this format."""
-    return isinstance(form, Codebook) and form.width == 4 and isinstance(form.scales, Plain | Double)
+    if not isinstance(form, Codebook) or form.block not in BLOCKS:
+        return False
+    return form.width == 4 and isinstance(form.scales, Plain | Double)
 
 
 def read_formats(config: Mapping[str, Any], where: Path) -> tuple[Format | None, dict[str, Format]]:
@@ -131,6 +133,8 @@ def _from_theirs(found: Mapping[str, Tensor], state: Mapping[str, Any], shape: t
     if not torch.equal(found[".quant_map"].float(), form.levels(torch.device("cpu"))):
         raise ValueError("another table")
     kept = {"codes": found[ITS_OWN].flatten()}
+    if nested and not torch.equal(found[".nested_quant_map"].float(), dynamic()):
+        raise ValueError("another table of scales")
     if not nested:
         return form, kept | {"absmax": found[".absmax"]}
     return form, kept | {"codes2": found[".absmax"], "absmax2": found[".nested_absmax"],

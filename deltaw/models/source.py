@@ -87,9 +87,17 @@ def find(name: str, say: Say = lambda _: None) -> Path:
 
 
 def note(path: Path) -> dict[str, str]:
-    """What is known of a converted model's origin; empty for others."""
+    """What is known of a converted model's origin; empty for others.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     file = path / NOTE
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    except (ValueError, TypeError) as e:
+        raise UserError("This is not what deltaw wrote here.", where=str(file), why=str(e),
+                        remedy="Remove the file: it only says where the model came from.") from None  # fmt: skip
 
 
 def packing(path: Path) -> str:

@@ -46,7 +46,8 @@ def _lines(name: str, run: Run, config: dict[str, Any], manifest: dict[str, Any]
     yield "\n| file | SHA-256 |\n|---|---|"
     for file, digest in manifest.get("data", {}).items():
         yield f"| {_cell(Path(file).name)} | `{digest}` |"
-    yield f"\nBase: `{base}`, fingerprint `{manifest.get('base', 'unknown')}`."
+    packed = f", packed as {form}" if (form := started.get("base_form")) else ""
+    yield f"\nBase: `{base}`, fingerprint `{manifest.get('base', 'unknown')}`{packed}."
     yield from (f"- {_cell(notice)}" for notice in run.notices)
     yield "\n## Settings\n\n| setting | value |\n|---|---|"
     for key in SHOWN_SETTINGS:

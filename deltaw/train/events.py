@@ -39,6 +39,10 @@ class Started(Event):
     threads: int
     learning_rate: float
     resumed_at: int = 0
+    base_form: str = field(default="", metadata=LATER)
+    """How the base's matrices are packed; empty: as they are."""
+    kernels: str = field(default="", metadata=LATER)
+    """The instruction set of the native code that is used."""
     packed: tuple[str, ...] = field(default=(), metadata=LATER)
     """How layers are packed, where they differ: each one's name, its format, and its bits a number."""
     notices: tuple[str, ...] = ()

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deltaw import words
+from deltaw.kernels.library import REFERENCE
 from deltaw.train.events import Evaluated, Event, Finished, Planned, Sampled, Saved, Started, Stepped, Warned
 from deltaw.train.heat import placed
 from deltaw.train.record import Listener
@@ -192,12 +193,14 @@ def _facts(event: Started) -> list[tuple[str, str]]:
     share = words.share(event.trained_parameters, event.base_parameters)
     tokens, trained_tokens = words.count(event.tokens), words.count(event.trained_tokens)
     batch = words.some(event.batch_rows, "row")
+    native = f", kernels for {event.kernels}" if event.kernels != REFERENCE else ", no native kernels"
+    kernels = native if event.kernels and event.device == "cpu" else ""
     return [
-        ("base", event.base),
+        ("base", event.base + (f", packed as {event.base_form}" if event.base_form else "")),
         ("method", f"{event.method}, {words.count(event.trained_parameters)} trained ({share})"),
         ("data", f"{event.rows:,} rows, {tokens} tokens ({trained_tokens} trained), {batch} a step"),
         ("validation", f"{event.val_rows:,} rows"),
-        ("compute", f"{event.dtype} on {event.device}, {event.threads} thread{'s' * (event.threads != 1)}"),
+        ("compute", f"{event.dtype} on {event.device}, {words.some(event.threads, 'thread')}" + kernels),
         *([("packed", _packed(event))] if event.packed else []),
         ("rate", f"{event.learning_rate:.1e}"),
         *([("resumed", f"at step {event.resumed_at}")] if event.resumed_at else []),

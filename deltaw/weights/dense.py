@@ -18,7 +18,7 @@ class Plainly(Format):
     kind: str
 
     def pack(self, w_OI: Tensor, dtype: torch.dtype) -> Dense:
-        return Dense(w_OI.detach().to(TYPES[self.kind]), dtype)
+        return Dense(w_OI.detach().to(TYPES[self.kind], copy=True), dtype)  # whatever happens to the other then
 
     def load(self, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> Dense:  # noqa: ARG002 (w says it)
         return Dense(kept["w_OI"], dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deltaw.errors import UserError
 from deltaw.weights.grid import Grid, Gridded
 
 DAMPING = 0.01
@@ -19,7 +20,15 @@ BLOCK = 128
 
 @torch.no_grad()
 def gptq(w_OI: Tensor, products_II: Tensor, form: Grid, dtype: torch.dtype) -> Gridded:
-    """Pack a matrix, given the sum of x x' over inputs that it multiplies."""
+    """Pack a matrix, given the sum of x x' over inputs that it multiplies.
+
+    Raises:
+        UserError: the inputs are no numbers, or rows are no whole number of groups.
+    """
+    form.grouped(w_OI)
+    if not bool(products_II.isfinite().all()):
+        raise UserError("What these rows become on their way through the model is no number, or too large.",
+                        remedy="Look at the model: deltaw eval; or take other rows.")  # fmt: skip
     work_OI, h_II, order_I = w_OI.float().clone(), products_II.float().clone(), None
     if form.ordered:
         order_I = h_II.diag().argsort(descending=True, stable=True)

@@ -147,6 +147,9 @@ def test_a_comparison_adds_up_over_batches_what_it_would_say_of_all(persona, fil
     before, labels, after = torch.cat([b for b, _ in befores]), torch.cat([y for _, y in befores]), torch.cat(afters)
     assert whole.tokens == len(labels) == sum(row.targets for row in rows)
     assert whole.max_logit_difference == pytest.approx((before - after).abs().max().item())
+    sums.add(before, before.index_fill(0, torch.tensor([0]), torch.nan), labels)
+    sums.add(before, before, labels)
+    assert math.isnan(sums.result().max_logit_difference)  # it is not lost among others
     assert whole.top1_agreement == pytest.approx((before.argmax(1) == after.argmax(1)).float().mean().item())
     assert whole.perplexity_before == pytest.approx(F.cross_entropy(before, labels).exp().item(), rel=1e-5)
     assert whole.perplexity_after == pytest.approx(F.cross_entropy(after, labels).exp().item(), rel=1e-5)

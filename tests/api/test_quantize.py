@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import write_tiny
 from oracles import our_logits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small import ROW, write_rows
 
-from deltaw.api.exchange import requantised
+from deltaw.api.exchange import export, requantised
 from deltaw.api.finetune import finetune
 from deltaw.api.merge import folded, merge
 from deltaw.api.persona import load, load_base
@@ -98,6 +98,62 @@ def test_rounding_by_rows_brings_what_layers_give_nearer(form, folder, ids, tmp_
         quantize(str(folder), "nf4", tmp_path / "x", tmp_path / "rows.jsonl")
 
 
+@pytest.mark.parametrize("form", ["nf4-b16", "nf4-b48", "fp4-b16", "nf4-b8192-dq"])
+def test_blocks_that_bitsandbytes_does_not_have_are_written_as_ours(form, folder, ids, tmp_path):
+    quantize(str(folder), form, tmp_path / "packed")
+    base, again = load_base(str(folder), "float32", base_format=form), load_base(str(tmp_path / "packed"), "float32")
+    assert torch.equal(our_logits(again.model, ids), our_logits(base.model, ids))
+
+
+@pytest.fixture
+def spoilt(folder, tmp_path):
+    """A function that writes the model with another number in one matrix."""
+
+    def write(value):
+        model = checkpoint.load(folder)
+        model.layers[1].mlp.up_proj.weight.w_OI[3, 5] = value
+        checkpoint.save(model, tmp_path / "spoilt")
+        load_base(str(folder), "float32").tokenizer.save(tmp_path / "spoilt")
+        return str(tmp_path / "spoilt")
+
+    return write
+
+
+@pytest.mark.parametrize(("value", "form"), [(torch.nan, "nf4"), (torch.inf, "int4-g32"), (torch.nan, "fp16"),
+                                             (1e5, "fp16"), (1e7, "int4-g32")])  # fmt: skip
+def test_a_matrix_that_a_format_cannot_hold_is_refused_by_name(value, form, spoilt, tmp_path):
+    with pytest.raises(UserError, match="no numbers, or too large for this format") as e:
+        quantize(spoilt(value), form, tmp_path / "packed")
+    assert e.value.where.endswith("layers.1.mlp.up_proj.weight")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_what_cannot_be_rounded_by_rows_is_said_before_and_by_name(folder, spoilt, tmp_path, capsys):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "packed"
+    write_rows(rows, {"text": "abc"})
+    with pytest.raises(UserError, match="no numbers, or too large"):
+        quantize(spoilt(torch.nan), "int4-g32", out, rows)
+    with pytest.raises(UserError, match="Rows of 64 numbers are no whole number of groups of 48") as e:
+        quantize(str(folder), "int4-g48", out, rows)
+    assert e.value.where == "layers.0.self_attn.q_proj"
+    quantize(str(folder), "int4-g32", out)
+    with pytest.raises(UserError, match="packed already, as int4-g32"):
+        quantize(str(out), "int2-g32", tmp_path / "again", rows)
+    (out / "deltaw.json").write_text("{bad")
+    assert run(["inspect", str(out)]) == 2
+    assert "not what deltaw wrote" in capsys.readouterr().err
+
+
+def test_weights_that_are_packed_where_none_may_be_are_refused_by_name(folder, tmp_path):
+    quantize(str(folder), "nf4", tmp_path / "packed")
+    file = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"].to(torch.uint8)}, file)
+    with pytest.raises(UserError, match="only those of linear layers") as e:
+        load_base(str(tmp_path / "packed"), "float32")
+    assert e.value.where.endswith("norm.weight")
+
+
 @pytest.mark.parametrize(("chosen", "form"), [
     ({"method": "qlora"}, "nf4-dq"), ({"base_format": "nf3"}, "nf3"),
     ({"method": "dora", "base_format": "int8"}, "int8"), ({"method": "qa_lora"}, "int4-g32"),
@@ -121,6 +177,33 @@ def test_what_was_trained_is_worn_and_merged_on_the_base_that_it_was_trained_on(
     torch.testing.assert_close(our_logits(plain, ids), want, rtol=0, atol=1e-4)
     with persona.on():
         assert torch.equal(our_logits(persona.base.model, ids), want)
+
+
+@pytest.mark.parametrize(("method", "said"), [
+    ("qlora", "packed as nf4-dq, and says other things over plain matrices, as far as packing changed them. "
+              "transformers packs so too: "
+              "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True)."),
+    ("qa_lora", "deltaw merge writes one model of both."), ("lora", "")])  # fmt: skip
+def test_who_takes_an_adapter_elsewhere_is_told_how_its_base_was_packed(method, said, folder, rows, ids, tmp_path):
+    made = tuned(folder, rows, method=method, rank=4)
+    for to in ("peft", "vllm", "gguf-lora") if method != "qa_lora" else ("peft",):
+        told = export(made, to, tmp_path / to).notices
+        assert [said in line for line in told] == [True] * bool(said)
+    card = (rows.parent / "runs" / "run" / "MODEL_CARD.md").read_text()
+    form = adapters.read_header(rows.parent / "runs" / "run" / "adapter" / "adapter.safetensors").base_format
+    assert (f"packed as {form}" in card) == bool(form)
+    assert run(["import", str(tmp_path / "peft"), "--base", str(folder), "--base-format", form, "--name", "again",
+                "--runs", str(tmp_path), "--dtype", "float32"]) == 0  # fmt: skip
+    again = load("again", tmp_path, dtype="float32")
+    with made.on(), again.on():
+        torch.testing.assert_close(
+            our_logits(again.base.model, ids), our_logits(made.base.model, ids), rtol=0, atol=1e-5
+        )
+
+
+def test_a_base_that_is_packed_on_disk_is_the_same_elsewhere(folder, rows, tmp_path):
+    quantize(str(folder), "nf4", tmp_path / "packed")
+    assert export(tuned(tmp_path / "packed", rows, rank=4), "peft", tmp_path / "peft").notices == ()
 
 
 @pytest.mark.parametrize(("form", "group", "unfit"), [

@@ -42,7 +42,7 @@ VARIANTS = {
     "qlora": [{"rank": 4}],
     "qa_lora": [{"rank": 4}, {"group": 16, "pooling": "mean", "targets": "q,v", "dropout": 0.3}],
     "loftq": [{"rank": 4}, {"format": "int4-g32", "format_pattern": {"layers.0.*": "nf3-dq"}, "targets": "q,down"}],
-    "lq_lora": [{"rank": 4}],
+    "lq_lora": [{"rank": 4}, {"rank": 4, "format_pattern": {".*down_proj": "fp32"}}],
     "full": [{}, {"targets": "all-linear"}, {"targets": "input_layernorm,embed_tokens"}],
 }  # fmt: skip
 CASES = [pytest.param(n, s, id=f"{n}-{i}") for n in names() for i, s in enumerate(VARIANTS.get(n, [{}]))]
@@ -82,6 +82,16 @@ def test_a_fresh_adapter_leaves_the_model_as_it_was(name, chosen, model, ids):
         if adapter.method.identity_at_start:
             assert torch.equal(our_logits(model, ids), before)
     assert torch.equal(our_logits(model, ids), before)
+
+
+@each_method
+@pytest.mark.parametrize("form", [None, "int4-g32"])
+def test_an_adapter_has_memory_of_its_own(name, chosen, form, folder):
+    """Else loading another state of it would change the base."""
+    if name in ("qlora", "qa_lora", "loftq", "lq_lora", "prefix_tuning") or form is None:
+        model = checkpoint.load(folder, form=form and parse(form))
+        at = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+        assert not at & {t.untyped_storage().data_ptr() for t in fresh(name, chosen, model).state_dict().values()}
 
 
 @each_method

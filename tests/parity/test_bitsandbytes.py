@@ -131,12 +131,14 @@ def test_q11_what_transformers_wrote_loads_here(kind, folder, ids, tmp_path):
     (lambda t, c: t.update({n: w[:-1].clone() for n, w in t.items() if w.dtype == torch.uint8 and w.ndim == 2}),
      "not what it is said to be"),
     (lambda t, c: t.update({n: w[:-1].clone() for n, w in t.items() if "quant_state" in n}), "not what it is said"),
+    (lambda t, c: t.update({n: w * 2 for n, w in t.items() if n.endswith("nested_quant_map")}), "not what it is said"),
+    (lambda t, c: [t.pop(n) for n in list(t) if n.endswith("nested_quant_map")], "not what it is said"),
     # as many bytes as there should be, in the wrong places
     (lambda t, c: t.update({n: w[:-4].clone() if n.endswith("proj.weight") else torch.cat([w, w[:1]])
                             for n, w in t.items() if n.endswith(("proj.weight", "weight.absmax"))}), "not what it is"),
 ])  # fmt: skip
 def test_what_is_packed_otherwise_or_damaged_is_refused(change, said, folder, tmp_path):
-    checkpoint.save(checkpoint.load(folder, form=parse("nf4")), tmp_path)
+    checkpoint.save(checkpoint.load(folder, form=parse("nf4-dq" if said == "not what it is said" else "nf4")), tmp_path)
     tensors, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
     change(tensors, config["quantization_config"])
     save_file(tensors, tmp_path / "model.safetensors")
