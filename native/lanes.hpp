@@ -174,10 +174,11 @@ inline float largest_of_all(floats x) {
   return most;
 }
 
-// exp(x) within 2e-7 of itself: 2**n by its bits, and e**r of what is left by a polynomial (Cephes' expf).
-inline floats exponential(floats x) {
+// exp(x) within 2e-7 of itself: 2**n by its bits, and e**r of what is left by a polynomial (Cephes' expf). Of what is no
+// number it is none.
+inline floats exponential(floats given) {
   constexpr float MAGIC = 12582912.f;  // 1.5 * 2**23: a sum with it has its whole part in its lowest bits
-  x = x > -87.f ? x : -87.f + floats{};
+  floats x = given > -87.f ? given : -87.f + floats{};
   x = x < 88.f ? x : 88.f + floats{};
   const floats shifted = add_product(x, 1.44269504f + floats{}, MAGIC + floats{}), n = shifted - MAGIC;
   const floats r = add_product(n, 2.12194440e-4f + floats{}, add_product(n, -0.693359375f + floats{}, x));
@@ -185,7 +186,7 @@ inline floats exponential(floats x) {
   for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
     sum = add_product(sum, r, next + floats{});
   sum = add_product(sum, r * r, r + 1);
-  return (floats)((bits)sum + ((bits)shifted << 23));
+  return given == given ? (floats)((bits)sum + ((bits)shifted << 23)) : given;
 }
 
 inline float total(floats v) {

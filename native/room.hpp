@@ -3,9 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <memory>
-#include <new>
 
 namespace {
 
@@ -22,7 +22,10 @@ class Room {
     if (count <= most) return;
     held.reset();
     held.reset(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
-    if (!held) throw std::bad_alloc();
+    if (!held) {  // no exception finds its way out of threads, and to Python
+      std::fputs("\nMemory was full. What was saved last is there: deltaw train --resume.\n", stderr);
+      std::_Exit(3);
+    }
     most = count;
   }
   T* at(int64_t i = 0) const { return held.get() + i; }

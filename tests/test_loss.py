@@ -14,6 +14,7 @@ from deltaw.data.encode import Encoded
 from deltaw.methods import method
 from deltaw.models import checkpoint
 from deltaw.scoring.loss import CHUNK_TOKENS, batch_loss, cross_entropy
+from deltaw.weights.dense import Dense
 
 D, V = 16, 37
 
@@ -158,3 +159,14 @@ def test_with_a_frozen_head_nothing_as_wide_as_the_vocabulary_is_kept_for_the_ba
     ours, _ = model
     assert wide_tensors_kept(ours, lambda h_TD, labels_T: F.cross_entropy(ours.logits(h_TD), labels_T))
     assert not wide_tensors_kept(ours, lambda h_TD, labels_T: cross_entropy(h_TD, ours.head_VD(), labels_T))
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    h_TD, head_VD = torch.randn(4, 8, requires_grad=True), torch.randn(9, 8)
+    (first,) = torch.autograd.grad(cross_entropy(h_TD, head_VD, torch.arange(4)) ** 2, h_TD, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+    x_TI = torch.randn(4, 8, requires_grad=True)
+    (first,) = torch.autograd.grad((Dense(head_VD)(x_TI) ** 2).sum(), x_TI, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import platform
 import shutil
+import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from deltaw.models.device import instruction_sets, multiplies_bf16
 from deltaw.models.source import cache, cached
 
 MEASURED_ROWS, MEASURED_WIDTH = 512, 1536
+UNBOUNDED = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def available_bytes(device: torch.device) -> int:
     """Memory that a process may still take, on this device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min(int(psutil.virtual_memory().available), _cgroup_room())
+    return min(int(psutil.virtual_memory().available), _cgroup_room(), _address_room())
 
 
 def existing(path: Path) -> Path:
@@ -99,11 +102,24 @@ def free_disk(path: Path) -> int:
     return shutil.disk_usage(existing(path)).free
 
 
-def _cgroup_room() -> int:
-    """What a container's memory limit leaves, where there is one."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (root / "memory.max").read_text().strip(), (root / "memory.current").read_text()
-    except OSError:
-        return 1 << 62
-    return (1 << 62) if limit == "max" else max(0, int(limit) - int(used))
+def _cgroup_room(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """What the memory limits of a container leave, and of the groups within it that the process is in."""
+    inside = own.read_text(encoding="utf-8").rpartition("::/")[2].strip() if own.exists() else ""
+    rooms = [UNBOUNDED]
+    for group in (root / inside, *(root / inside).parents):
+        with suppress(OSError, ValueError):  # a limit of "max" is none
+            limit, used = ((group / f"memory.{name}").read_text(encoding="utf-8") for name in ("max", "current"))
+            rooms.append(max(0, int(limit) - int(used)))
+        if group == root:
+            break
+    return min(rooms)
+
+
+def _address_room() -> int:
+    """What `ulimit -v` leaves of the addresses that a process may have."""
+    if sys.platform == "win32":
+        return UNBOUNDED
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return UNBOUNDED if limit == resource.RLIM_INFINITY else max(0, limit - psutil.Process().memory_info().vms)

@@ -28,7 +28,7 @@ from deltaw.scoring.loss import batch_loss
 from deltaw.settings import Count, complaint
 from deltaw.train.checkpoint import get_random, set_random
 from deltaw.train.job import SAMPLE_TOKENS, Job
-from deltaw.train.memory import peak_bytes, resident_bytes
+from deltaw.train.memory import held_bytes, peak_bytes, resident_bytes
 from deltaw.train.saving import SAVE_SECONDS
 
 SPREAD = 0.15
@@ -133,7 +133,8 @@ def measure(job: Job, minutes: float | None = None) -> Plan:
     total = job.steps if minutes is None else _within(minutes, step_seconds, fixed, job)
     seconds = total * step_seconds + fixed
     seconds += _save_seconds(job) * (1 + seconds / SAVE_SECONDS)
-    return Plan(total, seconds, step_seconds, fixed, peak, available_bytes(job.model.device), recompute, notices)
+    room = held_bytes(job.model.device) + available_bytes(job.model.device)
+    return Plan(total, seconds, step_seconds, fixed, peak, room, recompute, notices)
 
 
 def _within(minutes: float, step_seconds: float, fixed_seconds: float, job: Job) -> int:

@@ -14,14 +14,16 @@ import torch
 from deltaw.adapters.adapter import Adapter, bare
 from deltaw.decode.generate import Answer, complete, stream
 from deltaw.decode.sampling import Sampling
-from deltaw.errors import UserError
+from deltaw.errors import UserError, WillNotFit
 from deltaw.files import adapters, runs
 from deltaw.kernels.heap import frugal
+from deltaw.kernels.library import instruction_set
 from deltaw.models import checkpoint, source
 from deltaw.models.decoder import Decoder
 from deltaw.models.device import choose_device, choose_dtype
 from deltaw.models.tokenizer import Message, Tokenizer
 from deltaw.settings import build
+from deltaw.train.memory import is_full
 from deltaw.weights.formats import parse
 
 BASE = "base"
@@ -56,7 +58,9 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto", threads: int
 
     Raises:
         UserError: there is no such model, it is not supported, or its weights are not those we wrote.
+        WillNotFit: memory was full.
     """
+    instruction_set()  # one that is not to be had is told before anything is done
     cores = os.cpu_count() or 1
     if threads is not None and threads > MOST_THREADS * cores:
         raise UserError(f"{threads} threads are too many: this machine has {cores} cores.",
@@ -65,9 +69,15 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto", threads: int
         torch.set_num_threads(threads)
     path, where = source.find(name, say), choose_device(device)
     form = parse(base_format) if base_format else None
-    with frugal():
-        model = checkpoint.load(path, choose_dtype(dtype, where), str(where), form)
-        base = Base(name, path, model, Tokenizer.load(path), checkpoint.fingerprint(model), base_format)
+    try:
+        with frugal():
+            model = checkpoint.load(path, choose_dtype(dtype, where), str(where), form)
+            base = Base(name, path, model, Tokenizer.load(path), checkpoint.fingerprint(model), base_format)
+    except (RuntimeError, MemoryError) as e:
+        if not is_full(e):
+            raise
+        raise WillNotFit("Memory was full while the model was read.", where=str(path), why=str(e).splitlines()[0],
+                         remedy="Free some, or take --base-format nf4, or a smaller model.") from None  # fmt: skip
     if form is None or checkpoint.is_packed(path):
         checkpoint.check_seal(path, base.fingerprint)
     return base

@@ -36,7 +36,10 @@ def attend(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, spans: Sequence[tuple[in
     if (
         q_THE.device.type != "cpu"
         or q_THE.dtype not in PLAIN
+        or not q_THE.dtype == k_TKE.dtype == v_TKE.dtype
+        or q_THE.shape[1] % k_TKE.shape[1]
         or q_THE.shape[-1] % (2 * LANES)
+        or not spans
         or not function("attend")
     ):
         return None

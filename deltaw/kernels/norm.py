@@ -39,5 +39,5 @@ class _Norm(torch.autograd.Function):
                                             dx.data_ptr(), len(inverse_N), len(gain_D))  # fmt: skip
         if not ctx.needs_input_grad[1]:
             return dx, None, None, None
-        dgain_D = (dy.float() * x.float()).view(len(inverse_N), -1).mul_(inverse_N[:, None]).sum(0)
+        dgain_D = (dy.float() * x.float()).view(-1, len(gain_D)).mul_(inverse_N[:, None]).sum(0)
         return dx, dgain_D.to(gain_D.dtype), None, None

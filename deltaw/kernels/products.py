@@ -36,11 +36,12 @@ class Sum(ctypes.Structure):
     ]  # fmt: skip
 
 
-def summed(products: Sequence[Product], onto: Tensor | None = None, to: Tensor | None = None) -> Tensor:
+def summed(products: Sequence[Product], onto: Tensor | None = None, to: Tensor | None = None,
+           fewest: int = FEWEST_ROWS) -> Tensor:  # fmt: skip
     """The sum of all a b; added to `onto`, or written to `to`, if either is there."""
     a_NK, b_KM = products[0]
     c_NM = to if onto is None else onto
-    native = _native(products, c_NM)
+    native = _native(products, c_NM) if len(a_NK) >= fewest else None
     if native is None:
         c_NM = torch.mm(a_NK, b_KM, out=to) if onto is None else onto.addmm_(a_NK, b_KM)
         for a_NK, b_KM in products[1:]:
@@ -54,12 +55,17 @@ def summed(products: Sequence[Product], onto: Tensor | None = None, to: Tensor |
     return c_NM
 
 
+def across(a_TN: Tensor, b_TM: Tensor) -> Tensor:
+    """The product a' b, for any number of rows: torch would keep code, and memory, for every number that it meets."""
+    return summed([(a_TN.t().contiguous(), b_TM)], fewest=1)
+
+
 def _native(products: Sequence[Product], c_NM: Tensor | None) -> Any:
     """What does it natively; None: torch does."""
-    if len(products[0][0]) < FEWEST_ROWS or not (found := function("summed")):
+    if not (found := function("summed")):
         return None
     tensors = [*(t for each in products for t in each), *(() if c_NM is None else (c_NM,))]
-    flat = all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and 1 in t.stride() for t in tensors)
+    flat = all(t.numel() and t.dtype == torch.bfloat16 and t.device.type == "cpu" and 1 in t.stride() for t in tensors)
     rows = all(a_NK.stride(1) == 1 for a_NK, _ in products) and (c_NM is None or c_NM.stride(1) == 1)
     return found if flat and rows else None
 

@@ -84,6 +84,9 @@ class ModelConfig:
         sizes |= {"attention window": min(filter(None, self.windows), default=1), "rotary width": self.rope.width}
         if odd := next((name for name, size in sizes.items() if not 0 < size < LARGEST), None):
             raise UserError(f"config.json gives the model {sizes[odd]} as its {odd}.", where=where)
+        if self.heads % self.kv_heads:
+            raise UserError(f"{self.kv_heads} heads of keys and values are not shared evenly by {self.heads} heads.",
+                            where=where)  # fmt: skip
 
     @classmethod
     def _read(cls, family: Family, config: Mapping[str, Any], where: str) -> ModelConfig:
@@ -91,19 +94,23 @@ class ModelConfig:
         heads, width = int(config["num_attention_heads"]), int(config["hidden_size"])
         head_width = int(config.get("head_dim") or width // heads)
         context = int(config.get("max_position_embeddings", 2048))
-        near, far = _ropes(config, head_width, context, where)
+        if config.get("use_bidirectional_attention"):
+            raise UserError("Tokens of this model see those after them, which is not supported.", where=where)
+        near, far = _ropes(family, config, head_width, context, where)
         match far.scaling:
             case Dynamic(factor=factor) | Yarn(factor=factor):
                 context = max(context, int(factor * far.scaling.original_max_position_embeddings))
         bias = bool(config.get("attention_bias", False))
-        scalar = config.get("query_pre_attn_scalar") or head_width
+        # What transformers does not read of a family's configuration is not read here either.
+        scalar = (family.sandwich and config.get("query_pre_attn_scalar")) or head_width
+        score_cap = config.get("attn_logit_softcapping") if family.name == "gemma2" else None
+        logit_cap = config.get("final_logit_softcapping") if family.sandwich else None
         return cls(
             family=family, vocab=int(config["vocab_size"]), width=width, layers=int(config["num_hidden_layers"]),
             heads=heads, kv_heads=int(config.get("num_key_value_heads") or heads), head_width=head_width,
             hidden=int(config["intermediate_size"]), context=context, eps=float(config.get("rms_norm_eps", 1e-6)),
             rope=far, local_rope=near, windows=_windows(family, config), score_scale=1 / math.sqrt(float(scalar)),
-            score_cap=float(config.get("attn_logit_softcapping") or 0),
-            logit_cap=float(config.get("final_logit_softcapping") or 0),
+            score_cap=float(score_cap or 0), logit_cap=float(logit_cap or 0),
             tied=bool(config.get("tie_word_embeddings", family.tied)), qkv_bias=bias or family.qkv_bias, o_bias=bias,
             mlp_bias=bool(config.get("mlp_bias", False)),
         )  # fmt: skip
@@ -141,12 +148,15 @@ class ModelConfig:
         return written
 
 
-def _ropes(config: Mapping[str, Any], head_width: int, context: int, where: str) -> tuple[Rope | None, Rope]:
+def _ropes(family: Family, config: Mapping[str, Any], head_width: int, context: int, where: str
+           ) -> tuple[Rope | None, Rope]:  # fmt: skip
     """RoPE of the layers with a window where it is another, and of all others."""
     told = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     far, near = dict(told.get("full_attention") or told), dict(told.get("sliding_attention") or {})
     for key in ("rope_theta", "partial_rotary_factor"):
         far.setdefault(key, config.get(key))
+    if family.name != "phi3":
+        far.pop("partial_rotary_factor")
     near.setdefault("rope_theta", config.get("rope_local_base_freq"))
     local = None if near["rope_theta"] is None else Rope.from_hf(near, head_width, context, where)
     return local, Rope.from_hf(far, head_width, context, where)
@@ -158,7 +168,7 @@ def _windows(family: Family, config: Mapping[str, Any]) -> tuple[int, ...]:
     if not window or (family.name.startswith("qwen") and not config.get("use_sliding_window", False)):
         return ()
     match config.get("layer_types"), family.name:
-        case list(kinds), _ if len(kinds) == layers and family.name not in ("mistral", "phi3"):
+        case list(kinds), _ if len(kinds) == layers and family.name != "phi3":
             seen = [window if kind == "sliding_attention" else 0 for kind in kinds]
         case _, "qwen2" | "qwen3":
             seen = [window if i >= int(config.get("max_window_layers", 28)) else 0 for i in range(layers)]

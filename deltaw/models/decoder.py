@@ -85,7 +85,7 @@ class MLP(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         if self.fused:
-            gate_TI, up_TI = self.gate_up_proj(x_TD).chunk(2, -1)
+            gate_TI, up_TI = (half.contiguous() for half in self.gate_up_proj(x_TD).chunk(2, -1))
         else:
             gate_TI, up_TI = together((self.gate_proj, self.up_proj), x_TD)
         y_TD: Tensor = self.down_proj(gated(gate_TI, up_TI, self.activation == "gelu_tanh"))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deltaw.kernels.products import summed
+from deltaw.kernels.products import across, summed
 from deltaw.models.slots import Linear, Terms
 from deltaw.weights import Weight
 
@@ -58,11 +58,11 @@ class Joined(torch.autograd.Function):
         ranks = [len(parts[4 * k]) for k in worn]
         grads: list[Any] = [None] * len(parts)
         if x_TI is not None:
-            for k, dA_RI in zip(worn, (ddown_TR.t() @ x_TI).split(ranks), strict=True):
+            for k, dA_RI in zip(worn, torch.split(across(ddown_TR, x_TI), ranks), strict=True):
                 grads[4 * k] = dA_RI
         if down_TR is not None:
             for k, own_TR in zip(worn, down_TR.split(ranks, 1), strict=True):
-                grads[4 * k + 1] = (dys[k].t() @ own_TR).mul_(terms[k].scale)
+                grads[4 * k + 1] = across(own_TR, dys[k]).t().mul(terms[k].scale)
         for k, (dy_TO, product_TO) in enumerate(zip(dys, products, strict=True)):
             grads[4 * k + 2] = None if product_TO is None else (dy_TO * product_TO).sum(0)
             grads[4 * k + 3] = dy_TO.sum(0) if learns[4 * k + 3] else None

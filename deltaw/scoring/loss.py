@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from deltaw.data.batch import IGNORED, Batch
 from deltaw.kernels.products import summed
@@ -50,6 +51,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         dh_ND, dhead_VD = ctx.saved_tensors
         return (None if dh_ND is None else dh_ND * scale.to(dh_ND.dtype),

@@ -37,4 +37,5 @@ def peak_bytes(device: torch.device) -> int:
 
 def is_full(error: Exception) -> bool:
     """Whether torch failed for want of memory; of the processor's it says so only in words."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    told = any(said in str(error) for said in ("DefaultCPUAllocator", "unable to mmap", "Cannot allocate memory"))
+    return told or isinstance(error, torch.OutOfMemoryError | MemoryError)

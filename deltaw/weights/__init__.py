@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from deltaw.kernels.packed import FEW, Layout, Native, native
 from deltaw.kernels.plain import PLAIN
@@ -152,5 +153,6 @@ class FrozenMatmul(torch.autograd.Function):
         return weight.product(x_TI)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor, None]:
         return summed([(dy_TO, ctx.weight.lent())]), None

@@ -252,6 +252,28 @@ def test_the_machine_is_described_in_sane_numbers(monkeypatch, tmp_path):
     assert not (tmp_path / "not").exists()
 
 
+def test_limits_of_groups_within_a_container_count_too(tmp_path):
+    own = tmp_path / "cgroup"
+    own.write_text("0::/outer/inner\n")
+    groups = {"": ("max", 10), "outer": (9000, 1000), "outer/inner": ("max", 500)}
+    for group, (limit, used) in groups.items():
+        (tmp_path / "fs" / group).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / group / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "fs" / group / "memory.current").write_text(f"{used}\n")
+    assert machine._cgroup_room(tmp_path / "fs", own) == 8000
+    (tmp_path / "fs" / "outer" / "inner" / "memory.max").write_text("700\n")
+    assert machine._cgroup_room(tmp_path / "fs", own) == 200
+    assert machine._cgroup_room(tmp_path / "none", tmp_path / "none") == machine.UNBOUNDED
+
+
+def test_a_limit_of_addresses_counts(monkeypatch):
+    import resource
+
+    used = machine.psutil.Process().memory_info().vms
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (used + 10**9, -1))
+    assert 0 < machine.available_bytes(torch.device("cpu")) <= 1.1e9
+
+
 def test_available_memory_is_no_more_than_a_containers_limit_leaves(monkeypatch):
     cpu = torch.device("cpu")
     assert 0 < machine.available_bytes(cpu) <= machine.psutil.virtual_memory().total

@@ -215,3 +215,9 @@ def test_a_process_leaves_with_the_exit_code_and_a_clean_output(here):
     assert (done.returncode, done.stdout) == (2, "")
     assert "nothing.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_bad_instruction_set_is_told_before_a_run_has_a_folder(here, said, choose):
+    choose("avx1024")
+    assert "DELTAW_ISA=avx1024 is not to be had" in said("train", "rows.jsonl", "--base", "base", "--name", "one")
+    assert not (here / "runs" / "one").exists()

@@ -105,3 +105,18 @@ def test_what_there_is_no_native_code_for_is_left_to_torch(name, choose):
     assert (attend(*[drawn(4, 2, 32)] * 3, [(0, 4, 0, 0)], 1.0, 0) is None) == (name == library.REFERENCE)
     assert attend(*[drawn(4, 2, 24)] * 3, [(0, 4, 0, 0)], 1.0, 0) is None
     assert attend(*[drawn(4, 2, 32).double()] * 3, [(0, 4, 0, 0)], 1.0, 0) is None
+    q, odd = drawn(4, 4, 32), [drawn(4, 2, 32).bfloat16(), drawn(4, 3, 32)]
+    assert all(attend(q, x, x, [(0, 4, 0, 0)], 1.0, 0) is None for x in odd)
+    assert attend(*[drawn(0, 2, 32)] * 3, [], 1.0, 0) is None
+
+
+@pytest.mark.parametrize("dtype", list(OFF), ids=str)
+@pytest.mark.parametrize("at", range(3))
+@pytest.mark.parametrize("bits", [0x7FC0_0000, 0x7FFF_FFFF, 0x7F80_0000])
+def test_what_is_no_number_is_not_swallowed(path, bits, at, dtype):
+    """In a query, a key, or a value; infinity in a query or key too."""
+    tensors = [drawn(40, 2, 32, seed=i).to(dtype) for i in range(3)]
+    tensors[at][5, 0, 3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32).to(dtype)
+    got = attend(*tensors, [(0, 40, 0, 0)], 0.2, 0)
+    want = brute(*(t.double() for t in tensors), [(0, 40, 0, 0)], 0.2, 0)
+    assert torch.equal(got.isfinite().all(-1), want.isfinite().all(-1))

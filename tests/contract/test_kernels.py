@@ -194,3 +194,16 @@ def test_without_the_library_torch_does_the_work():
     told = {k: v for k, v in os.environ.items() if k != library.CHOICE}
     said = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, check=True).stdout
     assert said.strip() == "('reference',)"
+
+
+def test_a_set_that_is_not_there_is_said_without_a_library_too(monkeypatch, choose):
+    monkeypatch.setattr(library, "library", lambda: None)
+    library.available.cache_clear()
+    try:
+        choose("avx2")
+        with pytest.raises(UserError, match="DELTAW_ISA=avx2 is not to be had"):
+            library.function("norm")
+        choose(library.REFERENCE)
+        assert library.function("norm") is None
+    finally:
+        library.available.cache_clear()

@@ -1,12 +1,13 @@
 """Sums of products, natively and by torch: an explicit sum in fp64, on every instruction set."""
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.kernels import library, products
-from deltaw.kernels.products import summed
+from deltaw.kernels.products import across, summed
 
 OFF = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
@@ -69,3 +70,26 @@ def test_what_it_is_not_written_for_is_left_to_torch(path, monkeypatch):
     compare(products.FEWEST_ROWS - 1, 40, (8,), False)
     a = drawn(8, 40, 0).t()  # whose rows are not rows in memory
     assert (summed([(a, drawn(8, 40, 1))]).double() - a.double() @ drawn(8, 40, 1).double()).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("dtype", list(OFF), ids=str)
+@pytest.mark.parametrize(("rows", "left", "right"), [(300, 48, 200), (70, 3, 40), (1, 16, 33), (0, 4, 4)])
+def test_the_product_across_rows(path, rows, left, right, dtype):
+    a, b = drawn(rows, left, 0, dtype), drawn(rows, right, 1, dtype)
+    want = a.double().t() @ b.double()
+    assert (across(a, b).double() - want).abs().max() <= OFF[dtype] * max(1, want.abs().max())
+
+
+def test_any_number_of_rows_is_added_up_without_keeping_anything(path):
+    """torch keeps code for every number of rows that it meets, megabytes each."""
+    ours, process, held = library.function("summed") is not None, psutil.Process(), []
+    for rows in range(100, 260):
+        across(drawn(rows, 16, 0), drawn(rows, 1536, 1))
+        held.append(process.memory_info().rss)
+    assert (held[-1] - held[20] < 30e6) or not ours
+
+
+@pytest.mark.parametrize("sizes", [(0, 8, 8), (40, 0, 8), (40, 8, 0)])
+def test_sums_of_nothing(path, sizes):
+    n, k, m = sizes
+    assert torch.equal(summed([(drawn(n, k, 0), drawn(k, m, 1))]), torch.zeros(n, m, dtype=torch.bfloat16))

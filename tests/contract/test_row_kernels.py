@@ -126,6 +126,21 @@ def test_surprise(path, vocabulary, size, dtype, monkeypatch):
     assert_near(told, back, dtype, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_logit_that_is_no_number_is_not_swallowed(path, dtype):
+    logits_NV = torch.randn(3, 50).to(dtype)
+    logits_NV[1, 40] = torch.nan
+    loss_N = surprise(logits_NV, torch.tensor([2, 3, 4]), True)
+    assert loss_N.isnan().tolist() == [False, True, False]
+    assert logits_NV.isfinite().all(1).tolist() == [True, False, True]
+
+
+def test_no_rows_have_no_norm_and_no_gradient(path):
+    gain_D = torch.ones(32, requires_grad=True)
+    rms_norm(torch.zeros(0, 32, requires_grad=True), gain_D, 1e-5).sum().backward()
+    assert not gain_D.grad.any()
+
+
 def test_what_cannot_be_said_has_no_share(path):
     logits = torch.tensor([[0.0, -torch.inf, 1.0, -1e30] * 5])
     want = logits.double().softmax(1)

@@ -13,6 +13,8 @@ from deltaw.data.batch import lay
 from deltaw.data.encode import Encoded
 from deltaw.decode.generate import generate
 from deltaw.decode.sampling import Sampling
+from deltaw.errors import UserError
+from deltaw.kernels import library
 from deltaw.models import checkpoint
 from deltaw.models.families import FAMILIES
 from deltaw.models.seen import Documents
@@ -153,3 +155,46 @@ def test_a_window_costs_no_more_than_what_it_sees(tmp_path):
         patched.setattr(F, "scaled_dot_product_attention", watched)
         ours.hidden(torch.zeros(3000, dtype=torch.long), torch.arange(3000), Documents.of_lengths(3000))
     assert max(s for _, s in seen) <= 512 + 30
+
+
+OTHERWISE = {
+    "mistral: kinds of layers": ({"model_type": "mistral", "sliding_window": 10},
+                                 {"layer_types": ["full_attention", "sliding_attention"]}),
+    "gemma3: a cap of scores": ({"model_type": "gemma3_text", **GEMMA}, {"attn_logit_softcapping": 2.0}),
+    "gemma3: a cap of logits": ({"model_type": "gemma3_text", **GEMMA}, {"final_logit_softcapping": 3.0}),
+    "llama: caps": ({}, {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 100}),
+    "llama: part of a head": ({}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                       "partial_rotary_factor": 0.5}}),
+    "qwen3: part of a head": ({"model_type": "qwen3", "head_dim": 16}, {"partial_rotary_factor": 0.5}),
+}  # fmt: skip
+"""Keys that are another family's: read, or not, as transformers does."""
+
+
+@pytest.mark.parametrize(("config", "edits"), OTHERWISE.values(), ids=OTHERWISE)
+def test_keys_of_another_family_are_read_as_transformers_does(config, edits, tmp_path):
+    write_tiny(tmp_path, config)
+    told = json.loads((tmp_path / "config.json").read_text()) | edits
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, **EAGER).eval()
+    torch.testing.assert_close(our_logits(checkpoint.load(tmp_path), LONG), hf_logits(theirs, LONG), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(("edits", "said"), [
+    ({"num_key_value_heads": 3}, "3 heads of keys and values"),
+    ({"use_bidirectional_attention": True}, "see those after them"),
+])  # fmt: skip
+def test_what_the_decoder_does_not_compute_is_refused(edits, said, tmp_path):
+    write_tiny(tmp_path, {"model_type": "gemma3_text", **GEMMA})
+    told = json.loads((tmp_path / "config.json").read_text()) | edits
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=said):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["phi3", "mistral: none"])
+def test_a_gate_is_native_in_every_family(name, tmp_path, monkeypatch):
+    write_tiny(tmp_path, VARIANTS[name])
+    called = []
+    monkeypatch.setattr(F, "silu", lambda x: called.append(x.shape) or torch.sigmoid(x) * x)
+    our_logits(checkpoint.load(tmp_path), LONG)
+    assert bool(called) == (library.function("gated") is None)
