@@ -46,7 +46,7 @@ void product(Rows a, Pairs b, int64_t rows, int64_t columns, int64_t depth, floa
 }
 
 // A table of words turned over its diagonal, 16 by 16.
-void turned(const void* from, int64_t rows, int64_t columns, int64_t ld, void* to, int64_t to_ld) {
+[[maybe_unused]] void turned(const void* from, int64_t rows, int64_t columns, int64_t ld, void* to, int64_t to_ld) {
   const uint32_t* x = static_cast<const uint32_t*>(from);
   uint32_t* y = static_cast<uint32_t*>(to);
   for (int64_t row = 0; row < rows; row += 16)
@@ -94,7 +94,7 @@ inline __m512i rounded(floats left, floats right) {
 }
 
 // All rows of a table of bf16, in pairs.
-void paired(const uint16_t* x, int64_t rows, int64_t columns, int64_t ld, uint32_t* to, int64_t to_ld) {
+[[maybe_unused]] void paired(const uint16_t* x, int64_t rows, int64_t columns, int64_t ld, uint32_t* to, int64_t to_ld) {
   for (int64_t row = 0; row < rows; row += 2)
     for (int64_t column = 0; column < columns; column += 32)
       paired(_mm512_loadu_si512(x + row * ld + column), _mm512_loadu_si512(x + (row + 1) * ld + column),

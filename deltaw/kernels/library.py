@@ -26,7 +26,9 @@ ARGUMENTS = {
     "attend": [AT],
     "attend_back": [AT],
     "surprise": [AT, AT, AT, COUNT, COUNT, FLAG, FLAG, FLAG],
+    "paged": [AT],
     "summed": [AT],
+    "wear": [AT],
 }
 FILE = Path(__file__).parent / "built" / "native.so"
 

@@ -1,0 +1,156 @@
+"""What each row of a batch wears at a linear layer, beside others that wear other things (native/worn.cpp).
+
+An adapter is one piece of memory: a directory, and for each layer A, B, gain and bias, read where they lie.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltaw.kernels.library import function
+from deltaw.kernels.products import Product, summed
+
+MANY = 16
+"""Rows from which on they are one matrix product."""
+FIELDS = 5
+"""Of a directory's row: the rank, and how many bytes from the beginning A, B, gain and bias lie (0: nowhere)."""
+ALIGNED = 64
+
+
+class Change(NamedTuple):
+    """What an adapter adds to y = W x + b of one layer: gain y + B (A x) + bias."""
+
+    A_RI: Tensor
+    B_RO: Tensor
+    gain_O: Tensor | None = None
+    bias_O: Tensor | None = None
+
+
+class Slab:
+    """One adapter in one piece of memory: for each layer of a model, by its number, a `Change` or nothing."""
+
+    def __init__(self, memory: Tensor, layers: int, dtype: torch.dtype) -> None:
+        self.memory, self.dtype = memory, dtype
+        self.directory = memory[: layers * FIELDS * 8].view(torch.int64).view(layers, FIELDS).tolist()
+
+    @classmethod
+    def of(cls, changes: Sequence[Change | None], dtype: torch.dtype) -> Slab:
+        """Lay changes of all layers, in order, into memory of their own."""
+        size, rows, parts = _up(len(changes) * FIELDS * 8), list[list[int]](), list[tuple[int, Tensor]]()
+        for change in changes:
+            rows.append([0 if change is None else len(change.A_RI)])
+            for part in change or [None] * (FIELDS - 1):
+                rows[-1].append(0 if part is None else size)
+                if part is not None:
+                    parts.append((size, part.detach().to(dtype).contiguous()))
+                    size = _up(size + parts[-1][1].nbytes)
+        memory = torch.zeros(size, dtype=torch.uint8)
+        memory[: len(rows) * FIELDS * 8] = torch.tensor(rows).view(-1).view(torch.uint8)
+        for at, part in parts:
+            memory[at : at + part.nbytes] = part.view(-1).view(torch.uint8)
+        return cls(memory, len(changes), dtype)
+
+    @classmethod
+    def mapped(cls, path: Path, layers: int, dtype: torch.dtype) -> Slab:
+        """One that was saved: its memory is the file's, read where and when it is used."""
+        return cls(torch.from_numpy(np.memmap(path, np.uint8, "c")), layers, dtype)
+
+    def save(self, path: Path) -> None:
+        """Write it as it lies."""
+        self.memory.numpy().tofile(path)
+
+    def change(self, layer: int, inputs: int, outputs: int) -> Change | None:
+        """What it adds to a layer, as views of its memory."""
+        rank, *places = self.directory[layer]
+        if not any(places):
+            return None
+        shapes = (rank, inputs), (rank, outputs), (outputs,), (outputs,)
+        parts: list[Any] = [self._view(at, shape) if at else None for at, shape in zip(places, shapes, strict=True)]
+        return Change(*parts)
+
+    def _view(self, at: int, shape: tuple[int, ...]) -> Tensor:
+        return self.memory[at : at + math.prod(shape) * self.dtype.itemsize].view(self.dtype).view(shape)
+
+
+def _up(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
+
+
+class Group(ctypes.Structure):
+    """Rows that wear the same, as C has it."""
+
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = [(n, ctypes.c_int64) for n in ("start", "stop", "first", "last")]
+
+
+class Each(ctypes.Structure):
+    """An adapter and its weight, as C has it."""
+
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = [("adapter", ctypes.c_void_p), ("weight", ctypes.c_float)]
+
+
+class Call(ctypes.Structure):
+    """What is worn at one layer, as C has it."""
+
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
+        *((name, ctypes.c_void_p) for name in ("x", "y", "groups", "each")),
+        *((name, ctypes.c_int64) for name in ("count", "layer", "inputs", "outputs", "x_across", "y_across")),
+        ("bf16", ctypes.c_int32), ("threads", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+class Rows(NamedTuple):
+    """Rows `start:stop` of a batch, and the adapters they wear, each with a weight."""
+
+    start: int
+    stop: int
+    worn: tuple[tuple[Slab, float], ...]
+
+
+class Wear:
+    """What the rows of one batch wear, at all layers."""
+
+    def __init__(self, rows: Sequence[Rows]) -> None:
+        self.native, few, self.many = function("wear"), list[Rows](), list[Rows]()
+        for each in rows:
+            if each.worn:
+                (few if self.native and each.stop - each.start < MANY else self.many).append(each)
+        ends = list(accumulate((len(each.worn) for each in few), initial=0))
+        self.groups = (Group * len(few))(*(Group(r.start, r.stop, *ends[i : i + 2]) for i, r in enumerate(few)))
+        self.each = (Each * ends[-1])(*(Each(slab.memory.data_ptr(), w) for r in few for slab, w in r.worn))
+
+    def onto(self, y_TO: Tensor, x_TI: Tensor, layer: int) -> Tensor:
+        """Add what is worn at this layer to its output y_TO, in place. Rows of both lie whole in memory."""
+        if len(self.groups):
+            pointers = x_TI.data_ptr(), y_TO.data_ptr(), ctypes.addressof(self.groups), ctypes.addressof(self.each)
+            sizes = len(self.groups), layer, x_TI.shape[1], y_TO.shape[1], x_TI.stride(0), y_TO.stride(0)
+            narrow = int(y_TO.dtype == torch.bfloat16)
+            self.native(ctypes.byref(Call(*pointers, *sizes, narrow, torch.get_num_threads())))
+        for start, stop, worn in self.many:
+            _add(y_TO[start:stop], x_TI[start:stop], layer, worn)
+        return y_TO
+
+
+def _add(y_TO: Tensor, x_TI: Tensor, layer: int, worn: Sequence[tuple[Slab, float]]) -> None:
+    products, more_TO = list[Product](), None
+    for slab, weight in worn:
+        change = slab.change(layer, x_TI.shape[1], y_TO.shape[1])
+        if change is None:
+            continue
+        products.append((summed([(x_TI, change.A_RI.t())]).mul_(weight), change.B_RO))
+        for part, by in (change.gain_O, y_TO), (change.bias_O, None):
+            if part is not None:
+                own_TO = weight * (part.float() if by is None else part.float() * by.float())
+                more_TO = own_TO if more_TO is None else more_TO + own_TO
+    if more_TO is not None:  # of what y was before
+        y_TO += more_TO.to(y_TO.dtype)
+    if products:
+        summed(products, onto=y_TO)

@@ -1,0 +1,207 @@
+// Softmax attention over keys and values that lie in pages (PagedAttention, Kwon et al. 2023, arXiv:2309.06180).
+//
+// A page has SIDE tokens. Of each head its keys lie turned, and its values as they are, both in words of as many numbers
+// as are multiplied at once: two of bf16, one of fp32. So keys and values are right factors as they lie.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "lanes.hpp"
+#include "room.hpp"
+#if defined(__AVX512BF16__)
+#include "bf16.hpp"
+#else
+namespace {
+constexpr int64_t SIDE = 32;
+}
+#endif
+
+// As deltaw/kernels/paged.py lays it out.
+struct Paged {
+  const void *q, *k, *v;  // tokens x heads x size, tokens x kv_heads x size: sequences one after another
+  void *out, *pages;
+  const int64_t* spans;  // of each sequence: start, stop, and how many of its tokens are in pages already
+  const int32_t* table;  // of each sequence: its pages
+  int64_t sequences, heads, kv_heads, size, window;
+  int64_t page, most;  // numbers from a page to the next; pages of a row of the table
+  float scale;
+  int32_t bf16, threads;
+};
+
+namespace {
+
+struct Span {
+  int64_t start, stop, past;
+};
+
+template <typename T>
+struct Words;
+
+template <>
+struct Words<float> {
+  typedef float word;
+  static constexpr int64_t EACH = 1;
+  static floats add(floats sum, float a, const float* b) { return add_product(a - floats{}, load(b), sum); }
+};
+
+template <>
+struct Words<uint16_t> {
+  typedef uint32_t word;
+  static constexpr int64_t EACH = 2;
+  static floats add(floats sum, uint32_t a, const uint32_t* b) {
+#if defined(__AVX512BF16__)
+    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), read<__m512bh>(b));
+#else
+    const bits two = read<bits>(b);
+    sum = add_product(plain(uint16_t(a)) - floats{}, (floats)(two << 16), sum);
+    return add_product(plain(uint16_t(a >> 16)) - floats{}, (floats)(two & 0xffff0000u), sum);
+#endif
+  }
+};
+
+// c = a b, or c += a b, for `high` rows of words.
+template <typename T, int high>
+void rows_by(const T* const* a, const T* b, int64_t stride, int64_t depth, int64_t columns, float* c, bool onto) {
+  typedef typename Words<T>::word word;
+  const word* right = reinterpret_cast<const word*>(b);
+  for (int64_t column = 0; column < columns; column += 2 * LANES) {
+    floats sums[high][2] = {};
+    for (int i = 0; i < high && onto; i++)
+      for (int j = 0; j < 2; j++) sums[i][j] = load(c + i * columns + column + j * LANES);
+    const word* at = right + column;
+    for (int64_t w = 0; w < depth / Words<T>::EACH; w++, at += stride)
+      for (int i = 0; i < high; i++) {
+        const word left = read<word>(a[i] + w * Words<T>::EACH);
+        for (int j = 0; j < 2; j++) sums[i][j] = Words<T>::add(sums[i][j], left, at + j * LANES);
+      }
+    for (int i = 0; i < high; i++)
+      for (int j = 0; j < 2; j++) store(c + i * columns + column + j * LANES, sums[i][j]);
+  }
+}
+
+template <typename T>
+struct Worker {
+  const Paged& p;
+  const Span* spans;
+  const int64_t group, tokens;  // heads that share keys, and tokens that are attended from together
+  Room<T> shares;
+  Room<float> scores, sums, most, sum;
+
+  explicit Worker(const Paged& p)
+      : p(p), spans(reinterpret_cast<const Span*>(p.spans)), group(p.heads / p.kv_heads), tokens(at_once(p)),
+        shares(rows() * SIDE), scores(rows() * SIDE), sums(rows() * p.size), most(rows()), sum(rows()) {}
+
+  static int64_t at_once(const Paged& p) { return std::max<int64_t>(1, SIDE * p.kv_heads / p.heads); }
+  int64_t rows() const { return (tokens * group + SIDE - 1) / SIDE * SIDE; }
+
+  T* keys(int64_t sequence, int64_t head, int64_t place) const {
+    return static_cast<T*>(p.pages) + p.table[sequence * p.most + place / SIDE] * p.page + head * SIDE * p.size;
+  }
+  T* values(int64_t sequence, int64_t head, int64_t place) const { return keys(sequence, p.kv_heads + head, place); }
+
+  // New keys and values of one head. What is behind a sequence's end is zero, as it is multiplied too.
+  void keep(int64_t s, int64_t head) const {
+    constexpr int64_t EACH = Words<T>::EACH;
+    for (int64_t t = spans[s].start; t < spans[s].stop; t++) {
+      const int64_t place = spans[s].past + t - spans[s].start, at = place % SIDE, from = (t * p.kv_heads + head) * p.size;
+      T *key = keys(s, head, place), *value = values(s, head, place);
+      if (!at) memset(value, 0, sizeof(T) * SIDE * p.size);
+      for (int64_t e = 0; e < p.size; e++) {
+        key[(e / EACH * SIDE + at) * EACH + e % EACH] = static_cast<const T*>(p.k)[from + e];
+        value[(at / EACH * p.size + e) * EACH + at % EACH] = static_cast<const T*>(p.v)[from + e];
+      }
+    }
+  }
+
+  const T* query(int64_t head, int64_t token, int64_t row) const {
+    return static_cast<const T*>(p.q) + ((token + row / group) * p.heads + head * group + row % group) * p.size;
+  }
+
+  void attend(int64_t s, int64_t head, int64_t from) {
+    const Span& span = spans[s];
+    const int64_t count = (std::min(from + tokens, span.stop) - from) * group, first = span.past + from - span.start;
+    std::fill_n(sums.at(), count * p.size, 0.f), std::fill_n(sum.at(), count, 0.f);
+    std::fill_n(most.at(), count, -INFINITY);
+    const int64_t last = first + (count - 1) / group, least = p.window ? std::max<int64_t>(0, first + 1 - p.window) : 0;
+    for (int64_t place = least / SIDE * SIDE; place <= last; place += SIDE) {
+      each(count, [&](auto high, int64_t row) {
+        const T* of[high];
+        for (int i = 0; i < high; i++) of[i] = query(head, from, row + i);
+        rows_by<T, high>(of, keys(s, head, place), SIDE, p.size, SIDE, scores.at(row * SIDE), false);
+      });
+      for (int64_t row = 0; row < count; row++) share(row, first + row / group - place);
+      each(count, [&](auto high, int64_t row) {
+        const T* of[high];
+        for (int i = 0; i < high; i++) of[i] = shares.at((row + i) * SIDE);
+        rows_by<T, high>(of, values(s, head, place), p.size, SIDE, p.size, sums.at(row * p.size), true);
+      });
+    }
+    for (int64_t row = 0; row < count; row++) {
+      T* to = static_cast<T*>(p.out) + (query(head, from, row) - static_cast<const T*>(p.q));
+      for (int64_t e = 0; e < p.size; e += LANES) store(to + e, load(sums.at(row * p.size + e)) / *sum.at(row));
+    }
+  }
+
+  // Calls of(how many, the first row) for all rows.
+  template <typename Of>
+  static void each(int64_t count, Of of) {
+    int64_t row = 0;
+    for (; row + 4 <= count; row += 4) of(std::integral_constant<int, 4>(), row);
+    if (count - row >= 2) of(std::integral_constant<int, 2>(), row), row += 2;
+    if (count - row) of(std::integral_constant<int, 1>(), row);
+  }
+
+  // Scores of a row become exp(score - the largest so far); what was summed before is brought to the same measure. The
+  // row sees the keys up to number `own` of this page.
+  void share(int64_t row, int64_t own) {
+    const int64_t high = std::clamp<int64_t>(own + 1, 0, SIDE);
+    const int64_t low = p.window ? std::clamp<int64_t>(own + 1 - p.window, 0, high) : 0;
+    if (low == high) {  // nothing of this page is seen
+      std::fill_n(shares.at(row * SIDE), SIDE, T(0));
+      return;
+    }
+    float* at = scores.at(row * SIDE);
+    std::fill(at, at + low, -INFINITY), std::fill(at + high, at + SIDE, -INFINITY);
+    floats largest_of = *most.at(row) - floats{}, total_of{};
+    for (int64_t i = low; i < high; i++) at[i] *= p.scale;
+    for (int64_t i = 0; i < SIDE; i += LANES) largest_of = largest(largest_of, load(at + i));
+    const float top = largest_of_all(largest_of), before = *most.at(row);
+    if (top > before) {
+      const float by = std::exp(before - top);
+      for (int64_t e = 0; e < p.size; e += LANES) store(sums.at(row * p.size + e), load(sums.at(row * p.size + e)) * by);
+      *sum.at(row) *= by, *most.at(row) = top;
+    }
+    for (int64_t i = 0; i < SIDE; i += LANES) store(at + i, exponential(load(at + i) - top));
+    std::fill(at, at + low, 0.f), std::fill(at + high, at + SIDE, 0.f);
+    for (int64_t i = 0; i < SIDE; i += LANES) total_of += load(at + i), store(shares.at(row * SIDE + i), load(at + i));
+    *sum.at(row) += total(total_of);
+  }
+};
+
+template <typename T>
+void paged(const Paged& p) {
+  const Span* spans = reinterpret_cast<const Span*>(p.spans);
+  struct Unit {
+    int64_t sequence, head, from;
+  };
+  std::vector<Unit> units;
+  for (int64_t s = 0; s < p.sequences; s++)
+    for (int64_t head = 0; head < p.kv_heads; head++)
+      for (int64_t t = spans[s].start; t < spans[s].stop; t += Worker<T>::at_once(p)) units.push_back({s, head, t});
+#pragma omp parallel num_threads(p.threads)
+  {
+    Worker<T> worker(p);
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t s = 0; s < p.sequences; s++)
+      for (int64_t head = 0; head < p.kv_heads; head++) worker.keep(s, head);
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < units.size(); i++) worker.attend(units[i].sequence, units[i].head, units[i].from);
+  }
+}
+
+}  // namespace
+
+extern "C" void FOR_THIS_SET(paged)(const Paged* p) { p->bf16 ? paged<uint16_t>(*p) : paged<float>(*p); }
