@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from deltaw.adapters.protocol import Method
-from deltaw.models.slots import Affine, Delta, Parts, Slot
+from deltaw.models.slots import Affine, Before, Delta, Parts, Slot
 
 
 class Adapter(nn.Module):
@@ -59,13 +59,13 @@ class Adapter(nn.Module):
         for name, delta in self.named_deltas():
             yield self._slots[name], delta
 
-    def forms(self) -> dict[str, Affine | None]:
-        """What every lasting delta does as gain * (W x) + scale * B A x + bias, by slot name, or None."""
+    def forms(self) -> dict[str, Affine | Before | None]:
+        """What every lasting delta does, in the form in which a server mixes it with others, by slot name, or None."""
         return {name: delta.served(self._slots[name]) for name, delta in self.named_deltas() if delta.lasting}
 
     def low_rank(self) -> dict[str, Affine | None]:
         """What every lasting delta adds as scale * B A, by slot name; None where it does more than that."""
-        return {name: None if f is None or f.gain_O is not None or f.bias_O is not None else f
+        return {name: f if isinstance(f, Affine) and f.gain_O is None and f.bias_O is None else None
                 for name, f in self.forms().items()}  # fmt: skip
 
     @property

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from deltaw.settings import Count, Seed, Share, settings
 
+COLD = 1e-3
+"""Below this temperature only the likeliest token has any probability left."""
+
 
 @settings
 class Sampling:
@@ -30,6 +33,11 @@ class Sampling:
     seed: Seed = 0
     """Seed of the draw; every answer in a batch has a stream of its own."""
 
+    @property
+    def likeliest(self) -> bool:
+        """Whether it is always the token of the largest logit, whatever was said before."""
+        return self.temperature < COLD and self.repetition_penalty == 1
+
 
 @settings
 class Talk(Sampling):
@@ -39,10 +47,6 @@ class Talk(Sampling):
     """0: always the likeliest token; 1: as likely as the model says; more: wilder."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Draw only from the likeliest tokens that together have this probability."""
-
-
-COLD = 1e-3
-"""Below this temperature only the likeliest token has any probability left."""
 
 
 def pick(logits_V: Tensor, sampling: Sampling, rng: torch.Generator, said: list[int]) -> int:

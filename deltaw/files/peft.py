@@ -62,7 +62,7 @@ def write(adapter: Adapter, model: Decoder, base: str, folder: Path, uniform: bo
     alphas: dict[str, float] = {}
     saved: list[str] = []
     names = {name: delta for name, delta in adapter.named_deltas() if delta.lasting}
-    forms = adapter.forms()
+    forms = {name: form if isinstance(form, Affine) else None for name, form in adapter.forms().items()}
     most = max((len(form.A_RI) for form in forms.values() if form is not None), default=0)
     gains = any(form is not None and form.gain_O is not None for form in forms.values())
     if uniform:

@@ -17,7 +17,7 @@ from deltaw.adapters.protocol import Losses, Method, Site, hold
 from deltaw.errors import UserError
 from deltaw.models.decoder import Decoder
 from deltaw.models.seen import Documents, Seen, attention
-from deltaw.models.slots import Attend, CannotMerge, Delta, Parts, Positions, Slot
+from deltaw.models.slots import Attend, Before, CannotMerge, Delta, Parts, Positions, Slot
 from deltaw.models.tokenizer import Tokenizer
 from deltaw.settings import settings
 
@@ -74,6 +74,9 @@ class Prefix(Delta):
         open_TP = q_THE.new_zeros(len(q_THE), len(k_PKE))
         alone_THE = attention(q_THE, k_PKE, v_PKE, open_TP, slot.score)
         return slot.run(q_THE, k_TKE, v_TKE, seen) + self.gate.tanh().to(q_THE.dtype)[:, None] * alone_THE
+
+    def served(self, slot: Attend) -> Before | None:  # noqa: ARG002 (the same at every slot)
+        return Before(*self.pair()) if self.before else None
 
     def merged(self, slot: Any) -> Parts:  # noqa: ARG002 (whatever the slot)
         raise CannotMerge("A prefix is something to attend to, and no weight.")

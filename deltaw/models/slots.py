@@ -33,6 +33,13 @@ class Affine(NamedTuple):
     bias_O: Tensor | None = None
 
 
+class Before(NamedTuple):
+    """What a server needs to run attention that sees something before the first token: keys and values."""
+
+    k_PKE: Tensor
+    v_PKE: Tensor
+
+
 class Terms(NamedTuple):
     """What a linear layer does: y = gain * (W x) + scale * B A x + bias. In parts, neighbours are computed as one."""
 
@@ -74,8 +81,8 @@ class Delta(nn.Module):
         """Give what `forward` does now at a linear layer, if it is of this form; None: it is not."""
         return None
 
-    def served(self, slot: Any) -> Affine | None:  # noqa: ARG002 (the contract's argument; most deltas need it)
-        """Give the form in which a server mixes this with other adapters in one batch; None: merged only."""
+    def served(self, slot: Any) -> Affine | Before | None:  # noqa: ARG002 (the contract's argument; most deltas need it)
+        """Give the form in which a server mixes this with other adapters in one batch; None: only worn by itself."""
         return None
 
 

@@ -1,0 +1,1 @@
+"""Many personas on one base: pages for keys and values, what each row of a batch wears, and who is served when."""

@@ -1,0 +1,189 @@
+"""Continuous batching (Orca, Yu et al. 2022): in each step every sequence gets a token, or a piece of its prompt."""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from deltaw.decode.sampling import pick
+from deltaw.errors import UserError
+from deltaw.kernels.paged import SIDE, Run
+from deltaw.kernels.worn import Rows, Wear
+from deltaw.models.decoder import Decoder
+from deltaw.serve.arena import Arena
+from deltaw.serve.batch import Pieces
+from deltaw.serve.sequence import End, Sequence
+from deltaw.serve.wardrobe import Wardrobe
+from deltaw.serve.wearing import Floor
+
+Piece = tuple[Sequence, int]
+"""A sequence and how many of its tokens a step computes."""
+
+
+class Engine:
+    """One model for all. `most` sequences run at once; a step computes at most `chunk` tokens of prompts."""
+
+    def __init__(self, model: Decoder, budget_bytes: int, most: int = 32, chunk: int = 256) -> None:
+        self.model, self.arena, self.floor = model, Arena(model, budget_bytes), Floor(model)
+        self.wardrobe = Wardrobe(self.arena)
+        self.most, self.chunk = most, chunk
+        self.waiting = deque[Sequence]()
+        self.running: list[Sequence] = []
+
+    def submit(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn."""
+        self.waiting.append(sequence)
+
+    def end(self, sequence: Sequence, why: End, fault: str = "") -> None:
+        """Let go of a sequence that runs or waits; its pages are free at once."""
+        if sequence in self.running:
+            self._stop(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.fault = fault
+        sequence.heard(why)
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Compute one step; returns whether there was anything to compute."""
+        planned = self.plan()
+        planned.sort(key=lambda piece: (id(piece[0].alone), piece[0].root))
+        for _, pieces in groupby(planned, key=lambda piece: id(piece[0].alone)):
+            self.forward(list(pieces))
+        return bool(planned)
+
+    def plan(self) -> list[Piece]:
+        """Who computes how many tokens, with pages for them: those that run, the oldest first, then who waits."""
+        planned, left = list[Piece](), self.chunk
+        for sequence in list(self.running):
+            if sequence not in self.running:
+                continue  # it was sent back to wait
+            count = 1 if sequence.pending == 1 else min(sequence.pending, left)
+            if count and self._room(sequence, count):
+                planned.append((sequence, count))
+                left -= count if sequence.pending > 1 else 0
+        for sequence in list(self.waiting):
+            if not left or len(self.running) == self.most:
+                break
+            if not self._ready(sequence):
+                continue  # others need not wait for its adapter
+            self.wardrobe.wear(sequence.entries)
+            sequence.begin(self.arena)
+            count = min(sequence.pending, left)
+            if not self._freed(sequence.missing(count)):
+                sequence.leave(self.arena)
+                self.wardrobe.unwear(sequence.entries)
+                break
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            sequence.extend(self.arena, count)
+            planned.append((sequence, count))
+            left -= count
+        return planned
+
+    def check(self) -> None:
+        """Raise an AssertionError unless every page and every adapter is where it should be."""
+        self.arena.check()
+        self.wardrobe.check()
+        held = [page for sequence in self.running for page in sequence.pages]
+        assert sum(self.arena.held.values()) == len(held), "pages are held by nobody who runs"
+        assert not any(sequence.pages for sequence in self.waiting), "who waits has pages"
+        users = [entry for sequence in self.running for entry in sequence.entries]
+        assert all(entry.users == users.count(entry) for entry in self.wardrobe.kept), "adapters are worn by nobody"
+
+    def _ready(self, sequence: Sequence) -> bool:
+        """Whether a sequence that waits can be begun; one that never can be is let go of."""
+        try:
+            if not self.wardrobe.ready(sequence.entries):
+                return False
+            sequence.dress()
+            self._check_length(sequence)
+        except UserError as e:
+            self.end(sequence, "error", str(e))
+            return False
+        return True
+
+    def _check_length(self, sequence: Sequence) -> None:
+        with nullcontext() if sequence.alone is None else sequence.alone.on():
+            context, shared = self.model.context, self.model.shares(sequence.most)
+        room = min(context, (self.arena.count - len({p for e in sequence.entries for p in e.given})) * SIDE)
+        if sequence.most > room:
+            raise UserError(f"A question of {len(sequence.asked):,} tokens and an answer of "
+                            f"{sequence.sampling.max_new_tokens:,} have no room: {room - sequence.prefix:,} are seen.",
+                            remedy="Ask for less, or let the answer be shorter.")  # fmt: skip
+        if not shared:  # angles depend on how long it may become
+            sequence.root = sequence.root[:16] + sequence.most.to_bytes(4, "little")
+
+    def _freed(self, pages: int) -> bool:
+        """Whether there are so many pages, once adapters that nobody wears are forgotten."""
+        while self.arena.available < pages:
+            if not self.wardrobe.evict():
+                return False
+        return True
+
+    def _room(self, sequence: Sequence, count: int) -> bool:
+        """Take the pages that are missing; where there are none, the youngest waits, and is computed anew later."""
+        while not self._freed(sequence.missing(count)):
+            youngest = self.running[-1]
+            self._stop(youngest)
+            self.waiting.appendleft(youngest)
+            if youngest is sequence:
+                return False
+        sequence.extend(self.arena, count)
+        return True
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.wardrobe.unwear(sequence.entries)
+        sequence.leave(self.arena)
+
+    def forward(self, pieces: list[Piece]) -> None:
+        """Compute some tokens of sequences, and say the next of those whose last token is among them."""
+        runs, ids, places, at = list[Run](), list[int](), list[int](), 0
+        for sequence, count in pieces:
+            runs.append(Run(at, at + count, sequence.known))
+            places += range(sequence.known, sequence.known + count)
+            ids += sequence.ids[sequence.known : sequence.known + count]
+            at += count
+        seen = Pieces(self.arena.books, runs, [s.pages for s, _ in pieces], [s.most for s, _ in pieces])
+        due = [i for i, (sequence, count) in enumerate(pieces) if count == sequence.pending]
+        with self._worn(pieces, runs):
+            h_TD = self.model.hidden(torch.tensor(ids), torch.tensor(places), seen)
+            logits_NV = self.model.logits(h_TD[[runs[i].stop - 1 for i in due]])
+        for sequence, count in pieces:
+            sequence.advance(self.arena, count)
+        finite_N, likeliest_N = logits_NV.isfinite().all(1).tolist(), logits_NV.argmax(1).tolist()
+        for n, i in enumerate(due):
+            sequence = pieces[i][0]
+            if not finite_N[n]:
+                self.end(sequence, "error", "What was computed is no number: the adapter's values are too large.")
+            elif sequence.sampling.likeliest:
+                self._say(sequence, likeliest_N[n])
+            else:
+                said = [*sequence.asked, *sequence.said]
+                self._say(sequence, pick(logits_NV[n], sequence.sampling, sequence.draws, said))
+
+    def _worn(self, pieces: list[Piece], runs: list[Run]) -> AbstractContextManager[Any]:
+        if (adapter := pieces[0][0].alone) is not None:
+            return adapter.on()
+        rows = list[Rows]()
+        for (sequence, _), run in zip(pieces, runs, strict=True):
+            worn = tuple((served.slab, weight) for served, weight in sequence.served if served.slab is not None)
+            if rows and rows[-1].worn == worn:
+                rows[-1] = rows[-1]._replace(stop=run.stop)
+            else:
+                rows.append(Rows(run.start, run.stop, worn))
+        return self.floor.on(Wear(rows))
+
+    def _say(self, sequence: Sequence, token: int) -> None:
+        if token in sequence.end_ids:
+            return self.end(sequence, "stop")
+        sequence.said.append(token)
+        sequence.heard(token)
+        if len(sequence.said) == sequence.sampling.max_new_tokens:
+            self.end(sequence, "length")
+        return None

@@ -1,0 +1,102 @@
+"""An engine in a thread of its own. Everything else talks to it between two steps, and hears of tokens as they come."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+import torch
+
+from deltaw.serve.engine import Engine
+from deltaw.serve.sequence import Sequence
+
+T = TypeVar("T")
+IDLE_SECONDS = 0.005
+"""How long an engine that has nothing to compute waits for an adapter that is being read."""
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """Steps as long as there is anything to compute. Close it, or use it as a context."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.closed = engine, False
+        self.inbox = queue.SimpleQueue[Callable[[], None]]()
+        self.threads = torch.get_num_threads()
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.thread.start()
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def do(self, work: Callable[[], T]) -> Future[T]:
+        """Let the engine's thread do this between two steps.
+
+        Raises:
+            RuntimeError: the service is closed.
+        """
+        if self.closed:
+            raise RuntimeError("The service is closed.")
+        done = Future[T]()
+
+        def answer() -> None:
+            if done.set_running_or_notify_cancel():
+                try:
+                    done.set_result(work())
+                except Exception as e:  # it belongs to whoever asked
+                    done.set_exception(e)
+
+        self.inbox.put(answer)
+        return done
+
+    def submit(self, sequence: Sequence) -> None:
+        """Let a sequence be answered: its `heard` is called by the engine's thread."""
+        self.do(lambda: self.engine.submit(sequence))
+
+    def abort(self, sequence: Sequence) -> None:
+        """Let go of a sequence, if it has not ended."""
+        self.do(lambda: self._abort(sequence))
+
+    def close(self) -> None:
+        """End after the step that is under way; whoever is not answered hears so."""
+        if not self.closed:
+            self.closed = True
+            self.inbox.put(lambda: None)
+            self.thread.join()
+
+    def _abort(self, sequence: Sequence) -> None:
+        if sequence in self.engine.running or sequence in self.engine.waiting:
+            self.engine.end(sequence, "abort")
+
+    def _run(self) -> None:
+        torch.set_num_threads(self.threads)  # which every thread has to be told
+        busy = False
+        while not self.closed:
+            self._listen(busy)
+            try:
+                busy = self.engine.step()
+            except Exception as e:
+                log.exception("A step failed.")
+                for sequence in list(self.engine.running) or list(self.engine.waiting)[:1]:
+                    self.engine.end(sequence, "error", f"It could not be computed: {e}.")
+        for sequence in [*self.engine.running, *self.engine.waiting]:
+            self.engine.end(sequence, "abort", "The server is closing.")
+        self.engine.wardrobe.close()
+
+    def _listen(self, busy: bool) -> None:
+        """Do what was asked for; with nothing to compute, wait until something is."""
+        wait = None if not busy and not self.engine.waiting else IDLE_SECONDS
+        try:
+            work = self.inbox.get_nowait() if busy else self.inbox.get(timeout=wait)
+            while True:
+                work()
+                work = self.inbox.get_nowait()
+        except queue.Empty:
+            return

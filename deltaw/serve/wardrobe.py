@@ -1,0 +1,162 @@
+"""Adapters by name: read by a thread beside when they are asked for, mapped from a file, forgotten when room is needed.
+
+An adapter is known by what it holds. Under its old name another one is another adapter; whoever wears the old one goes
+on with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Literal
+
+from deltaw.errors import UserError
+from deltaw.serve.arena import Arena
+from deltaw.serve.wearing import Served
+
+State = Literal["known", "reading", "waiting", "ready", "failed"]
+"""Not asked for; being read; read, without room yet; to be worn; damaged."""
+Read = Callable[[], Served]
+
+
+@dataclass(eq=False)
+class Entry:
+    """An adapter of this name, with what reads it. `users` wear it now; `given` are the pages it takes the place of."""
+
+    name: str
+    digest: bytes
+    read: Read
+    served: Served | None = None
+    given: list[int] = field(default_factory=list)
+    users: int = 0
+    used: int = 0
+    """When it was asked for last, in no unit."""
+    fault: str = ""
+    reading: Future[Served] | None = None
+    gone: bool = False
+    """Nobody can ask for it any more."""
+
+    @property
+    def state(self) -> State:
+        """Whether it can be worn."""
+        if self.fault:
+            return "failed"
+        if self.served is not None:
+            return "ready"
+        if self.reading is None:
+            return "known"
+        return "waiting" if self.reading.done() else "reading"
+
+
+class Wardrobe:
+    """All adapters of a server. Only `read` runs beside; everything else is done between two steps."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena, self.entries = arena, dict[str, Entry]()
+        self.reader = ThreadPoolExecutor(1, "reader")
+        self.clock = count(1)
+        self.kept: set[Entry] = set()
+        """Those that have pages."""
+
+    def add(self, name: str, digest: bytes, read: Read) -> Entry:
+        """Know an adapter by this name from now on; one that had it is gone, unless it is the same."""
+        if (old := self.entries.get(name)) is not None:
+            if old.digest == digest and not old.fault:
+                return old
+            self.remove(name)
+        self.entries[name] = entry = Entry(name, digest, read)
+        return entry
+
+    def remove(self, name: str) -> None:
+        """Know it no longer. Whoever wears it goes on; then its room is free.
+
+        Raises:
+            UserError: there is none of this name.
+        """
+        if (entry := self.entries.pop(name, None)) is None:
+            raise UserError(f"There is no adapter '{name}'.")
+        entry.gone = True
+        self._forget_unused(entry)
+
+    def ready(self, entries: Sequence[Entry]) -> bool:
+        """Whether all of these can be worn now. Those that cannot are read, or wait for room, meanwhile.
+
+        Raises:
+            UserError: one is damaged, or together they take more than all the room there is.
+        """
+        self.wear(entries)  # none makes room for another
+        try:
+            found = [self._settled(entry) for entry in entries]
+        finally:
+            self.unwear(entries)
+        return all(found)
+
+    def wear(self, entries: Iterable[Entry]) -> None:
+        """Keep these until they are no longer worn."""
+        for entry in entries:
+            entry.users += 1
+
+    def unwear(self, entries: Iterable[Entry]) -> None:
+        """Somebody wears these no longer."""
+        for entry in entries:
+            entry.users -= 1
+            self._forget_unused(entry)
+
+    def evict(self) -> bool:
+        """Forget the adapter that was not asked for the longest, of those that nobody wears; whether there was one."""
+        idle = [entry for entry in self.kept if not entry.users]
+        if not idle:
+            return False
+        self._forget(min(idle, key=lambda entry: entry.used))
+        return True
+
+    def check(self) -> None:
+        """Raise an AssertionError unless every page that was given up is an adapter's, and every one has its own."""
+        given = [page for entry in self.kept for page in entry.given]
+        assert sorted(given) == sorted(self.arena.given), "pages were given up for nothing, or twice"
+        assert all(entry.served is not None for entry in self.kept), "an adapter has pages and is not there"
+        assert all(entry.users >= 0 for entry in self.kept), "an adapter is worn by fewer than nobody"
+        assert not any(entry.gone and not entry.users for entry in self.kept), "an adapter that is gone has pages"
+
+    def close(self) -> None:
+        """Read nothing more."""
+        self.reader.shutdown(cancel_futures=True)
+
+    def _settled(self, entry: Entry) -> bool:
+        """Whether it can be worn by now: it is read when it is asked for, and takes its room once that is done."""
+        entry.used = next(self.clock)
+        if entry.served is not None:
+            return True
+        if entry.fault:
+            raise UserError(f"The adapter '{entry.name}' cannot be worn.", why=entry.fault)
+        if entry.reading is None:
+            entry.reading = self.reader.submit(entry.read)
+        if not entry.reading.done():
+            return False
+        try:
+            served = entry.reading.result()
+        except Exception as e:  # whatever is wrong with it, it is the adapter's fault
+            return self._failed(entry, str(e))
+        if served.size_bytes > self.arena.count * self.arena.page_bytes:
+            return self._failed(entry, f"It takes {served.size_bytes:,} bytes, more than all there is room for.")
+        while not (given := self.arena.give(served.size_bytes)):
+            if not self.evict():
+                return False
+        entry.served, entry.given, entry.reading = served, given, None
+        self.kept.add(entry)
+        return True
+
+    def _failed(self, entry: Entry, why: str) -> bool:
+        entry.fault, entry.reading = why, None
+        return self._settled(entry)
+
+    def _forget_unused(self, entry: Entry) -> None:
+        if entry.gone and not entry.users and entry in self.kept:
+            self._forget(entry)
+
+    def _forget(self, entry: Entry) -> None:
+        self.arena.back(entry.given)
+        entry.served, entry.given = None, []
+        self.kept.remove(entry)
