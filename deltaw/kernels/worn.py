@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels.library import function
+from deltaw.kernels.plain import PLAIN
 from deltaw.kernels.products import Product, summed
 
 MANY = 16
@@ -122,7 +123,9 @@ class Wear:
         self.native, few, self.many = function("wear"), list[Rows](), list[Rows]()
         for each in rows:
             if each.worn:
-                (few if self.native and each.stop - each.start < MANY else self.many).append(each)
+                plain = all(slab.dtype in PLAIN and slab.memory.device.type == "cpu" for slab, _ in each.worn)
+                natively = self.native and plain and each.stop - each.start < MANY
+                (few if natively else self.many).append(each)
         ends = list(accumulate((len(each.worn) for each in few), initial=0))
         self.groups = (Group * len(few))(*(Group(r.start, r.stop, *ends[i : i + 2]) for i, r in enumerate(few)))
         self.each = (Each * ends[-1])(*(Each(slab.memory.data_ptr(), w) for r in few for slab, w in r.worn))
