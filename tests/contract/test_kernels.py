@@ -207,3 +207,14 @@ def test_a_set_that_is_not_there_is_said_without_a_library_too(monkeypatch, choo
         assert library.function("norm") is None
     finally:
         library.available.cache_clear()
+
+
+def test_native_code_without_memory_ends_with_a_sentence():
+    code = ("import resource, psutil, torch; from deltaw.kernels import attention; torch.set_num_threads(1);"
+            "n = 40_000; x = torch.zeros(n, 1, 256);"
+            "t = {'spans': torch.tensor([[0, n, 0, 0]]), 'lse': torch.zeros(n, 1)};"
+            "t |= dict.fromkeys(('q', 'k', 'v', 'out'), x); attention.function('attend');"
+            "limit = psutil.Process().memory_info().vms + 10_000_000;"
+            "resource.setrlimit(resource.RLIMIT_AS, (limit, -1)); attention._call('attend', t, 1.0, 0)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, "Memory was full" in done.stderr) == (3, True)
