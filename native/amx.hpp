@@ -56,18 +56,23 @@ class Square {
     written(at);
   }
 
-  // Adds a b; b passes by, and does not push a out of the nearest cache.
+  // Adds a b, all columns or half of them; b passes by, and does not push a out of the nearest cache.
+  template <int halves = 2>
   void add(Rows a, Pairs b, int64_t depth) {
     written(a.at);
     for (int64_t p = 0; p < depth; p += SIDE, a.at += a.next, b.at += SIDE / 2 * b.stride) {
+      if (a.asks)
+        for (int64_t row = SIDE; row < 2 * SIDE; row++) _mm_prefetch(a.at + row * a.across, _MM_HINT_T0);
       _tile_loadd(4, a.at, a.across * 2);
       _tile_loadd(5, a.at + 16 * a.across, a.across * 2);
       _tile_stream_loadd(6, b.at, b.stride * 4);
-      _tile_stream_loadd(7, b.at + 16, b.stride * 4);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      if constexpr (halves == 2) {
+        _tile_stream_loadd(7, b.at + 16, b.stride * 4);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+      }
     }
   }
 };

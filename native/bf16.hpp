@@ -14,10 +14,12 @@ constexpr int64_t SIDE = 32;  // rows, columns and depth are whole numbers of it
 
 inline int64_t whole(int64_t count) { return (count + SIDE - 1) / SIDE * SIDE; }
 
-// The left factor: from one row to the next, and from one SIDE of its depth to the next.
+// The left factor: from one row to the next, and from one SIDE of its depth to the next; whether the rows below are
+// asked for, as they are far away and come next.
 struct Rows {
   const uint16_t* at;
   int64_t across, next = SIDE;
+  bool asks = false;
 };
 struct Pairs {
   const uint32_t* at;

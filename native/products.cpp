@@ -3,7 +3,7 @@
 //
 // A frozen matrix, what adapters add to it, and neighbours that go back to one input are one sum: fp32 until its end,
 // and c is written once. A thread takes some columns and rows, lays its columns of every b as tiles need them (at most
-// DEPTH of it at a time, so that it stays in the cache), and runs through its rows.
+// DEPTH of it at a time, so that it stays in the cache), and runs through its rows. Few rows: few.hpp.
 
 #if defined(__AVX512BF16__)
 
@@ -12,20 +12,8 @@
 #include <vector>
 
 #include "bf16.hpp"
+#include "few.hpp"
 #include "room.hpp"
-
-// As deltaw/kernels/products.py lays it out.
-struct Part {
-  const uint16_t *a, *b;
-  int64_t across, stride;  // from row to row, of a and of b
-  int64_t depth, turned;   // b is depth x columns; turned, columns x depth
-};
-struct Sum {
-  const Part* parts;
-  uint16_t* c;
-  int64_t count, rows, columns, ld;
-  int32_t onto, threads;  // onto: c is added to
-};
 
 namespace {
 
@@ -66,18 +54,6 @@ int64_t depth_of(const Run& run) {
   return depth;
 }
 
-// Rows and columns of a table in whole SIDEs, with zeros behind: where it lies, or copied to `room`.
-Rows padded(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns, int64_t all_rows, uint16_t* room) {
-  if (rows == all_rows && columns % SIDE == 0) return {x, stride};
-  const int64_t wide = whole(columns);
-  for (int64_t row = 0; row < all_rows; row++) {
-    const int64_t there = row < rows ? columns : 0;
-    memcpy(room + row * wide, x + row * stride, there * 2);
-    memset(room + row * wide + there, 0, (wide - there) * 2);
-  }
-  return {room, wide};
-}
-
 // Where a thread lays what it multiplies; it is kept from sum to sum, as fetching it anew takes longer than laying.
 struct Desk {
   Room<uint32_t> laid;
@@ -98,9 +74,7 @@ struct Unit {
     const int64_t wide = std::min(SIDE, s.columns - column), depth = whole(p.depth);
     if (part.turned) {
       const Rows b = padded(part.b + column * part.stride + p.from, part.stride, wide, p.depth, SIDE, desk.edge.at());
-      if (b.across % 2 == 0) return turned(b.at, SIDE, depth / 2, b.across / 2, to, SIDE);
-      for (int64_t row = 0; row < SIDE; row++) memcpy(desk.edge.at(row * depth), b.at + row * b.across, depth * 2);
-      return turned(desk.edge.at(), SIDE, depth / 2, depth / 2, to, SIDE);
+      return turned(b.at, SIDE, depth / 2, b.across / 2, to, SIDE);
     }
     const Rows b = padded(part.b + p.from * part.stride + column, part.stride, p.depth, wide, depth, desk.edge.at());
     paired(b.at, depth, SIDE, b.across, to, SIDE);
@@ -169,6 +143,7 @@ struct Unit {
 
 extern "C" void FOR_THIS_SET(summed)(const Sum* given) {
   const Sum& s = *given;
+  if (few(s)) return;
   const auto all = runs(s);
   int64_t deepest = SIDE;
   for (const Run& run : all) deepest = std::max(deepest, depth_of(run));
@@ -192,6 +167,14 @@ extern "C" void FOR_THIS_SET(summed)(const Sum* given) {
         for (const Run& run : all) unit.run(run, &run == &all.front(), &run == &all.back());
       }
   }
+}
+
+// y = x W', without a list of parts: what is asked for most often.
+extern "C" void FOR_THIS_SET(product)(const uint16_t* x, const uint16_t* w, uint16_t* y, int64_t rows, int64_t columns,
+                                      int64_t depth, int64_t across, int64_t stride, int threads) {
+  const Part part{x, w, across, stride, depth, 1};
+  const Sum sum{&part, y, 1, rows, columns, columns, 0, threads};
+  FOR_THIS_SET(summed)(&sum);
 }
 
 #endif

@@ -28,6 +28,7 @@ ARGUMENTS = {
     "surprise": [AT, AT, AT, COUNT, COUNT, FLAG, FLAG, FLAG],
     "paged": [AT],
     "summed": [AT],
+    "product": [AT, AT, AT, COUNT, COUNT, COUNT, COUNT, COUNT, FLAG],
     "wear": [AT],
 }
 FILE = Path(__file__).parent / "built" / "native.so"

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deltaw.kernels.library import function
 
 FEWEST_ROWS = 16
-"""Fewer are left to torch: all of b would be laid for them."""
+"""Fewer are left to torch, unless each b is a matrix that was turned: else all of it would be laid for them."""
 Product = tuple[Tensor, Tensor]
 """a of N x K, and b of K x M; either's rows may lie apart, and b may be a matrix that was turned."""
 
@@ -41,7 +42,7 @@ def summed(products: Sequence[Product], onto: Tensor | None = None, to: Tensor |
     """The sum of all a b; added to `onto`, or written to `to`, if either is there."""
     a_NK, b_KM = products[0]
     c_NM = to if onto is None else onto
-    native = _native(products, c_NM) if len(a_NK) >= fewest else None
+    native = _native(products, c_NM) if len(a_NK) >= fewest or all(_turned(b_KM) for _, b_KM in products) else None
     if native is None:
         c_NM = torch.mm(a_NK, b_KM, out=to) if onto is None else onto.addmm_(a_NK, b_KM)
         for a_NK, b_KM in products[1:]:
@@ -53,6 +54,21 @@ def summed(products: Sequence[Product], onto: Tensor | None = None, to: Tensor |
     native(ctypes.byref(Sum(ctypes.addressof(parts), c_NM.data_ptr(), len(products), *c_NM.shape, c_NM.stride(0),
                             int(onto is not None), torch.get_num_threads())))  # fmt: skip
     return c_NM
+
+
+def times(x_NI: Tensor, w_OI: Tensor) -> Tensor:
+    """The product x W', for few rows by reading W as it lies, once; gradients are torch's."""
+    learns = torch.is_grad_enabled() and (x_NI.requires_grad or w_OI.requires_grad)
+    native = None if learns or x_NI.dtype != torch.bfloat16 or w_OI.dtype != torch.bfloat16 else function("product")
+    if native is None or not (x_NI.is_cpu and w_OI.is_cpu and x_NI.numel() and w_OI.numel()):
+        return F.linear(x_NI, w_OI)
+    (across, x_next), (stride, w_next), (rows, inputs), outputs = x_NI.stride(), w_OI.stride(), x_NI.shape, len(w_OI)
+    if x_next != 1 or w_next != 1:
+        return F.linear(x_NI, w_OI)
+    y_NO = x_NI.new_empty(rows, outputs)
+    native(x_NI.data_ptr(), w_OI.data_ptr(), y_NO.data_ptr(), rows, outputs, inputs, across, stride,
+           torch.get_num_threads())  # fmt: skip
+    return y_NO
 
 
 def across(a_TN: Tensor, b_TM: Tensor) -> Tensor:
@@ -70,6 +86,10 @@ def _native(products: Sequence[Product], c_NM: Tensor | None) -> Any:
     return found if flat and rows else None
 
 
+def _turned(b_KM: Tensor) -> bool:
+    return b_KM.stride(0) == 1 and b_KM.stride(1) != 1
+
+
 def _part(a_NK: Tensor, b_KM: Tensor) -> Part:
-    turned = b_KM.stride(0) == 1 and b_KM.stride(1) != 1
+    turned = _turned(b_KM)
     return Part(a_NK.data_ptr(), b_KM.data_ptr(), a_NK.stride(0), b_KM.stride(int(turned)), a_NK.shape[1], int(turned))

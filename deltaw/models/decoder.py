@@ -11,12 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deltaw.errors import UserError
 from deltaw.kernels.gate import gated
+from deltaw.kernels.products import times
 from deltaw.kernels.turn import rotate
 from deltaw.models.config import ModelConfig
 from deltaw.models.fused import together
@@ -196,7 +196,7 @@ class Decoder(nn.Module):
 
     def logits(self, h_TD: Tensor) -> Tensor:
         """Logits of shape T x V."""
-        logits_TV, cap = F.linear(h_TD, self.head_VD()), self._config.logit_cap
+        logits_TV, cap = times(h_TD, self.head_VD()), self._config.logit_cap
         return logits_TV.div(cap).tanh().mul(cap) if cap else logits_TV
 
     def shares(self, longest: int) -> bool:

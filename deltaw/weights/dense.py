@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltaw.kernels.products import Product, times
 from deltaw.weights import TYPES, Format, Weight
 
 
@@ -42,7 +43,11 @@ class Dense(Weight):
         self.register_buffer("w_OI", w_OI)
 
     def dense(self) -> Tensor:
-        return self.w_OI.to(self.dtype)
+        w_OI = self.w_OI
+        return w_OI if w_OI.dtype == self.dtype else w_OI.to(self.dtype)
+
+    def product(self, x_TI: Tensor, *also: Product) -> Tensor:
+        return super().product(x_TI, *also) if also else times(x_TI, self.dense())
 
     def repack(self, w_OI: Tensor) -> Dense:
         return Dense(w_OI.to(self.w_OI.dtype), self.dtype)
