@@ -30,6 +30,7 @@ ARGUMENTS = {
     "summed": [AT],
     "product": [AT, AT, AT, COUNT, COUNT, COUNT, COUNT, COUNT, FLAG],
     "wear": [AT],
+    "draw": [AT, COUNT, COUNT, FLAG],
 }
 FILE = Path(__file__).parent / "built" / "native.so"
 
