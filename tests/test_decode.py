@@ -19,8 +19,9 @@ from deltaw.data.encode import Encoded
 from deltaw.decode import generate as loop
 from deltaw.decode.cache import Cache
 from deltaw.decode.generate import Answer, answers, complete, generate, stream
-from deltaw.decode.sampling import Sampling, likely, pick
+from deltaw.decode.sampling import Sampling, penalised, pick, picks
 from deltaw.errors import UserError
+from deltaw.kernels.draw import Draw, likely
 from deltaw.methods import method
 from deltaw.models import checkpoint
 
@@ -185,26 +186,26 @@ options = st.fixed_dictionaries({}, optional={"top_k": st.integers(1, 45), "top_
 def test_each_restriction_leaves_what_it_leaves_in_transformers(logits_V, one):
     ((name, value),) = one.items()
     warper = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}[name](value)
-    want = warper(None, logits_V[None])[0].softmax(-1)
-    torch.testing.assert_close(likely(logits_V, Sampling(**one)), want, rtol=1e-5, atol=1e-7)
+    want = warper(None, logits_V[None])[0].double().softmax(-1)
+    torch.testing.assert_close(likely(logits_V, Draw(**one)), want, rtol=1e-5, atol=1e-7)
 
 
 @settings(deadline=None)
 @given(logits_V=logits, all_=options.filter(bool))
 def test_restrictions_together_leave_what_each_of_them_leaves(logits_V, all_):
-    p_V = likely(logits_V, Sampling(**all_))
+    p_V = likely(logits_V, Draw(**all_))
     left = torch.ones(40, dtype=torch.bool)
     for name, value in all_.items():
-        left &= likely(logits_V, Sampling(**{name: value})) > 0
-    full_V = logits_V.softmax(-1) * left
-    torch.testing.assert_close(p_V, full_V / full_V.sum(), rtol=1e-5, atol=1e-7)
+        left &= likely(logits_V, Draw(**{name: value})) > 0
+    full_V = logits_V.double().softmax(-1) * left
+    torch.testing.assert_close(p_V, full_V / full_V.sum())
     assert p_V[logits_V.argmax()] > 0
 
 
 @pytest.mark.parametrize("vocab", [40, 50_000])
 def test_without_restrictions_every_token_keeps_its_probability(vocab):
     logits_V = 3 * torch.randn(vocab, generator=torch.Generator().manual_seed(161))
-    torch.testing.assert_close(likely(logits_V, Sampling()), logits_V.softmax(-1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(likely(logits_V, Draw()), logits_V.double().softmax(-1))
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():
@@ -215,10 +216,35 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
         Sampling(temperature=2.0, top_k=3),
         Sampling(temperature=0.5, top_p=0.9),
     ):
-        counts = torch.bincount(torch.tensor([pick(logits_V, sampling, rng, []) for _ in range(n)]), minlength=4)
-        p_V = likely(logits_V / sampling.temperature, sampling)
+        counts = torch.bincount(torch.tensor([pick(logits_V, sampling, rng, [], []) for _ in range(n)]), minlength=4)
+        p_V = likely(logits_V, Draw(sampling.temperature, sampling.top_k, sampling.top_p))
         assert (counts[p_V == 0] == 0).all()
         assert ((counts / n - p_V).abs() <= 4 * (p_V * (1 - p_V) / n).sqrt()).all()
+
+
+def test_a_draw_takes_one_number_of_its_stream_and_the_likeliest_none():
+    logits_V = torch.arange(9.0)
+    for way in ({}, {"top_k": 3}, {"top_p": 0.5, "min_p": 0.1}, {"frequency_penalty": 1.0}):
+        rng, other = torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
+        pick(logits_V, Sampling(temperature=1.0, **way), rng, [1], [2])
+        torch.rand((), dtype=torch.float64, generator=other)
+        assert torch.equal(rng.get_state(), other.get_state())
+        pick(logits_V, Sampling(**way), rng, [1], [2])
+        assert torch.equal(rng.get_state(), other.get_state())
+
+
+@few
+@given(seeds=st.lists(st.integers(0, 99), min_size=1, max_size=6), where=st.integers(0, 5))
+def test_rows_are_picked_together_as_each_is_alone(seeds, where):
+    """Whatever stands beside it: the streams of all are their own."""
+    ways = [{}, {"top_p": 0.5}, {"top_k": 2}, {"presence_penalty": 1}, {"temperature": 0}, {"repetition_penalty": 2}]
+    asked, said = [[s % 40, 3] for s in seeds], [[s % 7] * (s % 3) for s in seeds]
+    rows = [3 * torch.randn(40, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    samplings = [Sampling(**{"temperature": 1.0, **ways[(s + where) % 6]}) for s in seeds]
+    streams = [[torch.Generator().manual_seed(s) for s in seeds] for _ in range(2)]
+    for _ in range(3):
+        alone = [pick(*each) for each in zip(rows, samplings, streams[0], asked, said, strict=True)]
+        assert picks(torch.stack(rows), samplings, streams[1], asked, said) == alone
 
 
 @few
@@ -262,7 +288,9 @@ def test_the_repetition_penalty_is_that_of_transformers(logits_V, before, penalt
     if before:
         want = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([before]), logits_V[None].clone())[0]
     copy_V = logits_V.clone()
-    assert pick(logits_V, sampling, torch.Generator(), before) == int(want.argmax())
+    for cut in (0, len(before) // 2, len(before)):  # whoever said it
+        assert pick(logits_V, sampling, torch.Generator(), before[:cut], before[cut:]) == int(want.argmax())
+        assert torch.equal(penalised(logits_V, sampling, before[:cut], before[cut:]), want)
     assert torch.equal(logits_V, copy_V)
 
 
@@ -271,3 +299,52 @@ def test_the_repetition_penalty_is_that_of_transformers(logits_V, before, penalt
 def test_a_penalised_answer_is_that_of_transformers(model, hf, prompts, penalty):
     got = said(model, prompts, Sampling(max_new_tokens=12, repetition_penalty=penalty))
     assert got == [theirs(hf, p, max_new_tokens=12, repetition_penalty=penalty) for p in prompts]
+
+
+either = st.floats(-2, 2)
+penalties = st.fixed_dictionaries({}, optional={"presence_penalty": either, "frequency_penalty": either,
+                                                "repetition_penalty": st.floats(1, 2)})  # fmt: skip
+spoken = st.lists(st.integers(0, 39), max_size=12)
+
+
+@settings(deadline=None)
+@given(logits_V=logits, asked=spoken, answer=spoken, which=penalties)
+def test_what_the_answer_has_is_lowered_once_and_by_its_count_and_what_was_asked_is_not(logits_V, asked, answer, which):
+    sampling = Sampling(**which)
+    want, copy_V = logits_V.tolist(), logits_V.clone()
+    for token in {*asked, *answer}:
+        want[token] *= sampling.repetition_penalty ** (-1 if want[token] > 0 else 1)
+    for token in set(answer):
+        want[token] -= sampling.presence_penalty + sampling.frequency_penalty * answer.count(token)
+    got_V = penalised(logits_V, sampling, asked, answer)
+    torch.testing.assert_close(got_V, torch.tensor(want), rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits_V, copy_V)
+    assert sampling.likeliest == (not sampling.penalises) == all(v == (n[0] == "r") for n, v in which.items())
+    if sampling.likeliest or not (asked or answer):
+        assert got_V is logits_V
+
+
+def test_a_small_penalty_counts_where_logits_are_bfloat16():
+    logits_V = torch.tensor([20.0, 20.0, -9.0], dtype=torch.bfloat16)
+    less = Sampling(frequency_penalty=0.01)
+    assert [pick(logits_V, less, torch.Generator(), [0], said) for said in ([], [0], [0, 1], [0, 0, 1])] == [0, 1, 0, 1]
+    assert picks([logits_V] * 2, [less, Sampling()], [torch.Generator()] * 2, [[]] * 2, [[0], [0]]) == [1, 0]
+
+
+@few
+@given(prompts=prompts, which=penalties)
+def test_an_answer_is_penalised_for_what_it_said_itself(model, prompts, which):
+    sampling = Sampling(max_new_tokens=8, **which)
+    for prompt, answer in zip(prompts, said(model, prompts, sampling), strict=True):
+        for i, token in enumerate(answer):
+            logits_V = penalised(our_logits(model, [*prompt, *answer[:i]])[-1], sampling, prompt, answer[:i])
+            assert logits_V[token] > logits_V.max() - 1e-4
+
+
+def test_an_answer_that_is_no_number_is_refused(tiny):
+    adapter = Adapter.build(method("lora"), tiny).eval()
+    with torch.no_grad():
+        next(adapter.parameters()).fill_(torch.nan)
+    for sampling in (Sampling(), WARM):
+        with adapter.on(), pytest.raises(UserError, match="no number"):
+            said(tiny, [[1, 2, 3], [4]], sampling)

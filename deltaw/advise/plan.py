@@ -9,6 +9,7 @@ backward pass, counted; and what is not there yet, Adam's moments.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -219,7 +220,7 @@ def _evaluation_seconds(job: Job) -> float:
             batch_loss(job.model, longest.to(job.model.device)).item()  # a GPU is waited for
         seconds += rounds * spent() * sum(operations(b, job) for b in job.val) / operations(longest, job)
     if job.question is not None:
-        with clock() as spent:
+        with clock() as spent, suppress(UserError):  # logits that are no numbers are told by the run itself
             answers(job.model, job.tokenizer, [job.question.ids], Sampling(max_new_tokens=PROBED_TOKENS))
         said = len(job.tokenizer.encode(job.question.expected)) or SAMPLE_TOKENS
         # An untrained model talks on to the limit; a trained one says about what is expected.

@@ -10,7 +10,7 @@ import torch
 from deltaw.data.batch import lay
 from deltaw.data.encode import Encoded
 from deltaw.decode.cache import Cache
-from deltaw.decode.sampling import Sampling, pick
+from deltaw.decode.sampling import Sampling, picks
 from deltaw.errors import UserError
 from deltaw.models.decoder import Decoder
 from deltaw.models.tokenizer import Tokenizer
@@ -49,13 +49,13 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Samplin
     from; by default that of its place.
 
     Raises:
-        UserError: a prompt fills the model's context.
+        UserError: a prompt fills the model's context, or logits are no numbers.
     """
     order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
     rooms = [room(model, prompts[i], sampling) for i in order]
     share = model.shares(max(len(prompts[i]) + more for i, more in zip(order, rooms, strict=True)))
     batch = lay([Encoded(tuple(prompts[i]), (False,) * len(prompts[i])) for i in order], share).to(model.device)
-    said = [list(prompts[i]) for i in order]
+    asked, said = [prompts[i] for i in order], [list[int]() for _ in order]
     streams = range(len(prompts)) if streams is None else streams
     draws = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + streams[i]) for i in order]
     with torch.inference_mode():
@@ -64,7 +64,10 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Samplin
         alive = list(range(len(order)))
         for step in range(max(rooms)):
             logits_BV = model.logits(h_TD)
-            picked = [pick(logits_V, sampling, draws[b], said[b]) for b, logits_V in zip(alive, logits_BV, strict=True)]
+            picked = picks(logits_BV, [sampling] * len(alive), [draws[b] for b in alive], [asked[b] for b in alive],
+                           [said[b] for b in alive])  # fmt: skip
+            if -1 in picked:
+                raise UserError("What was computed is no number: the values of the adapter or the model are too large.")
             going = [b for b, token in enumerate(picked) if token not in end_ids]
             if going:
                 yield [(order[alive[b]], picked[b]) for b in going]

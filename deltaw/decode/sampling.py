@@ -1,17 +1,22 @@
-"""Which token comes next: greedy, or drawn after temperature, top-k, top-p (Holtzman et al. 2019) and min-p."""
+"""Which token comes next: greedy, or drawn after penalties, temperature, top-k, top-p (Holtzman et al. 2019) and min-p.
+
+A draw takes one number of the answer's own stream, whatever else is drawn beside it: `kernels/draw.py` says of what.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from deltaw.kernels.draw import COLD, Draw, drawn
 from deltaw.settings import Count, Seed, Share, settings
 
-COLD = 1e-3
-"""Below this temperature only the likeliest token has any probability left."""
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 @settings
@@ -30,13 +35,22 @@ class Sampling:
     """Draw only tokens at least this likely, as a share of the likeliest one's probability."""
     repetition_penalty: Annotated[float, Field(ge=1)] = 1.0
     """Make tokens that occurred less likely by this factor (Keskar et al. 2019, arXiv:1909.05858)."""
+    presence_penalty: Penalty = 0.0
+    """Lower the logits of tokens that occurred in the answer by this much; what was asked does not count."""
+    frequency_penalty: Penalty = 0.0
+    """Lower the logits of tokens by this much for each time they occurred in the answer."""
     seed: Seed = 0
     """Seed of the draw; every answer in a batch has a stream of its own."""
 
     @property
     def likeliest(self) -> bool:
         """Whether it is always the token of the largest logit, whatever was said before."""
-        return self.temperature < COLD and self.repetition_penalty == 1
+        return self.temperature < COLD and not self.penalises
+
+    @property
+    def penalises(self) -> bool:
+        """Whether logits depend on what was said before."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 @settings
@@ -49,26 +63,34 @@ class Talk(Sampling):
     """Draw only from the likeliest tokens that together have this probability."""
 
 
-def pick(logits_V: Tensor, sampling: Sampling, rng: torch.Generator, said: list[int]) -> int:
-    """Choose one token from one row of logits; `said` are the tokens before it."""
-    if sampling.repetition_penalty > 1 and said:
-        seen = torch.tensor(sorted(set(said)), device=logits_V.device)
-        old, penalty = logits_V[seen], sampling.repetition_penalty
-        logits_V = logits_V.index_copy(0, seen, torch.where(old > 0, old / penalty, old * penalty))
-    if sampling.temperature < COLD:
-        return int(logits_V.argmax())
-    p_V = likely(logits_V.float() / sampling.temperature, sampling)
-    return int(torch.multinomial(p_V.cpu(), 1, generator=rng))
+def pick(logits_V: Tensor, sampling: Sampling, rng: torch.Generator, asked: Sequence[int], said: Sequence[int]) -> int:
+    """Choose one token from one row of logits, after the tokens that were `asked` and the answer's that were `said`."""
+    return picks([logits_V], [sampling], [rng], [asked], [said])[0]
 
 
-def likely(logits_V: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities after top-k, top-p and min-p; they sum to 1, and the likeliest token is always left."""
-    p_V, order_V = logits_V.softmax(-1).sort(descending=True)
-    # At 1 the running sum, which is rounded, would cut the tail.
-    keep_V = (p_V.cumsum(-1) - p_V < sampling.top_p) | (sampling.top_p == 1)
-    keep_V &= p_V >= sampling.min_p * p_V[0]
-    if sampling.top_k:
-        keep_V[sampling.top_k :] = False
-    keep_V[0] = True
-    p_V = p_V * keep_V
-    return torch.zeros_like(p_V).scatter_(0, order_V, p_V / p_V.sum())
+def picks(logits_NV: Iterable[Tensor], samplings: Sequence[Sampling], rngs: Sequence[torch.Generator],
+          asked: Sequence[Sequence[int]], said: Sequence[Sequence[int]]) -> list[int]:  # fmt: skip
+    """Choose one token from each row of logits, for each as `pick` does; -1 where what was computed is no number."""
+    rows, draws = list[Tensor](), list[Draw]()
+    for logits_V, sampling, rng, before, answer in zip(logits_NV, samplings, rngs, asked, said, strict=True):
+        cold = sampling.temperature < COLD
+        number = 0.0 if cold else float(torch.rand((), dtype=torch.float64, generator=rng))
+        rows.append(penalised(logits_V, sampling, before, answer))
+        draws.append(Draw(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, number))
+    return drawn(rows, draws)
+
+
+def penalised(logits_V: Tensor, sampling: Sampling, asked: Sequence[int], said: Sequence[int]) -> Tensor:
+    """Logits after all penalties, in fp32; the same tensor where there are none."""
+    if not sampling.penalises or not (asked or said):
+        return logits_V
+    logits_V = logits_V.float()  # in bfloat16 a small penalty would be rounded away
+    if sampling.repetition_penalty != 1:
+        seen = torch.tensor(sorted({*asked, *said}), device=logits_V.device)
+        old, by = logits_V[seen], sampling.repetition_penalty
+        logits_V = logits_V.index_copy(0, seen, torch.where(old > 0, old / by, old * by))
+    if said and (sampling.presence_penalty or sampling.frequency_penalty):
+        seen, times = torch.tensor(list(Counter(said).items()), device=logits_V.device).t()
+        less = sampling.presence_penalty + sampling.frequency_penalty * times
+        logits_V = logits_V.index_add(0, seen, less, alpha=-1)
+    return logits_V

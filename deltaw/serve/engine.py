@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from deltaw.decode.sampling import pick
+from deltaw.decode.sampling import picks
 from deltaw.errors import UserError
 from deltaw.kernels.paged import SIDE, Run
 from deltaw.kernels.worn import Rows, Wear
@@ -157,6 +157,10 @@ class Engine:
         for sequence, count in pieces:
             sequence.advance(self.arena, count)
         finite_N, likeliest_N = logits_NV.isfinite().all(1).tolist(), logits_NV.argmax(1).tolist()
+        draw = {n: pieces[i][0] for n, i in enumerate(due) if finite_N[n] and not pieces[i][0].sampling.likeliest}
+        samplings, rngs = [s.sampling for s in draw.values()], [s.draws for s in draw.values()]
+        asked, said = [s.asked for s in draw.values()], [s.said for s in draw.values()]
+        drawn = dict(zip(draw, picks([logits_NV[n] for n in draw], samplings, rngs, asked, said), strict=True))
         for n, i in enumerate(due):
             sequence = pieces[i][0]
             if not finite_N[n]:
@@ -164,8 +168,7 @@ class Engine:
             elif sequence.sampling.likeliest:
                 self._say(sequence, likeliest_N[n])
             else:
-                said = [*sequence.asked, *sequence.said]
-                self._say(sequence, pick(logits_NV[n], sequence.sampling, sequence.draws, said))
+                self._say(sequence, drawn[n])
 
     def _worn(self, pieces: list[Piece], runs: list[Run]) -> AbstractContextManager[Any]:
         if (adapter := pieces[0][0].alone) is not None:

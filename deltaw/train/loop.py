@@ -180,8 +180,12 @@ class Trainer:
             return
         self.job.adapter.eval()
         sampling = Sampling(max_new_tokens=SAMPLE_TOKENS)
-        (said,) = complete(self.job.model, self.job.tokenizer, [asked.ids], sampling)
         self.sampled_at = self.progress.step
+        try:
+            (said,) = complete(self.job.model, self.job.tokenizer, [asked.ids], sampling)
+        except UserError as e:  # it may come right again, and is seen at the loss if it does not
+            yield Warned(text=f"Nothing can be said after step {self.progress.step}. {e.what}")
+            return
         answer = said.text if said.whole else f"{said.text} …"
         yield Sampled(step=self.progress.step, question=asked.text, answer=answer, expected=asked.expected)
 

@@ -97,6 +97,12 @@ def test_generate_answers_questions_and_each_line_of_the_input(trained, shown, m
     assert shown("generate", "say 1", "--base", "base", "--max-new-tokens", "4") != "bbb\n"
 
 
+@pytest.mark.parametrize("penalty", ["--presence-penalty", "--frequency-penalty"])
+def test_generate_lets_an_answer_repeat_itself_less_or_more(trained, shown, penalty):
+    asked = ("generate", "say 1", "--base", "base", "--max-new-tokens", "40", penalty)
+    assert shown(*asked, "2") != shown(*asked, "-2")
+
+
 def test_generate_answers_in_json(trained, shown):
     said = shown("generate", "say 1", "--json")
     assert json.loads(said) == {"persona": "mine", "question": "say 1", "answer": "bbb", "whole": True}

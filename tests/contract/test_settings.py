@@ -66,6 +66,8 @@ def test_settings_are_frozen_and_refuse_what_they_do_not_know(node, cls):
         (Sampling, {"top_p": 0}),
         (Sampling, {"min_p": 2}),
         (Sampling, {"repetition_penalty": 0.9}),
+        (Sampling, {"presence_penalty": 2.1}),
+        (Sampling, {"frequency_penalty": -2.1}),
         (Sampling, {"max_new_tokens": 0}),
     ],
 )

@@ -245,7 +245,8 @@ def test_the_same_seed_says_the_same_whoever_else_is_there(model, served):
 
 def test_everyone_draws_as_asked(model, personas, served):
     ways = [{"temperature": 1.5, "top_k": 5}, {"temperature": 0.8, "top_p": 0.7}, {"temperature": 2.0, "min_p": 0.2},
-            {"repetition_penalty": 1.4}, {"temperature": 1e-4}, {}]  # fmt: skip
+            {"repetition_penalty": 1.4}, {"presence_penalty": 1.5}, {"temperature": 1.0, "frequency_penalty": -1.0},
+            {"temperature": 1e-4}, {}]  # fmt: skip
     engine, names = Engine(model, 8 * MEGABYTE), ("base-0", "lora-0")
     asked = [
         asking(prompt(6, 30), name, served, Sampling(max_new_tokens=16, seed=3, **way))

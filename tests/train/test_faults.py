@@ -16,6 +16,7 @@ from deltaw.files import adapters
 from deltaw.files.runs import Run
 from deltaw.train import checkpoint, loop
 from deltaw.train.events import Evaluated, Finished, Saved, Stepped, Warned
+from deltaw.train.job import Question
 from deltaw.train.loop import Trainer
 from deltaw.train.optimizer import rate
 
@@ -55,6 +56,17 @@ def test_the_first_loss_that_is_no_number_is_skipped_and_halves_the_rate(ready, 
     assert rates == {i + 1: rate(i, 6, 0.01, made.job.settings) * (1 if i < 2 else 0.5) for i in (0, 1, 3, 4, 5)}
     assert end(events).reason == "done"
     assert all(t.isfinite().all() for t in load_file(made.job.run.adapter).values())
+
+
+def test_a_question_that_gets_no_number_for_an_answer_is_told_and_ends_no_run(ready):
+    made = ready(steps=2, val="0")
+    made.job.question = Question("say 1", tuple(made.base.tokenizer.encode("say 1")))
+    with torch.no_grad():
+        next(made.job.adapter.parameters()).fill_(math.nan)
+    trainer = Trainer(made.job)
+    with made.job.adapter.on():
+        (warned,) = trainer._sample()
+    assert warned.text.startswith("Nothing can be said after step 0. What was computed is no number")
 
 
 def test_a_skipped_step_moves_nothing(ready, spoil):
