@@ -11,13 +11,13 @@ from statistics import median
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from deltaw.errors import UserError
 from deltaw.files.atomic import write_text
 from deltaw.train import svg
 from deltaw.train.heat import heat, placed
 from deltaw.train.record import Run, fold, read
+from deltaw.train.templates import HERE, rendered
 
 NONE = "–"
 REASONS = {
@@ -26,7 +26,6 @@ REASONS = {
     "interrupted": ("Interrupted", "warn"),
     "diverged": ("Diverged", "bad"),
 }
-HERE = Path(__file__).parent
 
 
 def write_report(run_folder: Path) -> Path:
@@ -51,9 +50,8 @@ def write_report(run_folder: Path) -> Path:
     shown = ("config.yaml", "Configuration", " open"), ("plan.json", "Plan in full", "")
     files = [(file, title, opened, _values(run_folder / file)) for file, title, opened in shown]
     files.append(("name, format, bits a number", "Formats in full", "", [tuple(line.split(" ", 1)) for line in packed]))
-    places = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
-    page = places.get_template("report.html.jinja").render(
-        run=run, name=run.started.get("run", run_folder.name), words=words, color=color, told=told,
+    page = rendered(
+        "report.html", run=run, name=run.started.get("run", run_folder.name), words=words, color=color, told=told,
         tiles=list(_tiles(run)), loss=loss[1], charts=charts, plan=_plan(run),
         heat=[heat(layers)] if layers else [], samples=list(_samples(run)),
         files=files, style=(HERE / "report.css").read_text(encoding="utf-8"))  # fmt: skip
