@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from deltaw.words import duration, loss, one_line, size
+
 HERE = Path(__file__).parent
-PLACES = Environment(
-    loader=FileSystemLoader(HERE), undefined=StrictUndefined, autoescape=lambda name: ".md." not in str(name)
-)
+PLACES = Environment(loader=FileSystemLoader(HERE), undefined=StrictUndefined, keep_trailing_newline=True,
+                     trim_blocks=True, autoescape=lambda name: ".md." not in str(name))  # fmt: skip
+PLACES.filters |= {"duration": duration, "exp": math.exp, "loss": loss, "one_line": one_line, "size": size,
+                   "cell": lambda value: one_line(str(value)).replace("|", "\\|")}  # fmt: skip
 
 
 def rendered(name: str, /, **values: Any) -> str:
