@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -48,36 +49,29 @@ def write(model: Decoder, tokenizer: Tokenizer, path: Path, packing: str, name: 
     Raises:
         UserError: llama.cpp does not know the tokenizer, or has no word for something in the model.
     """
-    from gguf import GGMLQuantizationType, GGUFWriter, QuantError
+    from gguf import GGMLQuantizationType, QuantError
     from gguf.quants import quantize
 
-    config = model.config
-    if config.family.gguf != "llama" and (config.o_bias or config.mlp_bias):
+    config, arch = model.config, model.config.family.gguf
+    if arch != "llama" and (config.o_bias or config.mlp_bias):
         raise UserError(f"llama.cpp has no place for such biases in a {config.family.name} model.",
                         remedy="Train without them: --c none --e none.")  # fmt: skip
-    writer = GGUFWriter(str(path), config.family.gguf, use_temp_file=True)
-    writer.add_name(name)
-    for key, value in metadata(config).items():
-        _add(writer, f"{config.family.gguf}.{key}", value)
-    for key, value in vocabulary(tokenizer, config.vocab).items():
-        _add(writer, f"tokenizer.{key}", value)
+    told = {"general.name": name} | {f"{arch}.{key}": value for key, value in metadata(config).items()}
+    told |= {f"tokenizer.{key}": value for key, value in vocabulary(tokenizer, config.vocab).items()}
     unpacked, exact = 0, gridded(model) if packing == GRID else {}
-    for key, w in tensors(model):
-        if key in exact:
-            writer.add_tensor(key, blocks(*exact[key], config), raw_dtype=GGMLQuantizationType[packing])
-            continue
-        kept = FINER.get(packing, packing) if key in VOCABULARY else packing
-        kind = GGMLQuantizationType[kept if w.ndim > 1 else "F32"]
-        try:
-            packed = quantize(w.numpy(), kind)
-        except QuantError:  # rows are no multiple of the packing's block
-            kind, unpacked = GGMLQuantizationType.F16, unpacked + 1
-            packed = quantize(w.numpy(), kind)
-        writer.add_tensor(key, packed, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with _written(path, arch, told) as writer:
+        for key, w in tensors(model):
+            if key in exact:
+                writer.add_tensor(key, blocks(*exact[key], config), raw_dtype=GGMLQuantizationType[packing])
+                continue
+            kept = FINER.get(packing, packing) if key in VOCABULARY else packing
+            kind = GGMLQuantizationType[kept if w.ndim > 1 else "F32"]
+            try:
+                packed = quantize(w.numpy(), kind)
+            except QuantError:  # rows are no multiple of the packing's block
+                kind, unpacked = GGMLQuantizationType.F16, unpacked + 1
+                packed = quantize(w.numpy(), kind)
+            writer.add_tensor(key, packed, raw_dtype=kind)
     read = GGUF(path).config()
     odd = [f.name for f in fields(config) if f.name != "family" and getattr(read, f.name) != getattr(config, f.name)]
     if odd:  # what the file cannot say, llama.cpp would compute otherwise
@@ -92,17 +86,25 @@ def write(model: Decoder, tokenizer: Tokenizer, path: Path, packing: str, name: 
 
 def write_lora(pairs: Mapping[str, tuple[Tensor, Tensor]], config: ModelConfig, path: Path, name: str) -> None:
     """Write A and B (scaled) of layers as a LoRA file that llama.cpp puts onto the base's GGUF file, in fp32."""
-    from gguf import GGUFWriter
+    # No alpha: B holds the scale.
+    told = {"general.type": "adapter", "general.name": name, "adapter.type": "lora", "adapter.lora.alpha": 0.0}
+    with _written(path, config.family.gguf, told) as writer:
+        for layer, (A_RI, B_OR) in pairs.items():
+            key = gguf_name(f"{layer}.weight", config)
+            writer.add_tensor(f"{key}.lora_a", A_RI.float().cpu().numpy())
+            writer.add_tensor(f"{key}.lora_b", stored(f"{layer}.weight", B_OR.float().cpu(), config).numpy())
 
-    writer = GGUFWriter(str(path), config.family.gguf)
-    writer.add_type("adapter")
-    writer.add_name(name)
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 0.0)  # no alpha: B holds the scale
-    for layer, (A_RI, B_OR) in pairs.items():
-        key = gguf_name(f"{layer}.weight", config)
-        writer.add_tensor(f"{key}.lora_a", A_RI.float().cpu().numpy())
-        writer.add_tensor(f"{key}.lora_b", stored(f"{layer}.weight", B_OR.float().cpu(), config).numpy())
+
+@contextmanager
+def _written(path: Path, arch: str, told: Mapping[str, Any]) -> Iterator[Any]:
+    """A writer to add tensors to, whose file says this of itself; it is written when the block ends."""
+    from gguf import GGUFValueType, GGUFWriter
+
+    writer = GGUFWriter(str(path), arch, use_temp_file=True)
+    for key, value in told.items():
+        # llama.cpp's whole numbers have no sign.
+        writer.add_key_value(key, value, GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value))
+    yield writer
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -214,7 +216,7 @@ def vocabulary(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         told |= {"ggml.model": "llama", "ggml.scores": scores}
     else:
         told |= {"ggml.model": "gpt2", "ggml.pre": _words(said["pre_tokenizer"]), "ggml.merges": merges}
-    return {key: value for key, value in told.items() if value is not None}
+    return {key: value for key, value in told.items() if value not in (None, "", [])}
 
 
 def _words(pre: Mapping[str, Any] | None) -> str:
@@ -223,17 +225,3 @@ def _words(pre: Mapping[str, Any] | None) -> str:
     if cuts not in WORDS:
         raise UserError("llama.cpp has no name for how this tokenizer cuts text into words.", why=f"Its cuts: {cuts}.")
     return WORDS[cuts]
-
-
-def _add(writer: Any, key: str, value: Any) -> None:
-    match value:
-        case bool():
-            writer.add_bool(key, value)
-        case int():
-            writer.add_uint32(key, value)
-        case float():
-            writer.add_float32(key, value)
-        case str():
-            writer.add_string(key, value)
-        case list():
-            writer.add_array(key, value)
