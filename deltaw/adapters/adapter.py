@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from deltaw.adapters.protocol import Method
-from deltaw.models.slots import Affine, Before, Delta, Parts, Slot
+from deltaw.models.slots import Affine, Before, Delta, Parts, Slot, filled
 
 
 class Adapter(nn.Module):
@@ -73,26 +73,11 @@ class Adapter(nn.Module):
         """How many numbers are trained."""
         return sum(p.numel() for p in self.parameters())
 
-    def attach(self) -> None:
-        """Fill the model's slots with this adapter's deltas."""
-        for slot, delta in self.items():
-            slot.fill(delta)
-
-    def detach(self) -> None:
-        """Empty the slots that this adapter has deltas for."""
-        for slot, _ in self.items():
-            slot.fill(None)
-
     @contextmanager
     def on(self) -> Iterator[Adapter]:
         """Wear this adapter for the length of a `with` block; what was worn before comes back afterwards."""
-        before = [(slot, slot.delta) for slot, _ in self.items()]
-        self.attach()
-        try:
+        with filled(self.items()):
             yield self
-        finally:
-            for slot, delta in before:
-                slot.fill(delta)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -105,7 +90,7 @@ class Adapter(nn.Module):
             before = {name: getattr(slot, name) for name in parts}
             slot.swap(parts)
             self._aside.append((slot, before, {name: getattr(slot, name) for name in parts}))
-        self.detach()
+            slot.fill(None)
 
     def unmerge(self) -> None:
         """Put the frozen weights back, bit for bit.
@@ -121,14 +106,6 @@ class Adapter(nn.Module):
             slot.swap(before)
 
 
-@contextmanager
-def bare(model: nn.Module) -> Iterator[None]:
+def bare(model: nn.Module) -> AbstractContextManager[None]:
     """The base model without any adapter, for the length of a `with` block."""
-    worn = [(slot, slot.delta) for slot in model.modules() if isinstance(slot, Slot)]
-    for slot, _ in worn:
-        slot.fill(None)
-    try:
-        yield
-    finally:
-        for slot, delta in worn:
-            slot.fill(delta)
+    return filled((slot, None) for slot in model.modules() if isinstance(slot, Slot))

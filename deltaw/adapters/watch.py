@@ -5,14 +5,13 @@ Both need a few rows of data to pass through the model; nothing of the size of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltaw.models.slots import Delta, Linear
+from deltaw.models.slots import Delta, Linear, filled
 from deltaw.weights import Weight
 
 
@@ -61,26 +60,13 @@ class _Weighed(torch.autograd.Function):
         return dy_TO @ ctx.weight.dense(), None, None, None
 
 
-@contextmanager
-def watching(slots: Mapping[str, Linear], deltas: Mapping[str, Delta]) -> Iterator[None]:
-    """Let deltas watch these layers, in place of what they wear, for the length of a `with` block."""
-    worn = {name: slot.delta for name, slot in slots.items()}
-    try:
-        for name, slot in slots.items():
-            slot.fill(deltas[name])
-        yield
-    finally:
-        for name, slot in slots.items():
-            slot.fill(worn[name])
-
-
 def importance(slots: Mapping[str, Linear], losses: Iterable[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """How much outputs and inputs of each layer matter: roots of the mean squared gradients, by layer name.
 
     `losses`: of one row of data each, computed as they are asked for. No root is zero: dead outputs count little.
     """
     watched = {name: Importance(*slot.weight.shape) for name, slot in slots.items()}
-    with watching(slots, watched), torch.enable_grad():
+    with filled((slot, watched[name]) for name, slot in slots.items()), torch.enable_grad():
         for loss in losses:
             loss.backward()  # type: ignore[no-untyped-call]  # torch's
     return {name: (_root(w.rows_O / len(w.columns_I)), _root(w.columns_I / len(w.rows_O)))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from deltaw.adapters.watch import Inputs, watching
+from deltaw.adapters.watch import Inputs
 from deltaw.api.evaluate import rows_of
 from deltaw.api.persona import Persona, load_base
 from deltaw.data.batch import Batch
@@ -20,7 +20,7 @@ from deltaw.files.atomic import replacing_folder
 from deltaw.kernels.heap import frugal
 from deltaw.models import checkpoint, source
 from deltaw.models.decoder import Decoder
-from deltaw.models.slots import Linear
+from deltaw.models.slots import Linear, filled
 from deltaw.weights.formats import parse
 from deltaw.weights.gptq import gptq
 from deltaw.weights.grid import Grid
@@ -82,7 +82,7 @@ def _rounded_by(batches: Sequence[Batch], model: Decoder, form: Grid) -> None:
         with located(name):
             form.grouped(torch.empty(slot.weight.shape, device="meta"))
     ears = {name: Inputs(slot.weight.shape[1]) for name, slot in slots.items()}
-    with watching(slots, ears):
+    with filled((slot, ears[name]) for name, slot in slots.items()):
         for batch in batches:
             model.hidden(batch.ids_T, batch.at_T, batch.seen)
     for name, slot in slots.items():

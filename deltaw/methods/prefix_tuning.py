@@ -17,7 +17,7 @@ from deltaw.adapters.protocol import Losses, Method, Site, hold
 from deltaw.errors import UserError
 from deltaw.models.decoder import Decoder
 from deltaw.models.seen import Documents, Seen, attention
-from deltaw.models.slots import Attend, Before, CannotMerge, Delta, Parts, Positions, Slot
+from deltaw.models.slots import Attend, Before, CannotMerge, Delta, Parts, Positions, Slot, filled
 from deltaw.models.tokenizer import Tokenizer
 from deltaw.settings import settings
 
@@ -137,10 +137,8 @@ class PrefixTuning(Method):
         if not ids:
             raise UserError("The text that a prefix starts as is empty.", remedy="Give --init-text, or --init random.")
         ids_T = torch.tensor(ids).repeat(-(-self.tokens // len(ids)))[: self.tokens].to(model.device)
-        with bare(model):
-            ears = [(slot, delta, _Listening()) for slot, delta in adapter.items()]
-            for slot, _, ear in ears:
-                slot.fill(ear)
+        ears = [(slot, delta, _Listening()) for slot, delta in adapter.items()]
+        with bare(model), filled((slot, ear) for slot, _, ear in ears):
             model.hidden(ids_T, torch.arange(self.tokens, device=model.device), Documents.of_lengths(self.tokens))
         for _, delta, ear in ears:
             assert isinstance(delta, Prefix)

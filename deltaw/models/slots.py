@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -108,6 +109,19 @@ class Slot(nn.Module):
         """Compute the layer's output, through the delta if there is one."""
         y: Tensor = self.run(*args) if self.delta is None else self.delta(self, *args)
         return y
+
+
+@contextmanager
+def filled(deltas: Iterable[tuple[Slot, Delta | None]]) -> Iterator[None]:
+    """Fill slots with these deltas for the length of a `with` block; what was worn before comes back afterwards."""
+    before = [(slot, slot.delta, delta) for slot, delta in deltas]
+    try:
+        for slot, _, delta in before:
+            slot.fill(delta)
+        yield
+    finally:
+        for slot, worn, _ in before:
+            slot.fill(worn)
 
 
 class Linear(Slot):
