@@ -9,16 +9,15 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from deltaw.api.combine import Combination, write
-from deltaw.cli.show import busy, facts
+from deltaw.cli.show import Flat, busy, facts
 from deltaw.errors import UserError
 from deltaw.settings import Machine, plain
 from deltaw.words import size
 
 
 def combine(*runs: str, out: Annotated[str, Parameter(name=["--out", "-o"])], base: str | None = None,
-            folder: Annotated[Path, Parameter(name="--runs")] = Path("runs"),
-            chosen: Annotated[Combination | None, Parameter(name="*")] = None,
-            machine: Annotated[Machine | None, Parameter(name="*")] = None, json: bool = False) -> None:  # fmt: skip
+            folder: Annotated[Path, Parameter(name="--runs")] = Path("runs"), chosen: Flat[Combination] = None,
+            machine: Flat[Machine] = None, json: bool = False) -> None:  # fmt: skip
     """Make one persona out of several, each times its weight; the result is a run like any other.
 
     Parameters

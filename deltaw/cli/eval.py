@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Parameter
 from pydantic import Field
 from rich.console import Console
 
-from deltaw.cli.show import busy, grid, json_line, notice
+from deltaw.cli.show import Flat, busy, grid, json_line, notice
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
 from deltaw.settings import Count, Machine, plain, settings
@@ -39,9 +38,8 @@ class Asked:
     """The base model, if it is not where the adapter was trained on it."""
 
 
-def eval(run: str, file: Path, /, *, asked: Annotated[Asked | None, Parameter(name="*")] = None,  # noqa: A001 (its name)
-         runs: Path = Path("runs"), sampling: Annotated[Sampling | None, Parameter(name="*")] = None,
-         machine: Annotated[Machine | None, Parameter(name="*")] = None, json: bool = False) -> None:  # fmt: skip
+def eval(run: str, file: Path, /, *, asked: Flat[Asked] = None, runs: Path = Path("runs"),  # noqa: A001 (its name)
+         sampling: Flat[Sampling] = None, machine: Flat[Machine] = None, json: bool = False) -> None:  # fmt: skip
     """Measure a persona on rows with right answers.
 
     Parameters

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
 
 from deltaw.api.exchange import Packing, Target
-from deltaw.cli.show import busy, differences, facts, notice
+from deltaw.cli.show import Flat, busy, differences, facts, notice
 from deltaw.settings import Machine, plain
 from deltaw.words import size
 
@@ -17,8 +14,8 @@ NAMES = {"peft": "peft", "vllm": "vllm", "ollama": "ollama", "gguf": "{name}.ggu
 
 
 def export(run: str | None = None, /, *, to: Target, out: Path | None = None, packing: Packing | None = None,
-           base: str | None = None, runs: Path = Path("runs"),
-           machine: Annotated[Machine | None, Parameter(name="*")] = None, json: bool = False) -> None:  # fmt: skip
+           base: str | None = None, runs: Path = Path("runs"), machine: Flat[Machine] = None,
+           json: bool = False) -> None:  # fmt: skip
     """Write a persona for other tools, read it back, and compare both on the run's own data.
 
     Parameters
@@ -63,7 +60,7 @@ def export(run: str | None = None, /, *, to: Target, out: Path | None = None, pa
 
 
 def bring(folder: Path, /, *, base: str, base_format: str = "", name: str | None = None, runs: Path = Path("runs"),
-          machine: Annotated[Machine | None, Parameter(name="*")] = None, json: bool = False) -> None:  # fmt: skip
+          machine: Flat[Machine] = None, json: bool = False) -> None:  # fmt: skip
     """Take in a LoRA that PEFT or mlx-lm wrote: it becomes a run, to chat with, measure, merge and export.
 
     Parameters

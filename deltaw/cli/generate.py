@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter
-
-from deltaw.cli.show import busy, json_line, notice
+from deltaw.cli.show import Flat, busy, json_line, notice
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
 from deltaw.settings import Machine, plain
@@ -16,8 +13,7 @@ from deltaw.words import some
 
 
 def generate(*questions: str, run: str | None = None, base: str | None = None, runs: Path = Path("runs"),
-             sampling: Annotated[Sampling | None, Parameter(name="*")] = None,
-             machine: Annotated[Machine | None, Parameter(name="*")] = None, json: bool = False) -> None:  # fmt: skip
+             sampling: Flat[Sampling] = None, machine: Flat[Machine] = None, json: bool = False) -> None:  # fmt: skip
     """Answer questions given on the command line, or one a line on the standard input.
 
     Parameters

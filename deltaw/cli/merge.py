@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter
-
-from deltaw.cli.show import busy, differences, facts
+from deltaw.cli.show import Flat, busy, differences, facts
 from deltaw.settings import Machine, plain
 from deltaw.words import size
 
@@ -16,8 +13,8 @@ QUANTISED = ("quantised", "quantized")
 
 
 def merge(run: str | None = None, /, *, out: Path | None = None, into: str = "base", check: Path | None = None,
-          base: str | None = None, runs: Path = Path("runs"),
-          machine: Annotated[Machine | None, Parameter(name="*")] = None, json: bool = False) -> None:  # fmt: skip
+          base: str | None = None, runs: Path = Path("runs"), machine: Flat[Machine] = None,
+          json: bool = False) -> None:  # fmt: skip
     """Write base and adapter as one plain model that transformers loads, and check it against the adapter.
 
     Parameters

@@ -10,16 +10,15 @@ from cyclopts import Parameter
 
 from deltaw.api.search import Search
 from deltaw.api.search import search as candidates
-from deltaw.cli.show import busy, facts
+from deltaw.cli.show import Flat, busy, facts
 from deltaw.errors import UserError
 from deltaw.settings import Machine, plain
 from deltaw.words import size
 
 
 def search(run: str, file: Path, /, *, out: Annotated[str, Parameter(name=["--out", "-o"])],
-           chosen: Annotated[Search, Parameter(name="*")] = Search(), base: str | None = None,  # noqa: B008 (frozen)
-           runs: Path = Path("runs"),
-           machine: Annotated[Machine | None, Parameter(name="*")] = None, json: bool = False) -> None:  # fmt: skip
+           chosen: Flat[Search] = None, base: str | None = None, runs: Path = Path("runs"),
+           machine: Flat[Machine] = None, json: bool = False) -> None:  # fmt: skip
     """Find the best paths through a supernet within a budget, and keep them as a run; it goes on where it was stopped.
 
     Parameters
@@ -44,6 +43,7 @@ def search(run: str, file: Path, /, *, out: Annotated[str, Parameter(name=["--ou
     from deltaw.files.runs import Run, check_name, digest
 
     check_name(out)
+    chosen = chosen or Search()
     name, path = locate(run, runs)
     folder, made = home(path), Run(runs / out)
     if made.folder.exists():

@@ -7,8 +7,9 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+from cyclopts import Parameter
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -18,6 +19,10 @@ from deltaw.words import one_line
 
 if TYPE_CHECKING:
     from deltaw.evaluate.measure import Difference
+
+T = TypeVar("T")
+Flat = Annotated[T | None, Parameter(name="*")]
+"""Settings of a class, each as a flag of its own."""
 
 
 def json_line(record: Mapping[str, Any]) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json as json_text
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import App, Parameter
+from cyclopts import App
 from cyclopts.config import Dict
 from rich.console import Console
 
 from deltaw.api.interrupt import interruptible
-from deltaw.cli.show import busy, json_line
+from deltaw.cli.show import Flat, busy, json_line
 from deltaw.errors import Interrupted, UserError, WillNotFit
 from deltaw.methods import find
 from deltaw.settings import Training, check_file, names, plain, read_yaml
@@ -63,9 +63,8 @@ def register(app: App, arguments: Sequence[str]) -> None:
             return _begin(files or tuple([data] if isinstance(data, str) else data), {**plain(settings), **plain(own)},
                           stop, json)  # fmt: skip
 
-    flat = Parameter(name="*")
-    train.__annotations__ |= {"files": str, "settings": Annotated[Training | None, flat], "config": Path | None,
-                              "own": Annotated[method | None, flat], "resume": bool, "json": bool}  # fmt: skip
+    train.__annotations__ |= {"files": str, "settings": Flat[Training], "own": Flat[method],  # type: ignore[misc, valid-type]
+                              "config": Path | None, "resume": bool, "json": bool}  # fmt: skip
     # A mapping's keys may hold dots, which cyclopts would take apart; as JSON they stay whole.
     said = {k: json_text.dumps(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
     app.command(App(name="train", config=Dict(said, use_commands_as_keys=False, source=config)))
