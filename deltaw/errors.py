@@ -49,6 +49,18 @@ def located(where: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def explained(what: str, *kinds: type[Exception], where: object = "", why: str = "{error}", remedy: str = ""
+              ) -> Iterator[None]:  # fmt: skip
+    """Let errors of these kinds in this block be a user's mistake; `why` may speak of the {error} and its {kind}."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as e:
+        raise UserError(what, where=str(where), why=why.format(error=e, kind=type(e).__name__), remedy=remedy) from None
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Name the known one that is closest, or list them all: the remedy for a misspelt name."""
     known = sorted(names)

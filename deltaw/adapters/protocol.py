@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import UserError, nearest
+from deltaw.errors import UserError, explained, nearest
 from deltaw.models.slots import Delta, Embedding, Linear, RMSNorm, Slot
 from deltaw.settings import settings
 
@@ -135,7 +135,5 @@ def matches(pattern: str, name: str) -> bool:
     Raises:
         UserError: the pattern is no regular expression.
     """
-    try:
+    with explained(f"'{pattern}' is no pattern.", re.error, why="{error}."):
         return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
-    except re.error as e:
-        raise UserError(f"'{pattern}' is no pattern.", why=f"{e}.") from None

@@ -23,7 +23,7 @@ from deltaw.api.persona import Base, Persona, load_base
 from deltaw.api.prepare import EncodedData, Loaded, load, manifest, question
 from deltaw.data.batch import per_epoch, rows_per_step
 from deltaw.data.columns import HUB
-from deltaw.errors import Diverged, Interrupted, UserError, WillNotFit, nearest
+from deltaw.errors import Diverged, Interrupted, UserError, WillNotFit, explained, nearest
 from deltaw.files import adapters, runs
 from deltaw.files.runs import Run
 from deltaw.kernels.library import instruction_set
@@ -197,11 +197,9 @@ def resume(name: str | None, folder: Path, stop: Callable[[], bool] = lambda: Fa
         settings, method = resolve({**config, **(on or {})}, str(run.config))
     loaded = load(data, settings, stop)
     base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say, packing(settings, method))
-    try:
+    with explained("The manifest does not say when the run was begun.", KeyError, TypeError, ValueError,
+                   where=run.manifest, why="", remedy="Train anew."):  # fmt: skip
         base.tokenizer.now = datetime.datetime.fromisoformat(then["rendered"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError("The manifest does not say when the run was begun.", where=str(run.manifest),
-                        remedy="Train anew.") from None  # fmt: skip
     adapter, encoded = begun(method, base, settings, loaded, stop, fresh=not run.checkpoints())
     now = manifest(base, loaded, encoded)
     if changed := [key for key in now if then.get(key) != now[key]]:

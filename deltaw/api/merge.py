@@ -17,7 +17,7 @@ from deltaw.data.batch import Batch, micro_batches
 from deltaw.data.encode import Encoded, encode
 from deltaw.data.files import split_weight, stream
 from deltaw.data.rows import Example
-from deltaw.errors import UserError
+from deltaw.errors import UserError, explained
 from deltaw.evaluate.measure import Comparison, Difference, label_logits
 from deltaw.files.adapters import put, state
 from deltaw.files.atomic import replacing_folder
@@ -119,15 +119,14 @@ def folded(persona: Persona, packed: bool = False) -> Iterator[None]:
     """
     if persona.adapter is None:
         raise UserError("The base has no adapter to merge.")
-    try:
-        with bare(persona.base.model), nullcontext() if packed else unpacked(persona.base.model):
-            try:
-                persona.adapter.merge()
-                yield
-            finally:
-                persona.adapter.unmerge()
-    except CannotMerge as e:
-        raise UserError("This adapter cannot be merged into plain weights.", why=str(e)) from None
+    base = persona.base.model
+    told = explained("This adapter cannot be merged into plain weights.", CannotMerge)
+    with told, bare(base), nullcontext() if packed else unpacked(base):
+        try:
+            persona.adapter.merge()
+            yield
+        finally:
+            persona.adapter.unmerge()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deltaw.errors import UserError
+from deltaw.errors import UserError, explained
 
 HUB = "hf:"
 """What the name of a data set on the hub begins with: `hf:owner/name`, `hf:owner/name/configuration@split`."""
@@ -21,11 +21,9 @@ def each(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         UserError: `datasets` is not installed, or cannot read it.
     """
     name = str(path)
-    try:
+    with explained("Parquet files and data sets of the hub need `datasets`.", ImportError, where=name, why="",
+                   remedy="pip install datasets"):  # fmt: skip
         from datasets import load_dataset
-    except ImportError:
-        raise UserError("Parquet files and data sets of the hub need `datasets`.", where=name,
-                        remedy="pip install datasets") from None  # fmt: skip
     try:
         if not name.startswith(HUB) and Path(name).is_file() and not _rows_of(name):
             return

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltaw.errors import UserError
+from deltaw.errors import UserError, explained
 
 ROLES = ("system", "user", "assistant", "tool")
 SPOKEN = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
@@ -131,14 +131,12 @@ def _pair(asked: Any, answered: Any) -> list[dict[str, Any]]:
 
 
 def _history(row: dict[str, Any], where: str) -> list[tuple[str, str]]:
-    try:
+    with explained("'history' is no list of pairs.", TypeError, ValueError, where=where, why="",
+                   remedy='For example: [["a question", "its answer"]]'):  # fmt: skip
         past = row.get("history") or []
         if not isinstance(past, list) or not all(isinstance(pair, list) for pair in past):
             raise TypeError
         return [(asked, answered) for asked, answered in past]
-    except (TypeError, ValueError):
-        raise UserError("'history' is no list of pairs.", where=where,
-                        remedy='For example: [["a question", "its answer"]]') from None  # fmt: skip
 
 
 def _spoken(turn: Any) -> Any:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deltaw.errors import UserError
+from deltaw.errors import UserError, explained
 from deltaw.models.checkpoint import read_json
 from deltaw.settings import Count, complaint
 
@@ -127,10 +127,8 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file.name} is missing.", where=str(file.parent),
                         why="adapter_model.bin is a pickle, which may run code." if pickled else "",
                         remedy="Save the adapter again with safetensors." if pickled else "")  # fmt: skip
-    try:
+    with explained("The adapter file is damaged.", SafetensorError, OSError, where=file):
         tensors: dict[str, Tensor] = load_file(file)
-    except (SafetensorError, OSError) as e:
-        raise UserError("The adapter file is damaged.", where=str(file), why=str(e)) from None
     for name, t in tensors.items():
         if t.dtype not in (torch.float32, torch.float16, torch.bfloat16) or t.ndim not in (1, 2):
             raise UserError(f"'{name}' is {str(t.dtype)[6:]} of {t.ndim} dimensions, and no weight of an adapter.",

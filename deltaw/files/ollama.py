@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deltaw.errors import UserError
+from deltaw.errors import UserError, explained
 from deltaw.models.tokenizer import Message, Tokenizer
 
 MARKS = ("\ue000s\ue001", "\ue000u\ue001", "\ue000a\ue001", "\ue000v\ue001", "\ue000b\ue001")
@@ -38,11 +38,9 @@ class Turns:
         """
         said, asked, answered, again, other = MARKS
         plain = [_turn("user", asked), _turn("assistant", answered), _turn("user", again), _turn("assistant", other)]
-        try:
+        with explained("This chat template leaves something of a conversation out.", ValueError, why=""):
             start, after_user, middle, _, after_answer = _split(tokenizer.chat(plain), asked, answered, again, other)
             before, between, _, _, _, _ = _split(tokenizer.chat([_turn("system", said), *plain]), *MARKS)
-        except ValueError:
-            raise UserError("This chat template leaves something of a conversation out.") from None
         before_user = middle.removeprefix(after_answer)
         begin, folded = start.removesuffix(before_user), not between.endswith(before_user)
         system = (None if folded else before, between.removesuffix(before_user))

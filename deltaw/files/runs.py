@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from deltaw.errors import UserError, nearest
+from deltaw.errors import UserError, explained, nearest
 from deltaw.files.atomic import write_text
 
 FORMAT = 2
@@ -92,11 +92,9 @@ class Run:
             UserError: another one is at it. The system lets go of the lock when its process ends, however that ends.
         """
         lock = FileLock(self.folder / ".lock", blocking=False)
-        try:
+        with explained(f"The run '{self.name}' is being trained by another process.", Timeout, where=self.folder,
+                       why="", remedy="Wait for it, or stop it with Ctrl-C."):  # fmt: skip
             lock.acquire()
-        except Timeout:
-            raise UserError(f"The run '{self.name}' is being trained by another process.", where=str(self.folder),
-                            remedy="Wait for it, or stop it with Ctrl-C.") from None  # fmt: skip
         try:
             yield
         finally:
@@ -132,15 +130,14 @@ class Run:
         """
         if self.adapter.exists() and not self.config.exists():
             raise UserError("This persona was imported or combined: it was not trained here.", where=str(self.folder))
-        try:
+        with explained("This run folder has no readable config.yaml.", OSError, yaml.YAMLError, TypeError, ValueError,
+                       KeyError, RecursionError, where=self.folder,
+                       remedy="Put it back as it was, or train anew."):  # fmt: skip
             values = dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
             json.dumps(values, default=str)
             if not (isinstance(values["data"], list) and all(isinstance(name, str) for name in values["data"])):
                 raise TypeError("data is no list of files")
             return values
-        except (OSError, yaml.YAMLError, TypeError, ValueError, KeyError, RecursionError) as e:
-            raise UserError("This run folder has no readable config.yaml.", where=str(self.folder), why=str(e),
-                            remedy="Put it back as it was, or train anew.") from None  # fmt: skip
 
     def write_config(self, values: dict[str, Any]) -> None:
         """Write the settings as resolved."""
@@ -153,12 +150,10 @@ class Run:
             UserError: there is none, or one of another format, or the settings are not those it was begun with.
         """
         anew = f"Train anew with its settings: deltaw train --config {shlex.quote(str(self.config))}"
-        try:
+        with explained("This run folder has no readable manifest.json.", OSError, ValueError, TypeError, KeyError,
+                       RecursionError, where=self.folder, why="{kind}: {error}.", remedy=anew):  # fmt: skip
             told = json.loads(self.manifest.read_text(encoding="utf-8"))
             made, settings = told["format"], dict(told["settings"] if told["format"] == FORMAT else {})
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
-            raise UserError("This run folder has no readable manifest.json.", where=str(self.folder),
-                            why=f"{type(e).__name__}: {e}.", remedy=anew) from None  # fmt: skip
         if made != FORMAT:
             newer = isinstance(made, int) and made > FORMAT
             raise UserError(f"The run '{self.name}' is of format {made}, and this version goes on with {FORMAT}.",

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deltaw.errors import UserError, located
+from deltaw.errors import UserError, explained, located
 from deltaw.models import packed
 from deltaw.models.config import ModelConfig
 from deltaw.models.decoder import Decoder
@@ -269,14 +269,11 @@ def _tensors(folder: Path, apart: bool) -> Iterator[tuple[str, Tensor]]:
                         remedy=f"{pickled.name} is a pickle, which may run code: convert it first." if pickled else
                         FORMS)  # fmt: skip
     for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    with safe_open(file, "pt") if apart else nullcontext(opened) as mapped:
-                        yield name.removeprefix("model."), mapped.get_tensor(name)
-        except SafetensorError as e:
-            raise UserError("This safetensors file is damaged.", where=str(file), why=f"{e}.",
-                            remedy="Fetch the model anew.") from None  # fmt: skip
+        with explained("This safetensors file is damaged.", SafetensorError, where=file, why="{error}.",
+                       remedy="Fetch the model anew."), safe_open(file, "pt") as opened:  # fmt: skip
+            for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+                with safe_open(file, "pt") if apart else nullcontext(opened) as mapped:
+                    yield name.removeprefix("model."), mapped.get_tensor(name)
 
 
 def _hf_name(name: str) -> str:

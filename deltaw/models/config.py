@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deltaw.errors import UserError
+from deltaw.errors import UserError, explained
 from deltaw.models.families import FAMILIES, Family, supported
 from deltaw.models.rope import Dynamic, Rope, Yarn
 
@@ -66,10 +66,9 @@ class ModelConfig:
             raise UserError(f"config.json does not say {missing[0]}.", where=where)
         if (layers := config["num_hidden_layers"]) > MOST_LAYERS:
             raise UserError(f"config.json gives the model {layers} as its layers.", where=where)
-        try:
+        with explained("config.json cannot be understood.", TypeError, ValueError, KeyError, AttributeError,
+                       ArithmeticError, where=where, why="{kind}: {error}."):  # fmt: skip
             read = cls._read(FAMILIES[name], config, where)
-        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as e:
-            raise UserError("config.json cannot be understood.", where=where, why=f"{type(e).__name__}: {e}.") from None
         read.check(where)
         return read
 

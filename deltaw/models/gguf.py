@@ -8,7 +8,7 @@ added), and Llama 3's stretch of RoPE (a tensor of divisors).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltaw.errors import UserError
+from deltaw.errors import UserError, explained
 from deltaw.models.config import ModelConfig
 from deltaw.models.families import ROWS, Family
 from deltaw.models.rope import Llama3, plain
@@ -93,11 +93,11 @@ class GGUF:
                     raise ValueError("it ends within a field")
                 return got
 
-        try:
+        # The reader checks little.
+        with explained(
+            "This is no readable GGUF file.", Exception, where=path, why="{error}.", remedy="Fetch it anew."
+        ):
             self.reader: Any = Reader(str(path))
-        except Exception as e:  # the reader checks little
-            raise UserError("This is no readable GGUF file.", where=str(path), why=f"{e}.",
-                            remedy="Fetch it anew.") from e  # fmt: skip
         with self._understood():
             kind, holds = self.field("general.architecture"), self.field("general.type")
         known = {row.gguf: row for row in reversed(ROWS)}
@@ -133,13 +133,9 @@ class GGUF:
         with self._understood():
             return self._config()
 
-    @contextmanager
-    def _understood(self) -> Iterator[None]:
-        try:
-            yield
-        except (ArithmeticError, TypeError, ValueError, LookupError, RuntimeError) as e:
-            raise UserError("This GGUF file cannot be understood.", where=str(self.path),
-                            why=f"{type(e).__name__}: {e}.", remedy="Fetch it anew.") from None  # fmt: skip
+    def _understood(self) -> AbstractContextManager[None]:
+        return explained("This GGUF file cannot be understood.", ArithmeticError, TypeError, ValueError, LookupError,
+                         RuntimeError, where=self.path, why="{kind}: {error}.", remedy="Fetch it anew.")  # fmt: skip
 
     def _config(self) -> ModelConfig:
         tensors = {t.name: t for t in self.reader.tensors}
@@ -202,11 +198,9 @@ class GGUF:
         from gguf.quants import dequantize
 
         name, family = self._renamed(tensor.name), self.family
-        try:
+        with explained(f"'{tensor.name}' is packed as {tensor.tensor_type.name}, which cannot be unpacked.",
+                       NotImplementedError, where=self.path, why=""):  # fmt: skip
             w = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
-        except NotImplementedError:
-            raise UserError(f"'{tensor.name}' is packed as {tensor.tensor_type.name}, which cannot be unpacked.",
-                            where=str(self.path)) from None  # fmt: skip
         if family.interleaved and name.endswith(("q_proj.weight", "q_proj.bias")):
             return half_split(w, config.heads)
         if family.interleaved and name.endswith(("k_proj.weight", "k_proj.bias")):

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaw.errors import UserError, nearest
+from deltaw.errors import UserError, explained, nearest
 
 Say = Callable[[str], None]
 """Where a line about slow work goes."""
@@ -93,11 +93,9 @@ def note(path: Path) -> dict[str, str]:
         UserError: the file is damaged.
     """
     file = path / NOTE
-    try:
+    with explained("This is not what deltaw wrote here.", ValueError, TypeError, where=file,
+                   remedy="Remove the file: it only says where the model came from."):  # fmt: skip
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
-    except (ValueError, TypeError) as e:
-        raise UserError("This is not what deltaw wrote here.", where=str(file), why=str(e),
-                        remedy="Remove the file: it only says where the model came from.") from None  # fmt: skip
 
 
 def packing(path: Path) -> str:

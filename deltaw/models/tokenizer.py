@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Fast
 
-from deltaw.errors import UserError
+from deltaw.errors import UserError, explained
 from deltaw.models.gguf import GGUF
 
 Message = Mapping[str, Any]
@@ -42,13 +42,9 @@ class Tokenizer:
         Raises:
             UserError: there is none, or it is in a form that cannot be read.
         """
-        try:
+        # What reads it is foreign code, and may raise anything.
+        with explained("The tokenizer's files cannot be understood.", Exception, where=path, why="{kind}: {error}"):
             return cls._read(path)
-        except UserError:
-            raise
-        except Exception as e:  # what reads it is foreign code, and may raise anything
-            raise UserError("The tokenizer's files cannot be understood.", where=str(path),
-                            why=f"{type(e).__name__}: {e}") from None  # fmt: skip
 
     @classmethod
     def _read(cls, path: Path) -> Tokenizer:
@@ -65,10 +61,8 @@ class Tokenizer:
         specials = {
             k: _content(config[k]) for k in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(k)
         }
-        try:
+        with explained("tokenizer.json is damaged.", Exception, where=path):  # the library raises nothing narrower
             fast = Fast.from_file(str(path / "tokenizer.json"))
-        except Exception as e:  # the library raises nothing narrower
-            raise UserError("tokenizer.json is damaged.", where=str(path), why=str(e)) from None
         listed = _json(path / "generation_config.json").get(
             "eos_token_id", _json(path / "config.json").get("eos_token_id")
         )
@@ -119,14 +113,13 @@ class Tokenizer:
         """
         if self.template is None:
             raise UserError("This model has no chat template.", remedy="Take an instruct model, or --train-on all.")
-        try:
-            tokens = {"bos_token": "", "eos_token": "", **self.specials}
-            asked = {"messages": list(messages), "add_generation_prompt": prompt, "tools": None, "documents": None,
-                     "strftime_now": self.now.strftime}  # fmt: skip
+        tokens = {"bos_token": "", "eos_token": "", **self.specials}
+        asked = {"messages": list(messages), "add_generation_prompt": prompt, "tools": None, "documents": None,
+                 "strftime_now": self.now.strftime}  # fmt: skip
+        # A template is foreign code, and may raise anything.
+        with explained("The model's chat template refuses this conversation.", Exception,
+                       remedy="Change the row, or the template in the model's folder."):  # fmt: skip
             return str(_compiled(self.template).render(asked | tokens))
-        except Exception as e:  # a template is foreign code, and may raise anything
-            raise UserError("The model's chat template refuses this conversation.", why=str(e),
-                            remedy="Change the row, or the template in the model's folder.") from None  # fmt: skip
 
 
 @functools.lru_cache(maxsize=8)
@@ -194,10 +187,8 @@ def _read_by_transformers(folder: Path, **options: str) -> tuple[Fast, dict[str,
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
+    with explained("This is not a JSON object.", ValueError, where=path):
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    except ValueError as e:
-        raise UserError("This is not a JSON object.", where=str(path), why=str(e)) from None
 
 
 def _content(token: str | dict[str, Any]) -> str:

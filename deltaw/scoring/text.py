@@ -13,7 +13,7 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any
 
-from deltaw.errors import UserError, nearest
+from deltaw.errors import UserError, explained, nearest
 
 INTENT = "intent"
 SHORT = 3  # words: a label has at most as many, prose has more
@@ -212,12 +212,9 @@ def _f1(hits: int, pairs: int) -> float:
 
 
 def _optional(module: str) -> Any:
-    try:
+    with explained("This metric's package is missing.", ImportError, why="{error}.",
+                   remedy="pip install sacrebleu rouge-score"):  # fmt: skip
         return importlib.import_module(module)
-    except ImportError as e:
-        raise UserError(
-            "This metric's package is missing.", why=f"{e}.", remedy="pip install sacrebleu rouge-score"
-        ) from None
 
 
 def _parsed(text: str) -> dict[str, Any] | list[Any] | None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deltaw.adapters.adapter import Adapter
-from deltaw.errors import UserError
+from deltaw.errors import explained
 from deltaw.files import adapters
 from deltaw.files.atomic import replacing
 from deltaw.files.runs import Run
@@ -62,13 +62,10 @@ def load(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, device:
     Raises:
         UserError: the file is damaged or does not fit this adapter.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            progress = Progress(**(read_said(file, KEY) or {}))
-            tensors = read_tensors(file, KEY)
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
-        raise UserError("The checkpoint is damaged.", where=str(path), why=str(e),
-                        remedy="No other is left: train anew.") from None  # fmt: skip
+    with explained("The checkpoint is damaged.", SafetensorError, OSError, TypeError, KeyError, ValueError,
+                   where=path, remedy="No other is left: train anew."), safe_open(path, "pt") as file:  # fmt: skip
+        progress = Progress(**(read_said(file, KEY) or {}))
+        tensors = read_tensors(file, KEY)
     adapters.put(adapter, _part(tensors, "adapter."), str(path))
     moments: dict[int, dict[str, Tensor]] = {}
     for name, t in _part(tensors, "optimizer.").items():

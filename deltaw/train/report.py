@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from deltaw.errors import UserError
+from deltaw.errors import UserError, explained
 from deltaw.files.atomic import write_text
 from deltaw.train import svg
 from deltaw.train.heat import heat, placed
@@ -34,11 +34,8 @@ def write_report(run_folder: Path) -> Path:
     Raises:
         UserError: there is no `events.jsonl`, or `config.yaml` or `plan.json` cannot be understood.
     """
-    try:
-        records = read(run_folder / "events.jsonl")
-    except FileNotFoundError:
-        raise UserError("This is no run's folder: it has no events.jsonl.", where=str(run_folder)) from None
-    run = fold(records)
+    with explained("This is no run's folder: it has no events.jsonl.", FileNotFoundError, where=run_folder, why=""):
+        run = fold(read(run_folder / "events.jsonl"))
     reason = str(run.finished.get("reason", "Not finished"))
     words, color = REASONS.get(reason, (reason, "warn"))
     told = (f"{s['method']} on {s['base']} · {s['rows']:,} rows, {s['val_rows']:,} for validation · "
