@@ -49,37 +49,13 @@ def write_report(run_folder: Path) -> Path:
     files.append(("name, format, bits a number", "Formats in full", "", [tuple(line.split(" ", 1)) for line in packed]))
     page = rendered(
         "report.html", run=run, name=run.started.get("run", run_folder.name), words=words, color=color, told=told,
-        tiles=list(_tiles(run)), loss=loss[1], charts=charts, plan=_plan(run),
-        heat=[heat(layers)] if layers else [], samples=list(_samples(run)),
-        files=files, style=(HERE / "report.css").read_text(encoding="utf-8"))  # fmt: skip
+        smoothed=svg.smooth([y for _, y in run.curve("loss")] or [None])[-1], peak=_peak_bytes(run), median=median,
+        speeds=[y for _, y in run.curve("tokens_per_second") if y is not None], figure=_text, perplexity=_perplexity,
+        clock=_clock, gigabytes=_gigabytes, rate=_rate, off=_off, loss=loss[1], charts=charts,
+        heat=[heat(layers)] if layers else [], files=files,
+        style=(HERE / "report.css").read_text(encoding="utf-8"))  # fmt: skip
     write_text(run_folder / "report.html", page.encode(errors="replace").decode())
     return run_folder / "report.html"
-
-
-def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
-    curve, best = run.curve("loss"), run.best()
-    if best:
-        latest = run.evaluations[max(run.evaluations)]
-        for label, e in (("Best validation loss", best), ("Last validation loss", latest)):
-            yield (label, _text(e["loss"]), f"perplexity {_perplexity(e['loss'])}, step {e['step']:,}")
-    elif curve:
-        note = "smoothed" if run.evaluations else "smoothed; no validation"
-        yield ("Last train loss", _text(svg.smooth([y for _, y in curve])[-1]), note)
-    if curve:
-        last = run.steps[max(run.steps)]
-        yield ("Steps", f"{last['step']:,} of {last['steps']:,}", f"{last['epoch']:.2f} epochs")
-    training = run.finished.get("train_seconds")
-    yield ("Time", _clock(run.seconds), f"training {_clock(training)}" if training else "h:mm:ss")
-    speeds = [y for _, y in run.curve("tokens_per_second") if y is not None]
-    if speeds:
-        yield ("Speed", f"{median(speeds):,.0f} tokens/s", "median over steps")
-    if peak := _peak_bytes(run):
-        available = run.planned.get("available_bytes")
-        yield ("Peak memory", _gigabytes(peak), f"of {_gigabytes(available)} available" if available else "")
-    if s := run.started:
-        share = s["trained_parameters"] / max(1, s["base_parameters"])
-        yield ("Trained parameters", f"{s['trained_parameters']:,}", f"{share:.2%} of {s['base_parameters']:,}")
-        yield ("Learning rate", _rate(s["learning_rate"]), "at its peak")
 
 
 def _plots(run: Run) -> Iterator[tuple[str, str]]:
@@ -96,31 +72,6 @@ def _plots(run: Run) -> Iterator[tuple[str, str]]:
         points = run.curve(name)
         curve, spoken = svg.Series(name=title.lower(), points=points), _aloud(f"{title} by step", points)
         yield title, svg.line_chart(spoken, [curve], words=words, width=360, from_zero=True)
-
-
-def _plan(run: Run) -> list[tuple[str, ...]]:
-    plan, end = run.planned, run.finished
-    seconds, n_bytes = end.get("predicted_seconds"), end.get("predicted_bytes")
-    if not plan and seconds is None and n_bytes is None:
-        return []
-    whole = plan and seconds in (None, plan["train_seconds"])  # not when the plan was cut to the steps done
-    spread = f" ({_clock(plan['low_seconds'])} to {_clock(plan['high_seconds'])})" if whole else ""
-    # Off only by the run's own account: an unfinished run took less than planned, and that says nothing of the plan.
-    return [("Training time, h:mm:ss", _clock(seconds or plan.get("train_seconds")) + spread,
-             _clock(end.get("train_seconds")), _off(end.get("train_seconds"), seconds)),
-            ("Peak memory", _gigabytes(n_bytes or plan.get("peak_bytes")), _gigabytes(_peak_bytes(run)),
-             _off(end.get("peak_bytes"), n_bytes))]  # fmt: skip
-
-
-def _samples(run: Run) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
-    for question, answers in run.questions().items():
-        first, last = answers[0], answers[-1]
-        shown = [("Before training" if first["step"] == 0 else f"At step {first['step']:,}", "", first["answer"])]
-        if last is not first:
-            shown.append((f"After step {last['step']:,}", "after", last["answer"]))
-        if last["expected"]:
-            shown.append(("Expected", "", last["expected"]))
-        yield question, [(name, kind, text or NONE) for name, kind, text in shown]
 
 
 def _values(path: Path) -> list[tuple[str, str]]:
