@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,15 +61,11 @@ def finetune(*data: str | Path, listen: Sequence[Listener] | None = None, **sett
     """
     with interruptible() as stop:
         made = prepare([str(d) for d in data], settings, stop)
-        shown, reason = view(Console()) if listen is None else None, ""
-        try:
-            for event in made.events():
-                for each in (shown,) if shown else listen or ():
-                    each(event)
-                reason = event.reason if isinstance(event, Finished) else reason
-        finally:
-            if shown:
-                shown.close()
+        if listen is None:
+            with closing(view(Console())) as shown:
+                reason = made.heard_by(shown)
+        else:
+            reason = made.heard_by(*listen)
     run = made.job.run
     if reason == "interrupted":
         raise Interrupted("Training was interrupted; it is saved.", remedy=run.command("train --resume"))
@@ -86,6 +83,15 @@ class Prepared:
     job: Job
     started: Started
     plan: Plan | None = None
+
+    def heard_by(self, *listeners: Listener) -> str:
+        """Go through all events, each told to every listener; why the run ended. Errors as of `events`."""
+        reason = ""
+        for event in self.events():
+            for each in listeners:
+                each(event)
+            reason = event.reason if isinstance(event, Finished) else reason
+        return reason
 
     def events(self) -> Iterator[Event]:
         """Plan, train, and keep the run folder: every event is written down before it is passed on.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from deltaw.train.record import finite
 from deltaw.words import one_line
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Flat = Annotated[T | None, Parameter(name="*")]
 
 def json_line(record: Mapping[str, Any]) -> None:
     """Print one JSON object on a line of its own; what is no number becomes null."""
-    sys.stdout.write(json.dumps(_strict(dict(record)), ensure_ascii=False, default=str) + "\n")
+    sys.stdout.write(json.dumps(finite(record), ensure_ascii=False, default=str) + "\n")
     sys.stdout.flush()
 
 
@@ -89,11 +89,3 @@ def busy(quiet: bool = False) -> Iterator[Callable[[str], None]]:
         return
     with console.status("Getting ready") as status:
         yield lambda line: status.update(line)
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _strict(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

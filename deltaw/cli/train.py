@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_text
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from deltaw.cli.show import Flat, busy, json_line
 from deltaw.errors import Interrupted, UserError, WillNotFit
 from deltaw.methods import find
 from deltaw.settings import Training, check_file, names, plain, read_yaml
-from deltaw.train.events import Event, Finished
 from deltaw.train.loop import DISK_FULL
 from deltaw.train.view import view
 
@@ -103,28 +103,14 @@ def _refuse_changes(arguments: Sequence[str], *said: tuple[Any, Any]) -> None:
 
 def _show(prepared: Any, as_json: bool) -> int:
     console = Console()
-    listener = JsonLines() if as_json else view(console)
-    reason = ""
-    try:
-        for event in prepared.events():
-            listener(event)
-            reason = event.reason if isinstance(event, Finished) else reason
-    finally:
-        listener.close()
-    if not as_json:
+    if as_json:
+        reason = prepared.heard_by(lambda event: json_line(event.record()))
+    else:
+        with closing(view(console)) as shown:
+            reason = prepared.heard_by(shown)
         said, verb = ("Go on with", "train --resume") if reason in EXIT else ("Talk to it", "chat")
         console.print(f"{said}: {prepared.job.run.command(verb)}", highlight=False, soft_wrap=True)
     return EXIT.get(reason, 0)
-
-
-class JsonLines:
-    """Every event as a JSON line."""
-
-    def __call__(self, event: Event) -> None:
-        json_line(event.record())
-
-    def close(self) -> None:
-        """Nothing is held back."""
 
 
 def _given(name: str, arguments: Sequence[str]) -> str | None:

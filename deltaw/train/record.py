@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -42,7 +42,7 @@ class EventFile:
 
     def __call__(self, event: Event) -> None:
         # A lone surrogate becomes \udXXX, which is how JSON writes it anyway.
-        text = json.dumps(_finite(event.record()), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(finite(event.record()), ensure_ascii=False, allow_nan=False)
         if not self._write(text.encode(errors="backslashreplace") + b"\n"):
             self.lost += 1
 
@@ -206,10 +206,10 @@ def _rewind(run: Run, step: int) -> None:
     run.samples = {at: record for at, record in run.samples.items() if at[0] <= step}
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with null for every float that JSON has no word for."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
