@@ -21,8 +21,7 @@ from deltaw.api.persona import Persona
 from deltaw.errors import UserError
 from deltaw.files import adapters
 from deltaw.files.adapters import put
-from deltaw.files.atomic import replacing_folder
-from deltaw.files.runs import Run, check_name
+from deltaw.files.runs import fresh, kept
 from deltaw.methods import method
 from deltaw.models.decoder import Decoder
 from deltaw.settings import Count, Seed, settings
@@ -93,17 +92,12 @@ def write(personas: Sequence[Persona], weights: Sequence[float], chosen: Combina
     Raises:
         UserError: as for `combine`, or there is such a run already.
     """
-    check_name(name)
-    run, base = Run(runs / name), personas[0].base
-    if run.folder.exists():
-        raise UserError(f"There is a run '{name}' already.", where=str(run.folder), remedy="Take another -o.")
+    run, base = fresh(name, runs, "-o."), personas[0].base
     adapter, lost = combine(personas, weights, chosen)
     systems = {persona.system for persona in personas}
     system = systems.pop() if len(systems) == 1 else ""
     header = adapters.Header.of(adapter, base.origin, base.fingerprint, system, base.form)
-    with replacing_folder(run.folder) as scratch:
-        adapters.save(adapter, header, Run(scratch).adapter)
-    return run.adapter, lost
+    return kept(adapter, header, run), lost
 
 
 def built(pairs: Mapping[str, Pair], model: Decoder) -> Adapter:

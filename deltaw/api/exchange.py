@@ -18,7 +18,7 @@ from deltaw.errors import UserError
 from deltaw.evaluate.measure import Difference
 from deltaw.files import adapters, ollama, peft
 from deltaw.files.atomic import replacing, replacing_folder, write_text
-from deltaw.files.runs import Run, check_name
+from deltaw.files.runs import fresh, kept
 from deltaw.models import checkpoint, gguf_write, packed, source
 
 Target = Literal["peft", "vllm", "gguf", "gguf-lora", "ollama"]
@@ -128,16 +128,11 @@ def bring(folder: Path, base: Base, name: str, runs: Path) -> Path:
     Raises:
         UserError: it is no plain LoRA of this base, or there is such a run already.
     """
-    check_name(name)
-    run = Run(runs / name)
-    if run.folder.exists():
-        raise UserError(f"There is a run '{name}' already.", where=str(run.folder), remedy="Take another --name.")
+    run = fresh(name, runs, "--name.")
     adapter = peft.read(folder, base.model)
     system = (folder / SYSTEM).read_text(encoding="utf-8", errors="replace") if (folder / SYSTEM).is_file() else ""
     header = adapters.Header.of(adapter, base.origin, base.fingerprint, system, base.form)
-    with replacing_folder(run.folder) as scratch:
-        adapters.save(adapter, header, Run(scratch).adapter)
-    return run.adapter
+    return kept(adapter, header, run)
 
 
 def _pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:

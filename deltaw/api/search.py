@@ -22,8 +22,7 @@ from deltaw.data.batch import Batch
 from deltaw.errors import UserError
 from deltaw.evaluate.measure import perplexity
 from deltaw.files import adapters
-from deltaw.files.atomic import replacing_folder
-from deltaw.files.runs import Run
+from deltaw.files.runs import Run, kept
 from deltaw.methods import glora
 from deltaw.methods.glora import CHOICES, General
 from deltaw.settings import Count, Seed, Share, settings
@@ -100,13 +99,11 @@ def write(persona: Persona, paths: Candidate, run: Run) -> Path:
     supernet, base = _supernet(persona), persona.base
     named = [(name, delta) for name, delta in supernet.named_deltas() if isinstance(delta, General)]
     told = {name: "/".join(path) for (name, _), path in zip(named, paths, strict=True)}
-    kept = {name: delta.along(path) for (name, delta), path in zip(named, paths, strict=True)}
+    along = {name: delta.along(path) for (name, delta), path in zip(named, paths, strict=True)}
     assert isinstance(supernet.method, glora.GLoRA)
-    taken = supernet.like(replace(supernet.method, supernet=False, paths=told), kept)
+    taken = supernet.like(replace(supernet.method, supernet=False, paths=told), along)
     header = adapters.Header.of(taken, base.origin, base.fingerprint, persona.system, base.form)
-    with replacing_folder(run.folder) as scratch:
-        adapters.save(taken, header, Run(scratch).adapter)
-    return run.adapter
+    return kept(taken, header, run)
 
 
 def _supernet(persona: Persona) -> Adapter:

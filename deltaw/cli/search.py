@@ -40,14 +40,11 @@ def search(run: str, file: Path, /, *, out: Annotated[str, Parameter(name=["--ou
     from deltaw.api.merge import home
     from deltaw.api.persona import load, locate
     from deltaw.api.search import write
-    from deltaw.files.runs import Run, check_name, digest
+    from deltaw.files.runs import Run, digest, fresh
 
-    check_name(out)
-    chosen = chosen or Search()
+    made, chosen = fresh(out, runs, "-o."), chosen or Search()
     name, path = locate(run, runs)
-    folder, made = home(path), Run(runs / out)
-    if made.folder.exists():
-        raise UserError(f"There is a run '{out}' already.", where=str(made.folder), remedy="Take another -o.")
+    folder = home(path)
     rows = digest(file)
     if Run(folder).manifest.exists() and rows in Run(folder).read_manifest().get("data", {}).values():
         raise UserError("These rows were trained on, or chose what was kept.", where=str(file),

@@ -23,8 +23,10 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from deltaw.adapters.adapter import Adapter
 from deltaw.errors import UserError, explained, nearest
-from deltaw.files.atomic import write_text
+from deltaw.files import adapters
+from deltaw.files.atomic import replacing_folder, write_text
 
 FORMAT = 2
 """Of the run folder; a folder of a higher one was made by a newer version."""
@@ -34,51 +36,31 @@ RUNS = Path("runs")
 """Where run folders are made and looked for, if nothing else is said."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """Paths in a run folder."""
 
     folder: Path
 
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        return self.folder.name
+    def __post_init__(self) -> None:
+        self.name = self.folder.name
+        self.adapter = self.folder / "adapter" / "adapter.safetensors"
+        """The result, in our one-file form."""
+        self.best = self.folder / "checkpoints" / "best.safetensors"
+        """The adapter with the best validation loss so far."""
+        self.config = self.folder / "config.yaml"
+        """The settings as resolved."""
+        self.events = self.folder / "events.jsonl"
+        """What happened, one JSON object a line."""
+        self.plan = self.folder / "plan.json"
+        """Predicted and measured time and memory."""
+        self.manifest = self.folder / "manifest.json"
+        """Fingerprints of base, tokenizer, template and data."""
 
     @property
     def there(self) -> bool:
         """Whether this is a run: one that was begun here, or an adapter that was imported."""
         return self.config.exists() or self.adapter.exists()
-
-    @property
-    def adapter(self) -> Path:
-        """The result, in our one-file form."""
-        return self.folder / "adapter" / "adapter.safetensors"
-
-    @property
-    def best(self) -> Path:
-        """The adapter with the best validation loss so far."""
-        return self.folder / "checkpoints" / "best.safetensors"
-
-    @property
-    def config(self) -> Path:
-        """The settings as resolved."""
-        return self.folder / "config.yaml"
-
-    @property
-    def events(self) -> Path:
-        """What happened, one JSON object a line."""
-        return self.folder / "events.jsonl"
-
-    @property
-    def plan(self) -> Path:
-        """Predicted and measured time and memory."""
-        return self.folder / "plan.json"
-
-    @property
-    def manifest(self) -> Path:
-        """Fingerprints of base, tokenizer, template and data."""
-        return self.folder / "manifest.json"
 
     def checkpoints(self) -> list[Path]:
         """Checkpoints, oldest first."""
@@ -178,15 +160,10 @@ def create(runs: Path, name: str | None, stem: str, method: str) -> Run:
         UserError: a run of this name is there already.
     """
     if name is not None:
-        check_name(name)
-        if (runs / name).exists():
-            go_on = (
-                f", or go on with it: {Run(runs / name).command('train --resume')}" if Run(runs / name).there else ""
-            )
-            raise UserError(f"There is a run '{name}' already.", where=str(runs / name),
-                            remedy=f"Take another --name{go_on or '.'}")  # fmt: skip
-        (runs / name).mkdir(parents=True)
-        return Run(runs / name)
+        run = Run(runs / name)
+        go_on = f", or go on with it: {run.command('train --resume')}" if run.there else "."
+        fresh(name, runs, f"--name{go_on}").folder.mkdir(parents=True)
+        return run
     runs.mkdir(parents=True, exist_ok=True)
     stem, number = stem.lstrip(".-") or "run", 1
     while True:
@@ -197,6 +174,26 @@ def create(runs: Path, name: str | None, stem: str, method: str) -> Run:
             number += 1
         else:
             return Run(folder)
+
+
+def fresh(name: str, runs: Path, flag: str) -> Run:
+    """The run that is to be made under this name.
+
+    Raises:
+        UserError: it is no name, or there is such a run already; then `flag` gives another.
+    """
+    check_name(name)
+    run = Run(runs / name)
+    if run.folder.exists():
+        raise UserError(f"There is a run '{name}' already.", where=str(run.folder), remedy=f"Take another {flag}")
+    return run
+
+
+def kept(adapter: Adapter, header: adapters.Header, run: Run) -> Path:
+    """Save an adapter that was not trained here as a run of its own: its file."""
+    with replacing_folder(run.folder) as scratch:
+        adapters.save(adapter, header, Run(scratch).adapter)
+    return run.adapter
 
 
 def check_name(name: str) -> None:
