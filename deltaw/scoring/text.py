@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 from deltaw.errors import UserError, explained, nearest
 
@@ -33,21 +33,18 @@ class Graded:
     """Whether the model ended the answer itself; false: it was cut at the longest length allowed."""
 
 
-Metric = Callable[[Sequence[Graded]], float]
-
-
 def facts(rows: Sequence[Graded]) -> float:
     """Share of answers in which all facts occur as whole words, whatever their case, 0 to 1 (`5` occurs in `5:30`)."""
     right = 0
     for row in rows:
         text = f" {_folded(row.answer)} "
         right += all(any(_occurs(words, text) for words in _alternatives(fact)) for fact in row.facts)
-    return _ratio(right, len(rows))
+    return right / len(rows)
 
 
 def exact_match(rows: Sequence[Graded]) -> float:
     """Share of answers that equal a reference but for white space around them, 0 to 1."""
-    return _ratio(sum(row.answer.strip() in {r.strip() for r in row.references} for row in rows), len(rows))
+    return sum(row.answer.strip() in {r.strip() for r in row.references} for row in rows) / len(rows)
 
 
 def sacrebleu(kind: str, rows: Sequence[Graded]) -> float:
@@ -71,12 +68,12 @@ def rouge(kind: str, rows: Sequence[Graded]) -> float:
     """
     scorer = _optional("rouge_score.rouge_scorer").RougeScorer([kind], use_stemmer=False)
     best = (scorer.score_multi(row.references, row.answer)[kind].fmeasure for row in rows)
-    return _ratio(math.fsum(best), len(rows))
+    return math.fsum(best) / len(rows)
 
 
 def json_valid(rows: Sequence[Graded]) -> float:
     """Share of answers that are a JSON object or array and nothing else, 0 to 1."""
-    return _ratio(sum(_parsed(row.answer) is not None for row in rows), len(rows))
+    return sum(_parsed(row.answer) is not None for row in rows) / len(rows)
 
 
 def slot_f1(rows: Sequence[Graded]) -> float:
@@ -96,40 +93,41 @@ def intent(rows: Sequence[Graded]) -> float:
     for row in rows:
         told = _object(row.answer)
         right += INTENT in told and told[INTENT] in [_object(text).get(INTENT) for text in row.references]
-    return _ratio(right, len(rows))
+    return right / len(rows)
 
 
 def label_accuracy(rows: Sequence[Graded]) -> float:
     """Share of answers that equal a reference but for case, white space around them and a final period, 0 to 1."""
-    return _ratio(sum(_label(row.answer) in {_label(r) for r in row.references} for row in rows), len(rows))
+    return sum(_label(row.answer) in {_label(r) for r in row.references} for row in rows) / len(rows)
 
 
-METRICS: dict[str, Metric] = {
-    "facts": facts,
-    "exact_match": exact_match,
-    "bleu": partial(sacrebleu, "bleu"),
-    "chrf": partial(sacrebleu, "chrf"),
-    **{kind: partial(rouge, kind) for kind in ("rouge1", "rouge2", "rougeL")},
-    "json_valid": json_valid,
-    "slot_f1": slot_f1,
-    "intent": intent,
-    "label_accuracy": label_accuracy,
-}
+class Metric(NamedTuple):
+    """A score, what it says in a few words, and what it asks of each right answer of a row, or of each fact."""
+
+    of: Callable[[Sequence[Graded]], float]
+    says: str
+    asks: Callable[[str], object] = lambda _: True
+    lack: str = "has no reference"
+    """What is said of a row that does not have it."""
 
 
-MEANINGS = {
-    "perplexity": "of the right answers; lower is better",
-    "facts": "share of answers with all the right facts",
-    "exact_match": "share of answers that are a right one",
-    "bleu": "likeness to right answers, 0 to 100",
-    "chrf": "likeness in letters, 0 to 100",
-    **dict.fromkeys(("rouge1", "rouge2", "rougeL"), "likeness to right answers, 0 to 1"),
-    "json_valid": "share of answers that are JSON",
-    "slot_f1": "slots found and right, 0 to 1",
-    "intent": "share of answers with the right intent",
-    "label_accuracy": "share of answers with the right label",
-}
-"""What each score says, in a few words."""
+METRICS = {
+    "facts": Metric(facts, "share of answers with all the right facts", lambda fact: _alternatives(fact),
+                    "names no facts, or an empty one"),
+    "exact_match": Metric(exact_match, "share of answers that are a right one"),
+    "bleu": Metric(partial(sacrebleu, "bleu"), "likeness to right answers, 0 to 100"),
+    "chrf": Metric(partial(sacrebleu, "chrf"), "likeness in letters, 0 to 100"),
+    **{kind: Metric(partial(rouge, kind), "likeness to right answers, 0 to 1")
+       for kind in ("rouge1", "rouge2", "rougeL")},
+    "json_valid": Metric(json_valid, "share of answers that are JSON"),
+    "slot_f1": Metric(slot_f1, "slots found and right, 0 to 1", lambda text: _is_object(text),
+                      "has no reference, or one that is no JSON object"),
+    "intent": Metric(intent, "share of answers with the right intent", lambda text: INTENT in _object(text),
+                     "has no reference, or one that is no JSON with an intent"),
+    "label_accuracy": Metric(label_accuracy, "share of answers with the right label"),
+}  # fmt: skip
+MEANINGS = {"perplexity": "of the right answers; lower is better",
+            **{name: metric.says for name, metric in METRICS.items()}}  # fmt: skip
 
 
 def suits(rows: Sequence[Graded]) -> list[str]:
@@ -164,7 +162,7 @@ def score(rows: Sequence[Graded], names: Sequence[str] | None = None) -> dict[st
     for name in chosen:
         if why := _obstacle(name, rows):
             raise UserError(f"These rows cannot give the metric '{name}'.", why=why)
-    return {name: METRICS[name](rows) for name in chosen}
+    return {name: METRICS[name].of(rows) for name in chosen}
 
 
 def check(names: Sequence[str]) -> None:
@@ -182,15 +180,9 @@ def _obstacle(name: str, rows: Sequence[Graded]) -> str:
     """Why these rows cannot give a metric; empty if they can."""
     if name == "json_valid":
         return ""
-    needs: dict[str, tuple[Callable[[str], object], str]] = {
-        "facts": (_alternatives, "names no facts, or an empty one"),
-        "slot_f1": (_is_object, "has no reference, or one that is no JSON object"),
-        "intent": (lambda text: INTENT in _object(text), "has no reference, or one that is no JSON with an intent"),
-    }
-    test, lack = needs.get(name, (lambda _: True, "has no reference"))
     for number, row in enumerate(rows, 1):
-        if not _judged(row.facts if name == "facts" else row.references, test):
-            return f"Row {number} {lack}."
+        if not _judged(row.facts if name == "facts" else row.references, METRICS[name].asks):
+            return f"Row {number} {METRICS[name].lack}."
     references = [text for row in rows for text in row.references]
     if name == "slot_f1" and not any(map(_pairs, references)):
         return "No reference has a key beside the intent."
@@ -203,12 +195,8 @@ def _judged(judges: Sequence[str], test: Callable[[str], object]) -> bool:
     return bool(judges) and all(map(test, judges))
 
 
-def _ratio(part: float, whole: int) -> float:
-    return part / whole
-
-
 def _f1(hits: int, pairs: int) -> float:
-    return _ratio(2 * hits, pairs) if pairs else 1.0  # nothing asked and nothing said is right
+    return 2 * hits / pairs if pairs else 1.0  # nothing asked and nothing said is right
 
 
 def _optional(module: str) -> Any:
