@@ -46,7 +46,8 @@ def _model(name: str) -> dict[str, Any]:
     if form := checkpoint.form_of(model):
         rows["weights"] = f"packed as {form}: {checkpoint.stored(model)[1]:.3f} bits a number in the layers' matrices"
     elif packing and packing not in ("F32", "F16", "BF16"):
-        rows["weights"] = (f"dequantised: this base is a {packing} file ({_bits(packing)}-bit codes) unpacked to "
+        bits = packing[1] if packing[:1] == "Q" else packing
+        rows["weights"] = (f"dequantised: this base is a {packing} file ({bits}-bit codes) unpacked to "
                            "float32; the precision of the original is lost")  # fmt: skip
     return rows | {k: v for k, v in origin.items() if k in ("source", "licence", "sha256")}
 
@@ -77,7 +78,3 @@ def _adapter(name: str, runs: Path) -> dict[str, Any]:
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sort layer 9 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _bits(packing: str) -> str:
-    return packing[1] if packing[:1] == "Q" else packing

@@ -24,8 +24,9 @@ def each(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     with explained("Parquet files and data sets of the hub need `datasets`.", ImportError, where=name, why="",
                    remedy="pip install datasets"):  # fmt: skip
         from datasets import load_dataset
+        from pyarrow.parquet import ParquetFile  # which datasets needs
     try:
-        if not name.startswith(HUB) and Path(name).is_file() and not _rows_of(name):
+        if not name.startswith(HUB) and Path(name).is_file() and not ParquetFile(name).metadata.num_rows:
             return
         for number, row in enumerate(load_dataset(**_asked(name), streaming=True), 1):
             yield {column: _turns(value) for column, value in row.items()}, f"{name}:{number}"
@@ -33,12 +34,6 @@ def each(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         said = str(e).strip() or type(e).__name__
         remedy = "On the hub: hf:owner/name/configuration@split." if name.startswith(HUB) else "Fetch or write it anew."
         raise UserError("This data set cannot be read.", where=name, why=said.splitlines()[0], remedy=remedy) from None
-
-
-def _rows_of(file: str) -> int:
-    from pyarrow.parquet import ParquetFile
-
-    return int(ParquetFile(file).metadata.num_rows)
 
 
 def _asked(name: str) -> dict[str, Any]:

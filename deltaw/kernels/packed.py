@@ -16,6 +16,8 @@ FEW = 8
 """Rows up to which reading the codes takes longer than the products do."""
 KINDS = {None: 0, torch.float32: 1, torch.float16: 2, torch.uint8: 3}
 
+TENSORS = ("codes", "levels", "scale", "offset", "nested", "most", "mean")
+
 
 class Layout(NamedTuple):
     """How an O x I matrix lies in memory: w = levels[code] * scale + offset, with one of both for each block.
@@ -42,7 +44,7 @@ class Matrix(ctypes.Structure):
     """A layout as C has it."""
 
     _fields_: ClassVar[Sequence[tuple[str, type]]] = [
-        *((name, ctypes.c_void_p) for name in ("codes", "levels", "scale", "offset", "nested", "most", "mean")),
+        *((name, ctypes.c_void_p) for name in TENSORS),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "block")),
         *((name, ctypes.c_int32) for name in ("width", "scale_kind", "offset_kind")),
     ]
@@ -52,11 +54,8 @@ class Native:
     """A layout that there is native code for, and what it is called with: made once, as it takes longer than a call."""
 
     def __init__(self, layout: Layout) -> None:
-        pointers = (None if t is None else t.data_ptr() for t in
-                    (layout.codes, layout.levels, layout.scale, layout.offset, layout.nested, layout.most, layout.mean)
-                    )  # fmt: skip
-        offset = None if layout.offset is None else layout.offset.dtype
-        kinds = KINDS[layout.scale.dtype], KINDS[offset]
+        pointers = (None if t is None else t.data_ptr() for t in map(layout._asdict().get, TENSORS))
+        kinds = KINDS[layout.scale.dtype], KINDS[None if layout.offset is None else layout.offset.dtype]
         self.layout = layout  # whose tensors live as long as this points into them
         self._matrix = Matrix(*pointers, *layout.shape, layout.block, layout.width, *kinds)
         self._at = ctypes.addressof(self._matrix)

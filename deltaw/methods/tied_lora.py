@@ -53,7 +53,7 @@ class TiedLoRA(Method):
 
     def build(self, site: Site, rng: torch.Generator) -> Tied:
         o, i = site.slot.weight.shape
-        at, name = _parted(site.name)
+        at, _, name = site.name.rpartition(".")
         every = f"{at}/{name}".replace(".", "/") if self.variant == "vbua" else _unnumbered(f"{at}/{name}")
         group = GROUPS.get(name, name)
         u, names = f"{at}/{group}/u".replace(".", "/"), (every.rsplit("/", 1)[0] + f"/{group}/A", f"{every}/B")
@@ -69,12 +69,6 @@ class TiedLoRA(Method):
                                 why=f"{tuple(t.shape)} is not {tuple(getattr(site.shared, key).shape)}.",
                                 remedy="Leave some of them out: --targets.")  # fmt: skip
         return Tied(site.shared, (*names, u), i, torch.ones(o) if fixed else torch.zeros(o), not fixed)
-
-
-def _parted(name: str) -> tuple[str, str]:
-    """Where a layer stands, and its name there."""
-    at, _, last = name.rpartition(".")
-    return at, last
 
 
 def _unnumbered(name: str) -> str:

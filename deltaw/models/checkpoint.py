@@ -97,7 +97,7 @@ def finite(weight: Weight) -> Weight:
 def save(model: Decoder, folder: Path) -> None:
     """Write `model.safetensors` and `config.json` such that `transformers` loads the same model."""
     folder.mkdir(parents=True, exist_ok=True)
-    named = {_hf_name(name): w.contiguous() for name, w in _stored(model)}
+    named = {name if name.startswith("lm_head") else f"model.{name}": w.contiguous() for name, w in _stored(model)}
     save_file(named, folder / "model.safetensors", metadata={"format": "pt", SEAL: fingerprint(model)})
     (folder / "model.safetensors").chmod(0o644)  # as the other files; safetensors writes it for its owner alone
     config = {**model.config.to_hf(), "dtype": str(model.dtype).removeprefix("torch."),
@@ -274,7 +274,3 @@ def _tensors(folder: Path, apart: bool) -> Iterator[tuple[str, Tensor]]:
             for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
                 with safe_open(file, "pt") if apart else nullcontext(opened) as mapped:
                     yield name.removeprefix("model."), mapped.get_tensor(name)
-
-
-def _hf_name(name: str) -> str:
-    return name if name.startswith("lm_head") else f"model.{name}"

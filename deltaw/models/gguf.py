@@ -131,37 +131,34 @@ class GGUF:
             UserError: one is missing, or RoPE is scaled in a way that the decoder does not know.
         """
         with self._understood():
-            return self._config()
+            tensors = {t.name: t for t in self.reader.tensors}
+            told = {key: self._told(name) for key, name in SIZES.items()}
+            told = {key: _decimal(value) for key, value in told.items() if value is not None}
+            told |= {"model_type": self.family.name, "vocab_size": len(self.field("tokenizer.ggml.tokens"))}
+            told.setdefault("num_key_value_heads", told.get("num_attention_heads"))
+            if missing := next((SIZES[key] for key in REQUIRED if key not in told), None):
+                raise UserError(f"The GGUF file does not say {self.family.gguf}.{missing}.", where=str(self.path))
+            width, heads = told["hidden_size"], told["num_attention_heads"]
+            head_width = told.setdefault("head_dim", width // heads)
+            told["tie_word_embeddings"] = "output.weight" not in tensors
+            told["attention_bias"] = "blk.0.attn_output.bias" in tensors
+            told["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+            told["partial_rotary_factor"] = (self._told("rope.dimension_count") or head_width) / head_width
+            told.setdefault("sliding_window", None)
+            if self.family.sandwich:
+                large = LARGE_GEMMA[self.family.name] == told["num_hidden_layers"]
+                told["query_pre_attn_scalar"] = width // heads if large else head_width
+            told["rope_scaling"] = self._scaling()
+            config = ModelConfig.from_hf(told, str(self.path))
+            if "rope_freqs.weight" in tensors:
+                config = replace(
+                    config, rope=replace(config.rope, scaling=self._llama3(tensors["rope_freqs.weight"], config))
+                )
+            return config
 
     def _understood(self) -> AbstractContextManager[None]:
         return explained("This GGUF file cannot be understood.", ArithmeticError, TypeError, ValueError, LookupError,
                          RuntimeError, where=self.path, why="{kind}: {error}.", remedy="Fetch it anew.")  # fmt: skip
-
-    def _config(self) -> ModelConfig:
-        tensors = {t.name: t for t in self.reader.tensors}
-        told = {key: self._told(name) for key, name in SIZES.items()}
-        told = {key: _decimal(value) for key, value in told.items() if value is not None}
-        told |= {"model_type": self.family.name, "vocab_size": len(self.field("tokenizer.ggml.tokens"))}
-        told.setdefault("num_key_value_heads", told.get("num_attention_heads"))
-        if missing := next((SIZES[key] for key in REQUIRED if key not in told), None):
-            raise UserError(f"The GGUF file does not say {self.family.gguf}.{missing}.", where=str(self.path))
-        width, heads = told["hidden_size"], told["num_attention_heads"]
-        head_width = told.setdefault("head_dim", width // heads)
-        told["tie_word_embeddings"] = "output.weight" not in tensors
-        told["attention_bias"] = "blk.0.attn_output.bias" in tensors
-        told["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
-        told["partial_rotary_factor"] = (self._told("rope.dimension_count") or head_width) / head_width
-        told.setdefault("sliding_window", None)
-        if self.family.sandwich:
-            large = LARGE_GEMMA[self.family.name] == told["num_hidden_layers"]
-            told["query_pre_attn_scalar"] = width // heads if large else head_width
-        told["rope_scaling"] = self._scaling()
-        config = ModelConfig.from_hf(told, str(self.path))
-        if "rope_freqs.weight" in tensors:
-            config = replace(
-                config, rope=replace(config.rope, scaling=self._llama3(tensors["rope_freqs.weight"], config))
-            )
-        return config
 
     def _scaling(self) -> dict[str, Any] | None:
         kind = self._told("rope.scaling.type")

@@ -44,31 +44,27 @@ class Tokenizer:
         """
         # What reads it is foreign code, and may raise anything.
         with explained("The tokenizer's files cannot be understood.", Exception, where=path, why="{kind}: {error}"):
-            return cls._read(path)
-
-    @classmethod
-    def _read(cls, path: Path) -> Tokenizer:
-        if path.is_file():
-            return _from_gguf(path)
-        if not (path / "tokenizer.json").exists():
-            return _from_transformers(path)
-        config = _json(path / "tokenizer_config.json")
-        template = config.get("chat_template")
-        if (file := path / "chat_template.jinja").exists():
-            template = file.read_text(encoding="utf-8")
-        elif isinstance(template, list):  # several templates by name; the plain one is called "default"
-            template = next((t["template"] for t in template if t["name"] == "default"), None)
-        specials = {
-            k: _content(config[k]) for k in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(k)
-        }
-        with explained("tokenizer.json is damaged.", Exception, where=path):  # the library raises nothing narrower
-            fast = Fast.from_file(str(path / "tokenizer.json"))
-        listed = _json(path / "generation_config.json").get(
-            "eos_token_id", _json(path / "config.json").get("eos_token_id")
-        )
-        ends = {fast.token_to_id(specials["eos_token"])} if "eos_token" in specials else set()
-        ends |= set(listed if isinstance(listed, list) else [] if listed is None else [listed])
-        return cls(fast, template=template, specials=specials, end_ids={int(e) for e in ends if e is not None})
+            if path.is_file():
+                return _from_gguf(path)
+            if not (path / "tokenizer.json").exists():
+                return _from_transformers(path)
+            config = _json(path / "tokenizer_config.json")
+            template = config.get("chat_template")
+            if (file := path / "chat_template.jinja").exists():
+                template = file.read_text(encoding="utf-8")
+            elif isinstance(template, list):  # several templates by name; the plain one is called "default"
+                template = next((t["template"] for t in template if t["name"] == "default"), None)
+            specials = {
+                k: _content(config[k]) for k in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(k)
+            }
+            with explained("tokenizer.json is damaged.", Exception, where=path):  # the library raises nothing narrower
+                fast = Fast.from_file(str(path / "tokenizer.json"))
+            listed = _json(path / "generation_config.json").get(
+                "eos_token_id", _json(path / "config.json").get("eos_token_id")
+            )
+            ends = {fast.token_to_id(specials["eos_token"])} if "eos_token" in specials else set()
+            ends |= set(listed if isinstance(listed, list) else [] if listed is None else [listed])
+            return cls(fast, template=template, specials=specials, end_ids={int(e) for e in ends if e is not None})
 
     @property
     def begin_ids(self) -> list[int]:
