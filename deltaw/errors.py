@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+MOST = 40
+"""Names that are listed for one that is not known."""
+
 
 class UserError(Exception):
     """A mistake in usage or data; the command line shows it as a panel and leaves with `code`."""
@@ -64,5 +67,7 @@ def explained(what: str, *kinds: type[Exception], where: object = "", why: str =
 def nearest(name: str, names: Iterable[str]) -> str:
     """Name the known one that is closest, or list them all: the remedy for a misspelt name."""
     known = sorted(names)
-    close = get_close_matches(name, known, 1, 0.6)
-    return f"Did you mean '{close[0]}'?" if close else f"There are: {', '.join(known)}."
+    if close := get_close_matches(name, known, 1, 0.6):
+        return f"Did you mean '{close[0]}'?"
+    more = f" and {len(known) - MOST:,} more" if len(known) > MOST else ""
+    return f"There are: {', '.join(known[:MOST])}{more}."

@@ -5,6 +5,7 @@ Nothing here imports torch, so that asking for help is quick.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -22,6 +23,8 @@ Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, BeforeValidator(lambda said: str(said) if isinstance(said, int | float | Path) else said)]
 """A text; numbers and paths are taken as they are written."""
+KEY = "DELTAW_API_KEY"
+"""Where a server's key is looked for that is not on the command line."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -109,6 +112,34 @@ class Machine:
     """Where to compute: auto, cpu, cuda, cuda:1, ..."""
     threads: Count | None = None
     """Processor threads. By default: one per core."""
+
+
+@settings
+class Serving:
+    """What `deltaw serve` can be told, beside the base and its personas."""
+
+    host: str = "127.0.0.1"
+    """The address to listen at; another than this machine's own asks for a key."""
+    port: Annotated[int, Field(ge=0, lt=2**16)] = 8000
+    """The port (0: any that is free)."""
+    key: str = ""
+    """Who asks must bring this key; DELTAW_API_KEY says it unseen by others on the machine."""
+    budget_gb: Annotated[float, Field(gt=0, le=10_000)] = 1.0
+    """Memory for keys, values and adapters together, in GiB."""
+    most: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Answers that are computed at once; others wait."""
+    chunk: Count = 256
+    """Tokens of prompts that a step computes at most, beside a token of each answer."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether only this machine can ask."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:

@@ -31,6 +31,17 @@ install_torch() {
     fi
 }
 
+# The chat page is tested in a real browser. Playwright drives the distribution's own: its downloads need a host of their own.
+install_chromium() {
+    command -v chromium >/dev/null && return
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "Installing Chromium, in which the chat page is tested"
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get update -qq >/dev/null && apt-get install -y -qq --no-install-recommends chromium >/dev/null && return
+    fi
+    echo "The chat page is tested in Chromium, which is not here (on Debian: apt-get install chromium)."
+}
+
 if [ ! -x $venv/bin/python ]; then
     python=$(find_python)
     echo "Making $venv with $("$python" --version)"
@@ -41,12 +52,13 @@ run)
     echo "Installing deltaw and its dependencies"
     pip install "pip>=25.1"
     install_torch
-    pip install -c constraints.txt -e ".[eval]"
+    pip install -c constraints.txt -e ".[eval,serve]"
     [ -e deltaw/kernels/built/native.so ] || echo "No C++ compiler (GCC or Clang): torch does the native kernels' work, more slowly."
     ;;
 dev)
     echo "Installing what tests need"
     pip install -c constraints.txt --group dev
+    install_chromium
     ;;
 peers)
     echo "Installing the peers"

@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from deltaw.kernels import library
 
+pytest_plugins = ["web.hubs"]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 shapes.install()
 torch.set_num_threads(1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from deltaw.api.persona import BASE, Persona
+from deltaw.api.remote import Remote
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError, nearest
 from deltaw.files.atomic import write_text
@@ -16,11 +18,13 @@ from deltaw.files.atomic import write_text
 class Chat:
     """Turns so far, the personas there are, and the one that answers next."""
 
-    def __init__(self, personas: Sequence[Persona], sampling: Sampling) -> None:
-        names = [p.name for p in personas if p.adapter is not None]
-        if twice := next((n for n in [BASE, *names] if [BASE, *names].count(n) > 1), None):
+    def __init__(self, personas: Sequence[Persona] | Sequence[Remote], sampling: Sampling) -> None:
+        names = [BASE, *(p.name for p in personas if not p.bare)]
+        if twice := next((n for n, times in Counter(names).items() if times > 1), None):
             raise UserError(f"Two personas are called '{twice}'.", remedy="Give the path of a file with another name.")
-        self.personas = {BASE: Persona(BASE, personas[0].base), **{p.name: p for p in personas}}
+        first = personas[0]
+        base = Persona(BASE, first.base) if isinstance(first, Persona) else Remote(BASE, BASE, "", first.server)
+        self.personas: dict[str, Persona | Remote] = {BASE: base, **{p.name: p for p in personas}}
         self.current, self.sampling = personas[0].name, sampling
         self.turns: list[dict[str, str]] = []
         self.cut = False

@@ -97,6 +97,16 @@ class Persona:
         return bare(self.base.model) if self.adapter is None else self.adapter.on()
 
     @property
+    def bare(self) -> bool:
+        """Whether it wears nothing."""
+        return self.adapter is None
+
+    @property
+    def home(self) -> str:
+        """What it is a persona of."""
+        return self.base.name
+
+    @property
     def context(self) -> int:
         """Tokens that it sees: more than the base where positions are stretched, fewer behind a prefix."""
         with self.on():
@@ -129,9 +139,7 @@ class Persona:
 
     def addressed(self, turns: Sequence[Message]) -> list[Message]:
         """The turns, begun with the persona's own system prompt if they have none."""
-        if not self.system or (turns and turns[0]["role"] == "system"):
-            return list(turns)
-        return [{"role": "system", "content": self.system}, *turns]
+        return addressed(self.system, turns)
 
     def wearing(self, name: str, path: Path) -> Persona:
         """The same base with the adapter of another file.
@@ -143,6 +151,13 @@ class Persona:
         return replace(
             self, name=name, adapter=adapters.load(path, self.base.model, self.base.fingerprint), system=system
         )
+
+
+def addressed(system: str, turns: Sequence[Message]) -> list[Message]:
+    """The turns, begun with this system prompt, if there is one and they have none."""
+    if not system or (turns and turns[0]["role"] == "system"):
+        return list(turns)
+    return [{"role": "system", "content": system}, *turns]
 
 
 def locate(name: str | None, folder: Path) -> tuple[str, Path]:

@@ -37,6 +37,7 @@ REFUSED = {errno.ENOENT: "Give a path that is there.", errno.EISDIR: "Give a fil
 COMMANDS = {
     "train": "Fine-tune a model on your data.",
     "chat": "Talk with what you trained, and switch personas as you go.",
+    "serve": "Let many personas answer over HTTP, as OpenAI's clients ask.",
     "generate": "Answer questions given on the command line, or one a line.",
     "eval": "Measure a persona, beside its base if you like.",
     "merge": "Write base and adapter as one plain model, and check it.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,10 +15,10 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from deltaw.api.interrupt import interruptible
-from deltaw.cli.show import busy, grid
+from deltaw.cli.show import Flat, busy, grid
 from deltaw.decode.sampling import Talk
 from deltaw.errors import UserError
-from deltaw.settings import Machine, plain
+from deltaw.settings import KEY, Machine, plain
 from deltaw.words import one_line, some
 
 if TYPE_CHECKING:
@@ -35,9 +36,10 @@ HELP = """/persona NAME   let another persona answer
 /quit           leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
-def chat(*runs: str, base: str | None = None, folder: Annotated[Path, Parameter(name="--runs")] = Path("runs"),
-         sampling: Annotated[Talk | None, Parameter(name="*")] = None,
-         machine: Annotated[Machine | None, Parameter(name="*")] = None) -> None:  # fmt: skip
+def chat(*runs: str, base: str | None = None, url: str | None = None,
+         folder: Annotated[Path, Parameter(name="--runs")] = Path("runs"),
+         sampling: Flat[Talk] = None,
+         machine: Flat[Machine] = None) -> None:  # fmt: skip
     """Talk with one or more personas; the base is loaded once.
 
     Parameters
@@ -46,20 +48,28 @@ def chat(*runs: str, base: str | None = None, folder: Annotated[Path, Parameter(
         Names or folders of runs, adapter files, or one model by itself. By default: the newest run.
     base
         Without runs: talk with this model alone; beside them: the base, if it is not where they were trained on it.
+    url
+        Talk with the personas of a server there, by their names; DELTAW_API_KEY is the key that it asks for.
     folder
         Folder of the run folders.
     """
     from deltaw.api.chat import Chat
     from deltaw.api.persona import load_all, load_any
+    from deltaw.api.remote import personas_of
 
     alone = runs[0] if len(runs) == 1 else base if not runs else None
     with busy() as say:
         how = {**plain(machine or Machine()), "say": say}
-        personas = [load_any(alone, folder, base, **how)] if alone else load_all(runs, folder, base, **how)
-    session = Chat(personas, sampling or Talk())
+        if url is not None:
+            session = Chat(personas_of(url, runs, os.environ.get(KEY, "")), sampling or Talk())
+        else:
+            personas = [load_any(alone, folder, base, **how)] if alone else load_all(runs, folder, base, **how)
+            session = Chat(personas, sampling or Talk())
     console = Console(highlight=False)
     if console.is_terminal:
-        console.print(f"[bold]{session.current}[/] on {personas[0].base.name}. /help lists what you can do.")
+        console.print(
+            f"[bold]{session.current}[/] on {session.personas[session.current].home}. /help lists what you can do."
+        )
         _tell_system(session, console)
     for line in _lines(session, console):
         try:

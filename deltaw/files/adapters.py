@@ -132,7 +132,8 @@ def put(adapter: Adapter, tensors: dict[str, Tensor], where: str) -> None:
     """
     own = {name.removeprefix("deltas.").replace("/", "."): t for name, t in adapter.state_dict(keep_vars=True).items()}
     if odd := sorted(own.keys() ^ tensors.keys()):
-        raise UserError(f"{len(odd)} tensors do not fit this adapter, such as '{odd[0]}'.", where=where, why=UNLIKE)
+        raise UserError(f"{len(odd)} tensors do not fit this adapter, such as '{odd[0]}'.", where=where,
+                        why=f"{UNLIKE} All of them: {', '.join(odd)}.")  # fmt: skip
     with torch.no_grad():
         for name, t in own.items():
             if t.shape != tensors[name].shape:

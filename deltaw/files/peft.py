@@ -208,7 +208,8 @@ def _sorted(
             cold.append(key)
     if cold:
         raise UserError(f"The base has no layer for {some(len(cold), 'tensor')} of this adapter, such as '{cold[0]}'.",
-                        where=where, remedy="Take the base that it was trained on: --base.")  # fmt: skip
+                        where=where, why=f"All of them: {', '.join(cold)}." if cold[1:] else "",
+                        remedy="Take the base that it was trained on: --base.")  # fmt: skip
     return low, whole
 
 

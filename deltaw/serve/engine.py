@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from itertools import groupby
+from itertools import chain, groupby, islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from deltaw.decode.sampling import picks
 from deltaw.errors import UserError
 from deltaw.kernels.paged import SIDE, Run
 from deltaw.kernels.worn import Rows, Wear
 from deltaw.models.decoder import Decoder
 from deltaw.serve.arena import Arena
 from deltaw.serve.batch import Pieces
+from deltaw.serve.choice import choose, scores
 from deltaw.serve.sequence import End, Sequence
 from deltaw.serve.wardrobe import Wardrobe
 from deltaw.serve.wearing import Floor
+from deltaw.words import some
 
 Piece = tuple[Sequence, int]
 """A sequence and how many of its tokens a step computes."""
@@ -33,6 +36,8 @@ class Engine:
         self.most, self.chunk = most, chunk
         self.waiting = deque[Sequence]()
         self.running: list[Sequence] = []
+        self.stepped: Callable[[int], None] = lambda _: None
+        """Told after each step how many distinct adapters were worn in it."""
 
     def submit(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
@@ -54,6 +59,8 @@ class Engine:
         planned.sort(key=lambda piece: (id(piece[0].alone), piece[0].root))
         for _, pieces in groupby(planned, key=lambda piece: id(piece[0].alone)):
             self.forward(list(pieces))
+        if planned:
+            self.stepped(len({entry for sequence, _ in planned for entry in sequence.entries}))
         return bool(planned)
 
     def plan(self) -> list[Piece]:
@@ -83,9 +90,11 @@ class Engine:
             sequence.extend(self.arena, count)
             planned.append((sequence, count))
             left -= count
+        for sequence in islice(self.waiting, self.most):
+            self.wardrobe.fetch(sequence.entries)
         return planned
 
-    def check(self) -> None:
+    def check_integrity(self) -> None:
         """Raise an AssertionError unless every page and every adapter is where it should be."""
         self.arena.check()
         self.wardrobe.check()
@@ -103,7 +112,7 @@ class Engine:
             sequence.dress()
             self._check_length(sequence)
         except UserError as e:
-            self.end(sequence, "error", str(e))
+            self.end(sequence, "refused", str(e))
             return False
         return True
 
@@ -112,7 +121,7 @@ class Engine:
             context, shared = self.model.context, self.model.shares(sequence.most)
         room = min(context, (self.arena.count - len({p for e in sequence.entries for p in e.given})) * SIDE)
         if sequence.most > room:
-            raise UserError(f"A question of {len(sequence.asked):,} tokens and an answer of "
+            raise UserError(f"A question of {some(len(sequence.asked), 'token')} and an answer of "
                             f"{sequence.sampling.max_new_tokens:,} have no room: {room - sequence.prefix:,} are seen.",
                             remedy="Ask for less, or let the answer be shorter.")  # fmt: skip
         if not shared:  # angles depend on how long it may become
@@ -151,24 +160,29 @@ class Engine:
             at += count
         seen = Pieces(self.arena.books, runs, [s.pages for s, _ in pieces], [s.most for s, _ in pieces])
         due = [i for i, (sequence, count) in enumerate(pieces) if count == sequence.pending]
+        echoed = [range(run.start, run.start + s.unscored(count)) for (s, count), run in zip(pieces, runs, strict=True)]
         with self._worn(pieces, runs):
             h_TD = self.model.hidden(torch.tensor(ids), torch.tensor(places), seen)
-            logits_NV = self.model.logits(h_TD[[runs[i].stop - 1 for i in due]])
+            logits_NV = self.model.logits(h_TD[[*(runs[i].stop - 1 for i in due), *chain(*echoed)]])
+        self._score(pieces, logits_NV[len(due) :])
         for sequence, count in pieces:
             sequence.advance(self.arena, count)
-        finite_N, likeliest_N = logits_NV.isfinite().all(1).tolist(), logits_NV.argmax(1).tolist()
-        draw = {n: pieces[i][0] for n, i in enumerate(due) if finite_N[n] and not pieces[i][0].sampling.likeliest}
-        samplings, rngs = [s.sampling for s in draw.values()], [s.draws for s in draw.values()]
-        asked, said = [s.asked for s in draw.values()], [s.said for s in draw.values()]
-        drawn = dict(zip(draw, picks([logits_NV[n] for n in draw], samplings, rngs, asked, said), strict=True))
-        for n, i in enumerate(due):
-            sequence = pieces[i][0]
-            if not finite_N[n]:
+        sequences = [pieces[i][0] for i in due]
+        for sequence, token in zip(sequences, choose(sequences, logits_NV[: len(due)]), strict=True):
+            if token < 0:
                 self.end(sequence, "error", "What was computed is no number: the adapter's values are too large.")
-            elif sequence.sampling.likeliest:
-                self._say(sequence, likeliest_N[n])
             else:
-                self._say(sequence, drawn[n])
+                self._say(sequence, token)
+
+    def _score(self, pieces: list[Piece], logits_NV: Tensor) -> None:
+        """Score tokens that were asked, by the logits of those before them."""
+        at = 0
+        for sequence, count in pieces:
+            if fresh := sequence.unscored(count):
+                first = len(sequence.echoed) + 1
+                ids, tops = sequence.asked[first : first + fresh], [sequence.tops or 0] * fresh
+                sequence.echoed += scores(logits_NV[at : at + fresh], ids, tops)
+                at += fresh
 
     def _worn(self, pieces: list[Piece], runs: list[Run]) -> AbstractContextManager[Any]:
         if (adapter := pieces[0][0].alone) is not None:
@@ -187,6 +201,7 @@ class Engine:
             return self.end(sequence, "stop")
         sequence.said.append(token)
         sequence.heard(token)
-        if len(sequence.said) == sequence.sampling.max_new_tokens:
-            self.end(sequence, "length")
+        more = sequence.grammar is None or sequence.grammar.take(token)
+        if not more or len(sequence.said) == sequence.sampling.max_new_tokens:
+            self.end(sequence, "length" if more else "stop")
         return None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from time import monotonic
+from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.decode.sampling import Sampling
@@ -18,10 +20,21 @@ from deltaw.serve.arena import Arena, names
 from deltaw.serve.wardrobe import Entry
 from deltaw.serve.wearing import Served
 
-End = Literal["stop", "length", "abort", "error"]
-"""Why nothing more is said: the model ended, there was no more room, nobody listens, or it could not be computed."""
+End = Literal["stop", "length", "abort", "refused", "error"]
+"""Why nothing more is said: the model ended, there was no more room, nobody listens, what was asked cannot be answered,
+or it could not be computed."""
 PREFIX = -1
 """Stands for a token of a persona's prefix."""
+
+
+class Grammar(Protocol):
+    """What an answer must be: after each token, which may follow."""
+
+    def allowed(self) -> Tensor:
+        """V booleans."""
+
+    def take(self, token: int) -> bool:
+        """Go on to the next; returns whether anything may follow."""
 
 
 @dataclass(eq=False)
@@ -36,6 +49,17 @@ class Sequence:
     end_ids: frozenset[int]
     worn: tuple[tuple[Entry, float], ...] = ()
     heard: Callable[[int | End], None] = lambda _: None
+    stream: int = 0
+    """Which of the seed's streams it draws from: each answer to one prompt has its own."""
+    least: int = 0
+    """Tokens before which it may not end."""
+    grammar: Grammar | None = None
+    tops: int | None = None
+    """How many likelier tokens are told with each token's score; None: no scores are."""
+    echo: bool = False
+    """Whether the tokens that were asked have scores too, all but the first."""
+    scores: list[Any] = field(default_factory=list)
+    echoed: list[Any] = field(default_factory=list)
     said: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     known: int = 0
@@ -48,11 +72,12 @@ class Sequence:
     before: tuple[Before, ...] = ()
     alone: Adapter | None = None
     """What it wears that shares no batch."""
+    since: float = field(default_factory=monotonic)
+    begun: float | None = None
+    """When it was asked, and when it was begun first, in seconds."""
 
     def __post_init__(self) -> None:
-        self.draws.manual_seed(self.sampling.seed * 1_000_003)  # as the first answer of `decode.generate`
-        told = [(entry.digest, weight) for entry, weight in self.worn]
-        self.root = hashlib.blake2b(repr(told).encode(), digest_size=16).digest()
+        self.draws.manual_seed(self.sampling.seed * 1_000_003 + self.stream)  # as an answer of `decode.generate`
 
     @property
     def entries(self) -> list[Entry]:
@@ -77,6 +102,13 @@ class Sequence:
         if any(weight != 1 for served, weight in self.served if served in whole):
             raise UserError("Only what is added to layers has a weight: no prefix, and nothing that is worn by itself.")
         self.before, self.alone = next((served.before for served in whole), ()), alone
+        told = [(entry.digest, weight) for entry, weight in self.worn]
+        self.root = hashlib.blake2b(repr(told).encode(), digest_size=16).digest()
+
+    @property
+    def free(self) -> bool:
+        """Whether it may say anything next."""
+        return self.grammar is None and len(self.said) >= self.least
 
     @property
     def prefix(self) -> int:
@@ -98,13 +130,21 @@ class Sequence:
         """Places that it may come to have."""
         return self.prefix + len(self.asked) + self.sampling.max_new_tokens
 
+    def unscored(self, count: int) -> int:
+        """How many of the next tokens are followed by one that was asked and is to be scored."""
+        at = max(0, self.known - self.prefix)
+        return max(0, min(count, len(self.asked) - 1 - at)) if self.echo else 0
+
     def missing(self, count: int) -> int:
         """Pages that so many more tokens need."""
         return max(0, -(-(max(self.known, self.prefix) + count) // SIDE) - len(self.pages))
 
     def begin(self, arena: Arena) -> None:
-        """Hold what is known of its places, but for the last one, whose outputs are needed."""
-        for page in arena.find(self.root, self.ids[:-1]):
+        """Hold what is known of its places, but for the last one, and all that are to be scored: these are computed."""
+        self.begun = self.begun or monotonic()
+        if scoring := self.echo and len(self.echoed) < len(self.asked) - 1:
+            self.echoed.clear()
+        for page in [] if scoring else arena.find(self.root, self.ids[:-1]):
             arena.hold(page)
             self.pages.append(page)
         self.named = len(self.pages)

@@ -20,6 +20,10 @@ IDLE_SECONDS = 0.005
 log = logging.getLogger(__name__)
 
 
+class Closed(RuntimeError):
+    """Nothing is answered any more."""
+
+
 class Service:
     """Steps as long as there is anything to compute. Close it, or use it as a context."""
 
@@ -40,10 +44,10 @@ class Service:
         """Let the engine's thread do this between two steps.
 
         Raises:
-            RuntimeError: the service is closed.
+            Closed: the service is.
         """
         if self.closed:
-            raise RuntimeError("The service is closed.")
+            raise Closed("The service is closed.")
         done = Future[T]()
 
         def answer() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
+from time import monotonic
 from typing import Literal
 
 from deltaw.errors import UserError
@@ -23,7 +24,10 @@ Read = Callable[[], Served]
 
 @dataclass(eq=False)
 class Entry:
-    """An adapter of this name, with what reads it. `users` wear it now; `given` are the pages it takes the place of."""
+    """An adapter of this name, with what reads it. `users` wear it now; `given` are the pages it takes the place of.
+
+    `digest`: another for whatever may be another adapter; that of what it holds once it was read.
+    """
 
     name: str
     digest: bytes
@@ -35,6 +39,8 @@ class Entry:
     """When it was asked for last, in no unit."""
     fault: str = ""
     reading: Future[Served] | None = None
+    seconds: float | None = None
+    """How long reading took, when it was read last."""
     gone: bool = False
     """Nobody can ask for it any more."""
 
@@ -61,10 +67,8 @@ class Wardrobe:
         """Those that have pages."""
 
     def add(self, name: str, digest: bytes, read: Read) -> Entry:
-        """Know an adapter by this name from now on; one that had it is gone, unless it is the same."""
-        if (old := self.entries.get(name)) is not None:
-            if old.digest == digest and not old.fault:
-                return old
+        """Know an adapter by this name from now on; one that had it is gone."""
+        if name in self.entries:
             self.remove(name)
         self.entries[name] = entry = Entry(name, digest, read)
         return entry
@@ -92,6 +96,12 @@ class Wardrobe:
         finally:
             self.unwear(entries)
         return all(found)
+
+    def fetch(self, entries: Sequence[Entry]) -> None:
+        """Begin to read those that somebody waits for, before it is their turn."""
+        for entry in entries:
+            if entry.state == "known":
+                entry.reading = self.reader.submit(_timed, entry)
 
     def wear(self, entries: Iterable[Entry]) -> None:
         """Keep these until they are no longer worn."""
@@ -131,9 +141,8 @@ class Wardrobe:
             return True
         if entry.fault:
             raise UserError(f"The adapter '{entry.name}' cannot be worn.", why=entry.fault)
-        if entry.reading is None:
-            entry.reading = self.reader.submit(entry.read)
-        if not entry.reading.done():
+        self.fetch([entry])
+        if entry.reading is None or not entry.reading.done():
             return False
         try:
             served = entry.reading.result()
@@ -145,6 +154,7 @@ class Wardrobe:
             if not self.evict():
                 return False
         entry.served, entry.given, entry.reading = served, given, None
+        entry.digest = served.digest or entry.digest
         self.kept.add(entry)
         return True
 
@@ -160,3 +170,10 @@ class Wardrobe:
         self.arena.back(entry.given)
         entry.served, entry.given = None, []
         self.kept.remove(entry)
+
+
+def _timed(entry: Entry) -> Served:
+    begun = monotonic()
+    served = entry.read()
+    entry.seconds = monotonic() - begun
+    return served

@@ -6,7 +6,8 @@ the rest of the bias.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import mmap
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 
 from deltaw.adapters.adapter import Adapter
-from deltaw.files import adapters
 from deltaw.files.atomic import replacing
 from deltaw.kernels.worn import Change, Slab, Wear
 from deltaw.models.decoder import Decoder
@@ -29,6 +29,8 @@ class Served:
     slab: Slab | None = None
     before: tuple[Before, ...] = ()
     alone: Adapter | None = None
+    digest: bytes = b""
+    """Of what its files hold, if it came from any."""
 
     @classmethod
     def of(cls, adapter: Adapter, model: Decoder) -> Served:
@@ -53,23 +55,23 @@ class Served:
         return sum(t.nbytes for t in tensors)
 
 
-def served(path: Path, model: Decoder, fingerprint: str, kept: Path) -> Served:
-    """The adapter of a file as it is served. What shares a batch is laid into the file `kept`, once, and mapped.
+def served(read: Callable[[], Adapter], model: Decoder, kept: Path) -> Served:
+    """The adapter that is read, as it is served. What shares a batch is laid into the file `kept`, once, and mapped.
 
     `kept` is a place for this adapter on this base in this type, and for no other.
 
     Raises:
         UserError: no adapter of this base.
     """
-    layers = sum(1 for _ in linears(model))
-    if kept.exists():
-        return Served(Slab.mapped(kept, layers, model.dtype))
-    made = Served.of(adapters.load(path, model, fingerprint), model)
-    if made.slab is None or made.before:
-        return made
-    with replacing(kept) as scratch:
-        made.slab.save(scratch)
-    return Served(Slab.mapped(kept, layers, model.dtype))
+    if not kept.exists():
+        made = Served.of(read(), model)
+        if made.slab is None or made.before:
+            return made
+        with replacing(kept) as scratch:
+            made.slab.save(scratch)
+    slab = Slab.mapped(kept, sum(1 for _ in linears(model)), model.dtype)
+    slab.memory[:: mmap.PAGESIZE].sum()  # from the disk now, and not in the middle of a step
+    return Served(slab)
 
 
 def linears(model: Decoder) -> Iterator[tuple[str, Linear]]:

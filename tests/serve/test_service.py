@@ -43,7 +43,7 @@ def test_many_ask_at_once_and_each_hears_its_own(service, tiny):
     for thread in threads:
         thread.start()
     assert all(answer(sequence)[0] == sequence.said for sequence in sequences)
-    service.do(service.engine.check).result(PATIENCE)
+    service.do(service.engine.check_integrity).result(PATIENCE)
     assert sum(ties(tiny, None, sequence) for sequence in sequences) <= 1
 
 
@@ -78,7 +78,7 @@ def test_a_step_that_fails_fails_those_who_run_and_the_next_are_answered(service
     second = asking(1)
     service.submit(second)
     assert answer(second)[0] == second.said
-    service.do(service.engine.check).result(PATIENCE)
+    service.do(service.engine.check_integrity).result(PATIENCE)
     assert ties(tiny, None, second) <= 1
 
 
@@ -88,7 +88,7 @@ def test_an_adapter_is_waited_for_without_anybody_asking_again(service, tiny):
     sequence = asking(worn=((entry, 1.0),))
     service.submit(sequence)
     gate.set()
-    assert answer(sequence)[1] == "error"
+    assert answer(sequence)[1] == "refused"
     assert "Damaged." in sequence.fault
 
 
@@ -99,7 +99,7 @@ def test_closing_ends_whoever_is_not_answered(tiny):
     service.do(lambda: None).result(PATIENCE)
     gate.set()
     service.close()
-    assert answer(waits)[1] in ("abort", "error")
+    assert answer(waits)[1] in ("abort", "refused")
     with pytest.raises(RuntimeError, match="closed"):
         service.submit(asking())
     service.close()

@@ -53,7 +53,7 @@ def through(engine, *sequences):
         engine.submit(sequence)
     while engine.waiting or engine.running:
         engine.step()
-        engine.check()
+        engine.check_integrity()
 
 
 def test_adapters_are_read_when_they_are_asked_for_and_those_unused_the_longest_make_room(tiny, engine, made):
@@ -80,7 +80,7 @@ def test_who_waits_for_an_adapter_keeps_nobody_else_waiting(tiny, engine, made):
     engine.submit(slow)
     engine.submit(other)
     while engine.step():
-        engine.check()
+        engine.check_integrity()
     assert (slow.said, slow.worn[0][0].state) == ([], "reading")
     assert ties(tiny, None, other) <= 1
     gate.set()
@@ -103,12 +103,11 @@ def test_another_adapter_under_an_old_name_is_another_and_the_old_one_is_worn_to
     assert second.said != first.said
     assert first.worn[0][0].state == "known"
     assert len(engine.arena.given) == SIZE
-    assert engine.wardrobe.add("x", b"new", None) is again  # the same contents are the same adapter
     engine.wardrobe.remove("x")
     assert not engine.arena.given
     with pytest.raises(UserError, match="There is no adapter 'x'"):
         engine.wardrobe.remove("x")
-    engine.check()
+    engine.check_integrity()
 
 
 def test_a_damaged_adapter_fails_who_asks_for_it_until_it_is_added_anew(tiny, engine, made):
@@ -152,9 +151,10 @@ def test_an_adapter_is_laid_into_a_file_once_and_mapped_from_there(dtype, tiny_p
     print_of = checkpoint.fingerprint(model)
     adapter = scramble(Adapter.build(method("dora", rank=4), model).eval())
     adapters.save(adapter, adapters.Header.of(adapter, "tiny", print_of), tmp_path / "a.safetensors")
-    first = served(tmp_path / "a.safetensors", model, print_of, tmp_path / "kept" / "a.slab")
+    path = tmp_path / "a.safetensors"
+    first = served(lambda: adapters.load(path, model, print_of), model, tmp_path / "kept" / "a.slab")
     (tmp_path / "a.safetensors").unlink()
-    again = served(tmp_path / "a.safetensors", model, print_of, tmp_path / "kept" / "a.slab")
+    again = served(lambda: adapters.load(path, model, print_of), model, tmp_path / "kept" / "a.slab")
     want = Served.of(adapter, model).slab
     for slab in first.slab, again.slab:
         assert torch.equal(slab.memory, want.memory)
@@ -173,10 +173,8 @@ def test_what_is_worn_otherwise_is_read_as_it_is(name, tiny, tmp_path):
     print_of = checkpoint.fingerprint(tiny)
     adapter = scramble(Adapter.build(method(name), tiny).eval())
     adapters.save(adapter, adapters.Header.of(adapter, "tiny", print_of), tmp_path / "a.safetensors")
-    got = served(tmp_path / "a.safetensors", tiny, print_of, tmp_path / "a.slab")
+    got = served(lambda: adapters.load(tmp_path / "a.safetensors", tiny, print_of), tiny, tmp_path / "a.slab")
     assert got.slab is None
     assert bool(got.before) == (name == "prefix_tuning")
     assert got.size_bytes == sum(t.nbytes for t in adapter.state_dict().values())
     assert not (tmp_path / "a.slab").exists()
-    with pytest.raises(UserError, match="another base"):
-        served(tmp_path / "a.safetensors", tiny, "0" * 32, tmp_path / "a.slab")

@@ -1,0 +1,82 @@
+"""`deltaw serve`: one model, many personas, over HTTP as OpenAI's clients speak it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from deltaw.cli.show import Flat, busy
+from deltaw.errors import UserError
+from deltaw.settings import KEY, Machine, Serving, plain
+from deltaw.words import some
+
+if TYPE_CHECKING:
+    from deltaw.web.adapters import Shelf
+
+NEEDED = ("fastapi", "uvicorn", "prometheus_client", "multipart", "llguidance")
+
+
+def serve(*, base: str | None = None, base_format: str = "",
+          personas: Annotated[list[Path] | None, Parameter(consume_multiple=True, negative=())] = None,
+          serving: Flat[Serving] = None,
+          machine: Flat[Machine] = None) -> None:  # fmt: skip
+    """Serve a base and its personas, each of which is a model by its name.
+
+    Parameters
+    ----------
+    base
+        The base model. By default: that of the first persona.
+    base_format
+        Pack the base's matrices: nf4-dq, int4-g32, … By default: as the first persona's were.
+    personas
+        Adapter files, runs, PEFT folders, or folders of these, which are looked at all the time. By default: runs.
+    """
+    if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
+        raise UserError(f"The server needs {', '.join(missing)}.", remedy="pip install 'deltaw[serve]'")
+    from deltaw.api.persona import load_base
+    from deltaw.web.server import bound, hub_of, listen, web_of
+
+    serving, folders = serving or Serving(), [Path("runs")] if personas is None else personas
+    serving = replace(serving, key=serving.key or os.environ.get(KEY, ""))
+    if lost := next((folder for folder in personas or [] if not folder.exists()), None):
+        raise UserError("There is no such file or folder.", where=str(lost))
+    first, form = _trained_on(folders)
+    if not (base or first):
+        raise UserError("There is neither a base nor a persona to serve.", remedy="Take --base smollm2-135m.")
+    with bound(serving) as at:
+        with busy() as say:
+            how = {**plain(machine or Machine()), "say": say}
+            loaded = load_base(base or first, base_format=base_format or form, **how)
+        with hub_of(loaded, folders, serving) as (hub, shelf):
+            url = f"http://{serving.host}:{at.getsockname()[1]}"
+            _tell(Console(highlight=False, soft_wrap=True), shelf, url)
+            listen(web_of(hub, shelf, serving), at)
+
+
+def _trained_on(folders: list[Path]) -> tuple[str, str]:
+    """The base of the first persona of ours, and how it was packed."""
+    from deltaw.files import adapters
+    from deltaw.serve.catalog import adapters_in
+
+    for path in (path for folder in folders for _, path in adapters_in(folder) if path.is_file()):
+        header = adapters.read_header(path)
+        return header.base, header.base_format
+    return "", ""
+
+
+def _tell(console: Console, shelf: Shelf, url: str) -> None:
+    """Where it is, and who is there; what cannot be served is named with its reason."""
+    cards = [shelf.card(name) for name in shelf.catalog.sources]
+    well = [card for card in cards if not card["fault"]]
+    console.print(f"{shelf.hub.name} with {some(len(well), 'persona')} at {url}", markup=False)
+    console.print(f"  a page to talk with them   {url}/", markup=False)
+    console.print(f"  for OpenAI's clients       {url}/v1", markup=False)
+    for card in cards:
+        if card["fault"]:
+            console.print(f"Not served: {card['id']}. {card['fault']}", style="yellow", markup=False)

@@ -1,0 +1,193 @@
+"""Personas by name: adapters in files and folders, ours and PEFT's, which come, change and go while a server runs."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from deltaw.adapters.adapter import Adapter
+from deltaw.errors import UserError, nearest
+from deltaw.files import adapters, foreign, peft
+from deltaw.files.runs import Run
+from deltaw.models.checkpoint import read_json
+from deltaw.models.decoder import Decoder
+from deltaw.serve.wardrobe import Entry, Wardrobe
+from deltaw.serve.wearing import Served, served
+
+BASE = "base"
+"""What the model is called that wears nothing."""
+Worn = tuple[tuple[Entry, float], ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter's files as they were when they were looked at; whenever they change, `stamp` is another.
+
+    `fault`: why it can be no persona of this base, as far as that is seen without reading its tensors.
+    """
+
+    path: Path
+    stamp: str
+    method: str = ""
+    rank: int | None = None
+    base: str = ""
+    system: str = ""
+    fault: str = ""
+
+    @classmethod
+    def of(cls, path: Path, fingerprint: str) -> Source:
+        """An adapter file of ours, or a folder of PEFT's."""
+        stamp = _stamp(path)
+        try:
+            if path.is_file():
+                header = adapters.read_header(path)
+                rank = header.settings.get("rank")
+                other = "" if header.fingerprint == fingerprint else f"It was made for another base: '{header.base}'."
+                return cls(path, stamp, header.method, rank, header.base, header.system, other)
+            told = read_json(path / foreign.CONFIG)
+            kind, rank = str(told.get("peft_type", "")).lower(), told.get("r")
+            base = str(told.get("base_model_name_or_path") or "")
+            return cls(path, stamp, "dora" if told.get("use_dora") else kind, rank, base)
+        except UserError as e:
+            return cls(path, stamp, fault=str(e))
+
+    def read(self, model: Decoder, fingerprint: str, kept: Path) -> Served:
+        """It as it is served; what shares a batch is laid into a file of the folder `kept`, and mapped from there.
+
+        Raises:
+            UserError: it is damaged, not for this base, or was changed meanwhile.
+        """
+        if self.fault:
+            raise UserError(self.fault)
+        laid = next(kept.glob(f"{self.stamp}-*"), None)
+        digest = laid.stem.rpartition("-")[2] if laid else self._digest()
+        got = served(lambda: self._adapter(model, fingerprint), model, kept / f"{self.stamp}-{digest}.slab")
+        if laid is None and _stamp(self.path) != self.stamp:
+            raise UserError("Its file was changed while it was read.")
+        return replace(got, digest=bytes.fromhex(digest))
+
+    def _adapter(self, model: Decoder, fingerprint: str) -> Adapter:
+        if self.path.is_file():
+            return adapters.load(self.path, model, fingerprint)
+        return peft.read(self.path, model)
+
+    def _digest(self) -> str:
+        """Of what the files hold, whatever they are called."""
+        whole = hashlib.blake2b(digest_size=16)
+        for file in _files(self.path):
+            with file.open("rb") as f:
+                whole.update(hashlib.file_digest(f, "sha256").digest())
+        return whole.hexdigest()
+
+
+class Catalog:
+    """The personas of one base. Only `found` may be asked by any thread; the rest is between two steps."""
+
+    def __init__(
+        self, model: Decoder, fingerprint: str, wardrobe: Wardrobe, folders: Sequence[Path], kept: Path
+    ) -> None:
+        self.model, self.fingerprint, self.wardrobe, self.folders = model, fingerprint, wardrobe, folders
+        self.kept = kept / f"{fingerprint[:16]}-{str(model.dtype).removeprefix('torch.')}"
+        self.sources: dict[str, Source] = {}
+        self.seen: dict[str, str] = {}
+        """Stamps of what the folders held when they were looked at last."""
+
+    def found(self, known: Mapping[str, Source]) -> dict[str, Source]:
+        """What there is in the folders now. What is `known` and as it was is not read again."""
+        there: dict[str, Source] = {}
+        for name, path in (pair for folder in self.folders for pair in adapters_in(folder)):
+            with suppress(OSError):  # it went meanwhile
+                own = known.get(name)
+                if name not in there:
+                    same = own is not None and own.path == path and own.stamp == _stamp(path)
+                    there[name] = own if same and own else Source.of(path, self.fingerprint)
+        return there
+
+    def update(self, there: Mapping[str, Source]) -> None:
+        """Take what the folders hold: what is new or was changed is added, what is gone is removed."""
+        for name in self.seen.keys() - there.keys():
+            if name in self.sources and self.sources[name].stamp == self.seen[name]:
+                self.remove(name)
+        for name, source in there.items():
+            if self.seen.get(name) != source.stamp:
+                self.add(name, source)
+        self.seen = {name: source.stamp for name, source in there.items()}
+
+    def add(self, name: str, source: Source) -> Entry:
+        """Know a persona by this name; whoever talks with one that had it goes on with that."""
+        self.sources[name] = source
+        stamp = bytes.fromhex(source.stamp)
+        return self.wardrobe.add(name, stamp, lambda: source.read(self.model, self.fingerprint, self.kept))
+
+    def remove(self, name: str) -> None:
+        """Know it no longer; its files stay.
+
+        Raises:
+            UserError: there is none of this name.
+        """
+        self.wardrobe.remove(name)
+        del self.sources[name]
+
+    def worn(self, told: str) -> Worn:
+        """What a name means: a persona, `base`, or several with weights, `poet:0.7+chef:0.3`.
+
+        Raises:
+            UserError: there is no such persona; says the nearest.
+        """
+        entries = self.wardrobe.entries
+        if told in entries:
+            return ((entries[told], 1.0),)
+        if told == BASE:
+            return ()
+        blend = list[tuple[Entry, float]]()
+        for part in told.split("+"):
+            name, weighed, weight = part.partition(":")
+            if name not in entries or (weighed and not re.fullmatch(r"-?(\d{1,3}\.?|\d{0,3}\.\d{1,6})", weight)):
+                raise UserError(f"There is no persona '{part}'.", remedy=nearest(part, [BASE, *entries]))
+            blend.append((entries[name], float(weight) if weighed else 1.0))
+        return tuple(blend)
+
+    def sweep(self) -> None:
+        """Delete laid files of adapters that are here no longer."""
+        stamps = {source.stamp for source in self.sources.values()}
+        for file in self.kept.glob("*.slab"):
+            if file.stem.partition("-")[0] not in stamps:
+                file.unlink(missing_ok=True)
+
+
+def adapters_in(path: Path) -> Iterator[tuple[str, Path]]:
+    """Adapters at a path, by name: one of ours or of PEFT's, a run that has ended, or a folder of any of these."""
+    if (here := _adapter_at(path)) is not None:
+        yield here
+    elif path.is_dir():
+        for child in sorted(path.iterdir()):
+            if not child.name.startswith(".") and (here := _adapter_at(child)) is not None:
+                yield here
+
+
+def _adapter_at(path: Path) -> tuple[str, Path] | None:
+    if path.suffix == ".safetensors" and path.is_file():
+        inside = path.absolute().parent
+        return (inside.parent.name if inside.name == "adapter" else path.stem), path
+    if Run(path).adapter.is_file():
+        return path.absolute().name, Run(path).adapter
+    if (path / foreign.CONFIG).is_file() and (path / foreign.WEIGHTS).is_file():
+        return path.absolute().name, path
+    return None
+
+
+def _files(path: Path) -> Iterable[Path]:
+    return [path] if path.is_file() else [path / foreign.CONFIG, path / foreign.WEIGHTS]
+
+
+def _stamp(path: Path) -> str:
+    """Another whenever the files are: the system notes each change, which no program can undo."""
+    told = [str(path.absolute())]
+    for file in _files(path):
+        s = file.stat()
+        told.append(f"{s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}")
+    return hashlib.blake2b("\n".join(told).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,146 @@
+"""Adapters over HTTP: listed, put up by path or by upload, taken down, and followed in the folders they come from."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Form, UploadFile
+
+from deltaw.errors import UserError
+from deltaw.files import foreign
+from deltaw.files.atomic import replacing_folder
+from deltaw.files.runs import check_name
+from deltaw.serve.catalog import BASE, Source, adapters_in
+from deltaw.web.answers import Hub
+from deltaw.web.asked import AdapterAsked, LoadAsked, UnloadAsked
+
+WATCH_SECONDS = 2.0
+"""How often folders are looked at."""
+PARTS = {"adapter.safetensors", foreign.CONFIG, foreign.WEIGHTS}
+"""Files that an adapter is uploaded as: ours, or PEFT's two."""
+
+
+class Shelf:
+    """The personas of a hub, as they are put up and taken down over HTTP. Uploads go to the first of its folders."""
+
+    def __init__(self, hub: Hub, created: int) -> None:
+        self.hub, self.catalog, self.created = hub, hub.catalog, created
+
+    async def look(self) -> None:
+        """Take in what changed in the folders."""
+        there = await asyncio.to_thread(self.catalog.found, dict(self.catalog.sources))
+        await self._do(partial(self.catalog.update, there))
+
+    async def put(self, name: str, path: Path) -> dict[str, Any]:
+        """Let the adapter at a path be known by a name, once it was read whole.
+
+        Raises:
+            UserError: it is outside the folders, or no adapter of this base; says what does not fit.
+        """
+        _check_name(name, self.hub.name)
+        inside = [folder for folder in self.catalog.folders if path.resolve().is_relative_to(folder.resolve())]
+        if not inside:
+            raise UserError("This path is in none of the folders that are served.", where=str(path))
+        found = next((at for _, at in adapters_in(path)), None)
+        if found is None:
+            raise UserError("There is no adapter here.", where=str(path))
+        source = await asyncio.to_thread(Source.of, found, self.catalog.fingerprint)
+        read = partial(source.read, self.catalog.model, self.catalog.fingerprint, self.catalog.kept)
+        await asyncio.wrap_future(self.catalog.wardrobe.reader.submit(read))
+        await self._do(partial(self.catalog.add, name, source))
+        return self.card(name)
+
+    async def upload(self, name: str, parts: list[UploadFile]) -> dict[str, Any]:
+        """Take an adapter's files, as a new one of this name; nothing is left of one that does not fit."""
+        _check_name(name, self.hub.name)
+        names = {str(part.filename) for part in parts}
+        if not self.catalog.folders:
+            raise UserError("This server has no folder for adapters.", remedy="Start it with --personas FOLDER.")
+        if names not in ({"adapter.safetensors"}, {foreign.CONFIG, foreign.WEIGHTS}):
+            raise UserError(f"Files are called {', '.join(sorted(PARTS))}: ours, or PEFT's two.")
+        folder = self.catalog.folders[0] / name
+        if folder.exists():
+            raise UserError(f"There is an adapter '{name}' already.", remedy="Take another name, or delete its files.")
+        try:
+            await asyncio.to_thread(_store, folder, parts)
+            return await self.put(name, folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    async def drop(self, name: str) -> None:
+        """Know it no longer; whoever talks with it is answered to the end, and its files stay."""
+        await self._do(partial(self.catalog.remove, name))
+
+    def card(self, name: str) -> dict[str, Any]:
+        """What there is to say of a persona."""
+        source, entry = self.catalog.sources[name], self.catalog.wardrobe.entries[name]
+        served = entry.served
+        return {**self._card(name), "root": str(source.path), "parent": self.hub.name, "base": source.base,
+                "method": source.method, "rank": source.rank, "system": source.system,
+                "bytes": served.size_bytes if served else None, "hash": served.digest.hex() if served else None,
+                "shares_batch": served.alone is None if served else None,
+                "state": entry.state, "fault": entry.fault or source.fault or None}  # fmt: skip
+
+    def base_card(self) -> dict[str, Any]:
+        """What there is to say of the base."""
+        return {**self._card(self.hub.name), "root": str(self.hub.base.path), "parent": None, "base": self.hub.name,
+                "method": None, "rank": None, "system": "", "hash": self.hub.base.fingerprint, "state": "ready",
+                "max_model_len": self.hub.base.model.context}  # fmt: skip
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "deltaw"}
+
+    async def _do(self, work: Any) -> Any:
+        return await asyncio.wrap_future(self.hub.service.do(work))
+
+
+def adapter_routes(routes: APIRouter, shelf: Shelf) -> None:
+    """What is said of adapters over HTTP."""
+
+    @routes.post("/v1/adapters", status_code=201)
+    async def put(asked: AdapterAsked) -> dict[str, Any]:
+        """Put up an adapter that lies in one of the folders that are served."""
+        return await shelf.put(asked.name, Path(asked.path))
+
+    @routes.post("/v1/adapters/upload", status_code=201)
+    async def upload(name: Annotated[str, Form()], files: list[UploadFile]) -> dict[str, Any]:
+        """Upload an adapter: `adapter.safetensors`, or PEFT's two files."""
+        return await shelf.upload(name, files)
+
+    @routes.delete("/v1/adapters/{name}")
+    async def drop(name: str) -> dict[str, Any]:
+        """Take an adapter down; its files stay."""
+        await shelf.drop(name)
+        return {"id": name, "object": "model", "deleted": True}
+
+    @routes.post("/v1/load_lora_adapter")
+    async def load(asked: LoadAsked) -> str:
+        """Put up an adapter, in vLLM's words."""
+        if asked.lora_name in shelf.catalog.sources and not asked.load_inplace:
+            raise UserError(f"There is an adapter '{asked.lora_name}' already.", remedy="Say load_inplace: true.")
+        await shelf.put(asked.lora_name, Path(asked.lora_path))
+        return f"Success: LoRA adapter '{asked.lora_name}' added successfully."
+
+    @routes.post("/v1/unload_lora_adapter")
+    async def unload(asked: UnloadAsked) -> str:
+        """Take an adapter down, in vLLM's words."""
+        await shelf.drop(asked.lora_name)
+        return f"Success: LoRA adapter '{asked.lora_name}' removed successfully."
+
+
+def _check_name(name: str, base: str) -> None:
+    check_name(name)
+    if name in (BASE, base):
+        raise UserError(f"'{name}' is what the base is called.")
+
+
+def _store(folder: Path, parts: list[UploadFile]) -> None:
+    with replacing_folder(folder) as scratch:
+        for part in parts:
+            with (scratch / str(part.filename)).open("wb") as file:
+                shutil.copyfileobj(part.file, file)

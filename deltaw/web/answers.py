@@ -1,0 +1,194 @@
+"""From what was asked to sequences, and from tokens to text: between the engine's thread and the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from collections.abc import Sequence as Row
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from time import monotonic
+
+from deltaw.api.persona import Base
+from deltaw.errors import UserError
+from deltaw.serve.catalog import Catalog
+from deltaw.serve.choice import Score
+from deltaw.serve.grammar import Grammars
+from deltaw.serve.sequence import End, Sequence
+from deltaw.serve.service import Closed, Service
+from deltaw.serve.speech import Speech
+from deltaw.web.asked import Asked
+from deltaw.web.metrics import Metrics
+
+MOST_ANSWERS = 1024
+"""Of one request: prompts times answers to each."""
+
+
+class Refused(Exception):
+    """What was asked cannot be answered; `own`: the fault is ours."""
+
+    def __init__(self, why: str, own: bool = False) -> None:
+        super().__init__(why)
+        self.own = own
+
+
+@dataclass(eq=False)
+class Choice:
+    """One answer under way: what is said so far, and how much of it was told."""
+
+    index: int
+    sequence: Sequence
+    speech: Speech
+    stop: list[str]
+    told: int = 0
+    """Tokens."""
+    first: float | None = None
+    """When its first token came, in seconds."""
+    finish: str | None = None
+
+
+@dataclass
+class Piece:
+    """What is new of an answer: text, and the tokens that it came with."""
+
+    choice: Choice
+    text: str
+    ids: list[int]
+    scores: list[Score]
+    finish: str | None = None
+
+
+@dataclass
+class Post:
+    """Carries what the engine says into the event loop: one wake-up for all that a step says."""
+
+    loop: asyncio.AbstractEventLoop | None = None
+    box: deque[tuple[asyncio.Queue[tuple[Choice, int | End]], Choice, int | End]] = field(default_factory=deque)
+    due: bool = False
+
+    def tell(self, queue: asyncio.Queue[tuple[Choice, int | End]], choice: Choice, what: int | End) -> None:
+        """Called by the engine's thread."""
+        self.box.append((queue, choice, what))
+        if not self.due and self.loop is not None:
+            self.due = True
+            with suppress(RuntimeError):  # the loop is closed, and nobody listens
+                self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self.due = False
+        while self.box:
+            queue, choice, what = self.box.popleft()
+            queue.put_nowait((choice, what))
+
+
+@dataclass
+class Hub:
+    """All that requests share."""
+
+    base: Base
+    name: str
+    service: Service
+    catalog: Catalog
+    grammars: Grammars
+    metrics: Metrics
+    post: Post
+
+    def choices(self, asked: Asked, prompts: Row[Row[int]]) -> list[Choice]:
+        """The answers that are asked for, not begun yet.
+
+        Raises:
+            UserError: the persona is not known, or the form of the answer is none.
+        """
+        try:
+            worn = self.catalog.worn(asked.model if asked.model != self.name else "base")
+        except UserError as e:
+            raise UnknownModel(str(e)) from None
+        count, stops = asked.n or 1, asked.stops
+        if len(prompts) * count > MOST_ANSWERS:
+            raise UserError(
+                f"{len(prompts) * count:,} answers are more than one request may ask for: {MOST_ANSWERS:,}."
+            )
+        ends = frozenset() if asked.ignore_eos else frozenset(self.base.tokenizer.end_ids)
+        form, made = asked.grammar(), list[Choice]()
+        for prompt in prompts or [()]:
+            self._check(prompt, asked)
+            sampling = asked.sampling(self.base.model.context - len(prompt))
+            for stream in range(count):
+                sequence = Sequence(
+                    tuple(prompt), sampling, ends | {*(asked.stop_token_ids or [])}, worn, stream=stream,
+                    least=min(asked.min_tokens, sampling.max_new_tokens), tops=asked.tops,
+                    echo=getattr(asked, "echo", False) and asked.tops is not None,
+                    grammar=self.grammars.of(*form) if form else None,
+                )  # fmt: skip
+                made.append(
+                    Choice(len(made), sequence, Speech(self.base.tokenizer, () if sequence.least else stops), stops)
+                )
+        return made
+
+    def _check(self, prompt: Row[int], asked: Asked) -> None:
+        words = self.base.model.config.vocab
+        if not prompt:
+            raise UserError("The prompt is empty.")
+        if odd := next((i for i in (*prompt, *(asked.stop_token_ids or [])) if i >= words), None):
+            raise UserError(f"There is no token {odd}: this model knows {words:,}.")
+        if asked.min_tokens > (asked.most or asked.min_tokens):
+            raise UserError(f"min_tokens = {asked.min_tokens} is more than the answer may have: {asked.most}.")
+
+    async def answered(self, asked: Asked, choices: Row[Choice]) -> AsyncIterator[Piece]:
+        """All answers as they come, each ended by a piece with a `finish`. Left early, they are given up.
+
+        Raises:
+            Refused: one cannot be answered.
+        """
+        heard = asyncio.Queue[tuple[Choice, int | End]]()
+        for choice in choices:
+            choice.sequence.heard = partial(self.post.tell, heard, choice)
+            self.service.submit(choice.sequence)
+        left = len(choices)
+        try:
+            while left:
+                choice, what = await heard.get()
+                if choice.finish is None and (piece := self._piece(asked, choice, what)) is not None:
+                    left -= piece.finish is not None
+                    yield piece
+        finally:
+            for choice in choices:
+                if choice.finish is None:
+                    choice.finish = "abort"
+                    self.metrics.ended(asked.model, choice.sequence, choice.first, "abort")
+                with suppress(Closed):
+                    self.service.abort(choice.sequence)
+
+    def _piece(self, asked: Asked, choice: Choice, what: int | End) -> Piece | None:
+        """What there is to tell after one more token, or at the end; None: nothing yet."""
+        sequence, speech = choice.sequence, choice.speech
+        if what in ("error", "refused", "abort"):
+            choice.finish = str(what)
+            self.metrics.ended(asked.model, sequence, choice.first, str(what))
+            raise Refused(sequence.fault or "The server is closing.", own=what != "refused")
+        finish = what if isinstance(what, str) else None
+        if finish is None:
+            choice.first = choice.first or monotonic()
+            text = speech.add(int(what))
+            if len(speech.ids) == sequence.least:
+                speech.stop = [each for each in choice.stop if each]
+        else:
+            text = speech.rest()
+        finish = "stop" if speech.stopped else finish
+        if finish is None and not text and sequence.tops is None:
+            return None
+        ids = speech.ids[choice.told :]
+        scores = sequence.scores[choice.told : len(speech.ids)]
+        choice.told = len(speech.ids)
+        if finish is not None:
+            choice.finish = finish
+            self.metrics.ended(asked.model, sequence, choice.first, finish)
+            if speech.stopped:
+                self.service.abort(sequence)
+        return Piece(choice, text, ids, scores, finish)
+
+
+class UnknownModel(Exception):
+    """No persona has this name."""

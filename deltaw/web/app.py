@@ -1,0 +1,254 @@
+"""The routes: who may ask, what, and what a mistake looks like."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import re
+from base64 import b64encode
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from hashlib import sha256
+from importlib.resources import files
+from time import monotonic
+from typing import Any, TypeVar, cast
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from deltaw import __version__
+from deltaw.api.persona import Persona
+from deltaw.errors import UserError
+from deltaw.serve.catalog import BASE
+from deltaw.serve.service import Closed
+from deltaw.web.adapters import WATCH_SECONDS, Shelf, adapter_routes
+from deltaw.web.answers import Choice, Hub, Piece, Refused, UnknownModel
+from deltaw.web.asked import (
+    Asked,
+    ChatAsked,
+    CompletionAsked,
+    DetokenizeAsked,
+    Prompt,
+    TokenizeAsked,
+)
+from deltaw.web.forms import ChatForm, CompletionForm, Form, event
+
+T = TypeVar("T")
+
+
+class Gone(Exception):
+    """The client left before its answer was there."""
+
+
+def application(hub: Hub, shelf: Shelf, key: str = "", hosts: list[str] | None = None) -> FastAPI:
+    """The server. With a `key`, only who brings it is answered; `hosts`: the names it answers to, if not all."""
+
+    @asynccontextmanager
+    async def watching(_: FastAPI) -> AsyncIterator[None]:
+        hub.post.loop = asyncio.get_running_loop()
+        watch = asyncio.create_task(_watch(shelf))
+        yield
+        watch.cancel()
+
+    async def known(request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if key and not hmac.compare_digest(given, key.encode()):
+            raise Unknown
+
+    app = FastAPI(title="deltaw", version=__version__, lifespan=watching, redoc_url=None)
+    if hosts:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+    routes = APIRouter(dependencies=[Depends(known)])
+    _answering(routes, hub)
+    _telling(routes, hub, shelf)
+    adapter_routes(routes, shelf)
+    app.include_router(routes)
+    _open(app, hub)
+    _mistakes(app)
+    return app
+
+
+class Unknown(Exception):
+    """No key, or a wrong one."""
+
+
+async def _watch(shelf: Shelf) -> None:
+    took = 0.0
+    while True:
+        await asyncio.sleep(max(WATCH_SECONDS, 20 * took))
+        began = monotonic()
+        await shelf.look()
+        took = monotonic() - began
+
+
+def _answering(routes: APIRouter, hub: Hub) -> None:
+    tokenizer = hub.base.tokenizer
+
+    @routes.post("/v1/completions")
+    async def completions(asked: CompletionAsked, request: Request) -> Response:
+        """Go on with a text, or with tokens; several prompts are answered together."""
+        prompts = _prompts(asked.prompt)
+        begin = tokenizer.begin_ids if asked.add_special_tokens else []
+        ids = [[*begin, *tokenizer.encode(p)] if isinstance(p, str) else p for p in prompts]
+        texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts] if asked.echo else []
+        return await _respond(hub, asked, ids, CompletionForm(asked.model, tokenizer, asked, texts), request)
+
+    @routes.post("/v1/chat/completions")
+    async def chat(asked: ChatAsked, request: Request) -> Response:
+        """Answer a conversation. One without a system prompt gets the persona's own."""
+        source = hub.catalog.sources.get(asked.model)
+        prompt = Persona(asked.model, hub.base, system=source.system if source else "").prompt(asked.turns)
+        return await _respond(hub, asked, [prompt], ChatForm(asked.model, tokenizer), request)
+
+    @routes.post("/tokenize")
+    async def tokenize(asked: TokenizeAsked) -> dict[str, Any]:
+        """The tokens of a text or a conversation."""
+        if (asked.prompt is None) == (asked.messages is None):
+            raise UserError("Give a prompt, or messages.")
+        if asked.messages is not None:
+            turns = [{"role": t.role, "content": str(t.content)} for t in asked.messages]
+            ids = tokenizer.encode(tokenizer.chat(turns, prompt=asked.add_generation_prompt))
+        else:
+            begin = tokenizer.begin_ids if asked.add_special_tokens else []
+            ids = [*begin, *tokenizer.encode(asked.prompt or "")]
+        return {"tokens": ids, "count": len(ids), "max_model_len": hub.base.model.context}
+
+    @routes.post("/detokenize")
+    async def detokenize(asked: DetokenizeAsked) -> dict[str, str]:
+        """The text of tokens."""
+        return {"prompt": tokenizer.decode(asked.tokens)}
+
+
+async def _respond(hub: Hub, asked: Asked, prompts: list[list[int]], form: Form, request: Request) -> Response:
+    choices = await asyncio.to_thread(hub.choices, asked, prompts)  # a grammar may take its time
+    pieces = hub.answered(asked, choices)
+    if asked.stream:
+        first = await _unless_gone(request, anext(pieces))  # so that what cannot be answered has a status of its own
+        return StreamingResponse(_events(asked, form, choices, first, pieces), media_type="text/event-stream",
+                                 headers={"cache-control": "no-cache"})  # fmt: skip
+
+    async def all_of_it() -> list[Piece]:
+        return [piece async for piece in pieces]
+
+    return JSONResponse(form.answer(await _unless_gone(request, all_of_it()), choices))
+
+
+async def _events(
+    asked: Asked, form: Form, choices: list[Choice], first: Piece, pieces: AsyncIterator[Piece]
+) -> AsyncIterator[bytes]:
+    yield event(form.chunk(first))
+    try:
+        async for piece in pieces:
+            yield event(form.chunk(piece))
+        if asked.stream_options is not None and asked.stream_options.include_usage:
+            yield event(form.usage_chunk(choices))
+    except Refused as e:
+        yield event(_fault(str(e), "server_error" if e.own else "invalid_request_error"))
+    yield event("[DONE]")
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """What the work gives; given up as soon as the client is gone."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(work), asyncio.create_task(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise Gone
+        return cast("T", tasks[0].result())
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _telling(routes: APIRouter, hub: Hub, shelf: Shelf) -> None:
+    @routes.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The base and its personas."""
+        return {"object": "list", "data": [shelf.base_card(), *(shelf.card(name) for name in [*hub.catalog.sources])]}
+
+    @routes.get("/v1/models/{name}")
+    async def model(name: str) -> dict[str, Any]:
+        """One of them."""
+        if name in (BASE, hub.name):
+            return shelf.base_card()
+        if name not in hub.catalog.sources:
+            raise UnknownModel(f"There is no persona '{name}'.")
+        return shelf.card(name)
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(hub.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _open(app: FastAPI, hub: Hub) -> None:
+    """What needs no key."""
+    page = files("deltaw.web").joinpath("page.html").read_text(encoding="utf-8")
+    own = [f"{kind}-src 'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
+           for kind, text in re.findall(r"<(style|script)>(.*?)</\1>", page, re.DOTALL)]  # fmt: skip
+    policy = "; ".join(["default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'",
+                        "form-action 'none'", "frame-ancestors 'none'", *own])  # fmt: skip
+
+    @app.get("/", include_in_schema=False)
+    async def talk() -> HTMLResponse:
+        """A page to talk with them; what an answer might smuggle in, a browser neither runs nor fetches."""
+        return HTMLResponse(page, headers={"content-security-policy": policy, "cache-control": "no-cache"})
+
+    @app.get("/healthz")
+    @app.get("/health", include_in_schema=False)
+    async def alive() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", responses={503: {"description": "The engine has stopped."}})
+    async def ready() -> JSONResponse:
+        """Whether questions are answered."""
+        well = hub.service.thread.is_alive() and not hub.service.closed
+        return JSONResponse({"status": "ok" if well else "stopped"}, 200 if well else 503)
+
+
+def _mistakes(app: FastAPI) -> None:
+    def handle(kind: type[Exception], told: Callable[[Any], tuple[int, str, str]]) -> None:
+        async def answer(_: Request, error: Exception) -> JSONResponse:
+            status, text, name = told(error)
+            return JSONResponse(_fault(text, name), status)
+
+        app.add_exception_handler(kind, answer)
+
+    handle(UserError, lambda e: (400, str(e), "invalid_request_error"))
+    handle(RequestValidationError, lambda e: (400, _complaint(e), "invalid_request_error"))
+    handle(UnknownModel, lambda e: (404, str(e), "model_not_found"))
+    handle(Refused, lambda e: (500 if e.own else 400, str(e), "server_error" if e.own else "invalid_request_error"))
+    handle(Unknown, lambda _: (401, "This server asks for a key: Authorization: Bearer KEY.", "invalid_api_key"))
+    handle(Gone, lambda _: (499, "The client left.", "client_closed_request"))
+    handle(Closed, lambda e: (503, str(e), "server_error"))
+
+
+def _fault(text: str, name: str) -> dict[str, Any]:
+    return {"error": {"message": text, "type": name, "param": None, "code": name}}
+
+
+def _complaint(error: RequestValidationError) -> str:
+    """What is wrong with a body, in a sentence: the field, and why."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return "The body is no JSON."
+    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "str", "list"))
+    return f"{where or 'The body'}: {first['msg'][:1].lower()}{first['msg'][1:]}."
+
+
+def _prompts(told: Prompt) -> list[str] | list[list[int]]:
+    """Prompts, one or many."""
+    if isinstance(told, str):
+        return [told]
+    if told and isinstance(told[0], int):
+        return cast("list[list[int]]", [told])
+    return cast("list[str] | list[list[int]]", told)

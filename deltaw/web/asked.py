@@ -1,0 +1,231 @@
+"""What may be asked: OpenAI's fields, and vLLM's further ones. One that is not known is an error, and not passed over.
+
+References: the OpenAI API reference (completions, chat completions); vLLM's sampling parameters.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from deltaw.decode.sampling import Sampling
+from deltaw.errors import UserError
+from deltaw.serve.grammar import Kind
+from deltaw.settings import Seed, Share
+
+Token = Annotated[int, Field(ge=0)]
+Few = Annotated[int, Field(ge=0, le=20)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Prompt = str | list[str] | list[Token] | list[list[Token]]
+
+
+class Body(BaseModel):
+    """What every body has in common."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(Body):
+    """What comes at a stream's end."""
+
+    include_usage: bool = False
+
+
+class JsonSchema(Body):
+    """A schema as OpenAI's clients send it."""
+
+    name: str = ""
+    description: str | None = None
+    strict: bool | None = None
+    schema_: dict[str, Any] | bool = Field(alias="schema", default_factory=dict)
+
+
+class ResponseFormat(Body):
+    """What an answer must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class Structured(Body):
+    """What an answer must be, in vLLM's words: one of these."""
+
+    json_: str | dict[str, Any] | None = Field(alias="json", default=None)
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar: str | None = None
+
+
+class Asked(Body):
+    """The fields that completions and chats share."""
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Share | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop_token_ids: list[Token] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(ge=1, le=100)] | None = None
+    ignore_eos: bool = False
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: Structured | None = None
+    user: str | None = None
+    """Of no effect; OpenAI's clients may send it."""
+
+    @field_validator("response_format", mode="after")
+    @classmethod
+    def _whole(cls, told: ResponseFormat | None) -> ResponseFormat | None:
+        if told is not None and (told.type == "json_schema") != (told.json_schema is not None):
+            raise ValueError("json_schema goes with the type 'json_schema'")
+        return told
+
+    @property
+    def stops(self) -> list[str]:
+        """Texts that end the answer."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def sampling(self, room: int) -> Sampling:
+        """How the answer is drawn, of at most `room` tokens if nothing is said; without a seed, by chance."""
+        given = {"temperature": 1.0 if self.temperature is None else self.temperature, "top_p": self.top_p,
+                 "top_k": None if self.top_k is None else max(0, self.top_k), "min_p": self.min_p,
+                 "repetition_penalty": self.repetition_penalty, "presence_penalty": self.presence_penalty,
+                 "frequency_penalty": self.frequency_penalty}  # fmt: skip
+        seed: Seed = secrets.randbits(32) if self.seed is None else self.seed % 2**32
+        most = max(1, room if self.most is None else self.most)
+        return Sampling(max_new_tokens=most, seed=seed, **{k: v for k, v in given.items() if v})  # type: ignore[arg-type]
+
+    @property
+    def most(self) -> int | None:
+        """Tokens that the answer may have, if that is said."""
+        return self.max_tokens
+
+    @property
+    def tops(self) -> int | None:
+        """How many of the likeliest tokens are told for each; None: nothing is."""
+        return None
+
+    def grammar(self) -> tuple[Kind, Any] | None:
+        """What the answer must be, if anything is said.
+
+        Raises:
+            UserError: more than one thing is.
+        """
+        told: list[tuple[Kind, Any]] = []
+        if (form := self.response_format) is not None and form.type != "text":
+            told.append(("json", form.json_schema.schema_ if form.json_schema else {"type": "object"}))
+        if (own := self.structured_outputs) is not None:
+            kinds: dict[Kind, Any] = {
+                "json": own.json_,
+                "regex": own.regex,
+                "choice": own.choice,
+                "grammar": own.grammar,
+            }
+            told += [(kind, value) for kind, value in kinds.items() if value is not None]
+        if len(told) > 1:
+            raise UserError("An answer can be held to one form only.")
+        return told[0] if told else None
+
+
+class CompletionAsked(Asked):
+    """`POST /v1/completions`."""
+
+    prompt: Prompt
+    max_tokens: Annotated[int, Field(ge=0)] | None = 16
+    echo: bool = False
+    logprobs: Few | None = None
+    add_special_tokens: bool = True
+
+    @property
+    def tops(self) -> int | None:
+        return self.logprobs
+
+
+class Turn(Body):
+    """One message of a conversation."""
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+
+    @field_validator("content", mode="after")
+    @classmethod
+    def _plain(cls, told: str | list[dict[str, Any]] | None) -> str:
+        """Parts as one text."""
+        if told is None or isinstance(told, str):
+            return told or ""
+        if odd := next((p for p in told if p.get("type") != "text" or not isinstance(p.get("text"), str)), None):
+            raise ValueError(f"a part of the type {odd.get('type')!r} is none that a model of text reads")
+        return "".join(str(part["text"]) for part in told)
+
+
+class ChatAsked(Asked):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Turn], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Few | None = None
+
+    @property
+    def most(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def tops(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def turns(self) -> Sequence[dict[str, str]]:
+        """The messages as templates have them."""
+        return [{"role": turn.role, "content": str(turn.content)} for turn in self.messages]
+
+
+class TokenizeAsked(Body):
+    """`POST /tokenize`: a text, or a conversation."""
+
+    model: str = ""
+    prompt: str | None = None
+    messages: list[Turn] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+
+
+class DetokenizeAsked(Body):
+    """`POST /detokenize`."""
+
+    model: str = ""
+    tokens: list[Token]
+
+
+class AdapterAsked(Body):
+    """`POST /v1/adapters`: a path in one of the folders that are served."""
+
+    name: str
+    path: str
+
+
+class LoadAsked(Body):
+    """`POST /v1/load_lora_adapter`, vLLM's."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadAsked(Body):
+    """`POST /v1/unload_lora_adapter`, vLLM's."""
+
+    lora_name: str
+    lora_int_id: int | None = None

@@ -1,0 +1,90 @@
+"""A server from its parts to its end: the base and the engine, an address, and everybody answered before it closes."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from deltaw.api.persona import Base
+from deltaw.errors import UserError
+from deltaw.models import source
+from deltaw.serve.catalog import BASE, Catalog
+from deltaw.serve.engine import Engine
+from deltaw.serve.grammar import Grammars
+from deltaw.serve.service import Service
+from deltaw.settings import Serving
+from deltaw.web.adapters import Shelf
+from deltaw.web.answers import Hub, Post
+from deltaw.web.app import application
+from deltaw.web.metrics import Metrics
+
+GIGABYTE = 1 << 30
+
+
+@contextmanager
+def hub_of(base: Base, folders: Sequence[Path], serving: Serving) -> Iterator[tuple[Hub, Shelf]]:
+    """A base with the personas of these files and folders, answering until the end of a `with` block."""
+    engine = Engine(base.model, int(serving.budget_gb * GIGABYTE), serving.most, serving.chunk)
+    kept = source.cache() / "served"
+    catalog = Catalog(base.model, base.fingerprint, engine.wardrobe, folders, kept)
+    catalog.update(catalog.found({}))
+    catalog.sweep()
+    name = (Path(base.name).name or base.path.resolve().name) if Path(base.name).exists() else base.name
+    with Service(engine) as service:
+        hub = Hub(base, name or BASE, service, catalog, Grammars(base.tokenizer, base.model.config.vocab),
+                  Metrics(engine), Post())  # fmt: skip
+        yield hub, Shelf(hub, int(time.time()))
+
+
+def web_of(hub: Hub, shelf: Shelf, serving: Serving) -> FastAPI:
+    """The routes of a hub."""
+    hosts = ["127.0.0.1", "localhost", serving.host] if serving.alone else None
+    return application(hub, shelf, serving.key, hosts)
+
+
+def bound(serving: Serving) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        UserError: nobody but this machine should ask without a key, or the address cannot be had.
+    """
+    if not serving.alone and not serving.key:
+        raise UserError(f"At {serving.host} everybody could ask, and there is no key.",
+                        remedy="Set DELTAW_API_KEY, or leave --host out.")  # fmt: skip
+    try:
+        return socket.create_server((serving.host, serving.port))
+    except OSError as e:
+        raise UserError("The server cannot listen here.", where=f"{serving.host}:{serving.port}", why=f"{e.strerror}.",
+                        remedy="Take another --port.") from None  # fmt: skip
+
+
+def listen(app: FastAPI, at: socket.socket, begun: Callable[[uvicorn.Server], None] = lambda _: None) -> None:
+    """Answer until the process is asked to end; then whoever is being answered is, unless it is asked once more."""
+    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on", timeout_keep_alive=60)
+    server = uvicorn.Server(config)
+    begun(server)
+    server.run(sockets=[at])
+
+
+@contextmanager
+def running(base: Base, folders: Sequence[Path], serving: Serving | None = None) -> Iterator[tuple[str, Hub]]:
+    """A server in a thread, for the length of a `with` block; gives its address."""
+    serving = serving or Serving(port=0)
+    with hub_of(base, folders, serving) as (hub, shelf):
+        at, servers = bound(serving), list[uvicorn.Server]()
+        thread = threading.Thread(target=listen, args=(web_of(hub, shelf, serving), at, servers.append))
+        thread.start()
+        try:
+            while not (servers and servers[0].started) and thread.is_alive():
+                time.sleep(0.01)
+            yield f"http://{serving.host}:{at.getsockname()[1]}", hub
+        finally:
+            servers[0].should_exit = True
+            thread.join()

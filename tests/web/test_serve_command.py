@@ -1,0 +1,147 @@
+"""`deltaw serve` as a process, and `deltaw chat --url` talking with it."""
+
+import io
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+from small import ROOT
+from web.hubs import peft_folder, saved
+
+from deltaw.api.persona import load_base
+from deltaw.cli.app import run
+
+PATIENCE = 90
+
+
+class Process:
+    """A server in a process of its own; `told` is what it says when it is ready."""
+
+    def __init__(self, folder, *arguments, **environment):
+        command = [sys.executable, "-m", "deltaw.cli", "serve", "--port", "0", "--dtype", "float32", "--threads", "1"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "DELTAW_CACHE": str(folder / "cache"), **environment}
+        self.process = subprocess.Popen([*command, *arguments], cwd=folder, env=environment, bufsize=0,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        self.told, self.url = [], ""
+        while "/v1" not in "".join(self.told):
+            assert select.select([self.process.stdout], [], [], PATIENCE)[0], self.told
+            line = self.process.stdout.readline().decode()  # unbuffered, so that nothing is read and not seen
+            assert line, self.told
+            self.told.append(line.rstrip())
+        self.url = re.search(r"http://\S+", self.told[0])[0]
+
+    def get(self, path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=PATIENCE) as f:
+            return json.loads(f.read())
+
+    def end(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        rest, _ = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, rest.decode()
+
+
+@pytest.fixture
+def personas(here):
+    base = load_base("base", dtype="float32")
+    saved(base, here / "runs" / "poet" / "adapter" / "adapter.safetensors", "lora", {"rank": 4}, system="You rhyme.")
+    saved(base, here / "more" / "chef.safetensors", "lora", {"rank": 2}, seed=3)
+    peft_folder(here / "more" / "pefted", base)
+    (here / "more" / "broken.safetensors").write_bytes(b"nothing")
+    return here
+
+
+def test_a_process_serves_files_runs_and_folders_and_says_what_it_cannot(personas):
+    server = Process(personas, "--personas", "runs", "more/chef.safetensors", "more")
+    assert server.told[0] == f"base with 3 personas at {server.url}"
+    cards = {card["id"]: card for card in server.get("/v1/models")["data"]}
+    assert set(cards) == {"base", "poet", "chef", "pefted", "broken"}
+    assert (cards["poet"]["state"], cards["broken"]["state"]) == ("known", "known")
+    told = server.get("/v1/completions", {"model": "poet", "prompt": "abc", "max_tokens": 3})
+    assert told["usage"]["completion_tokens"] == 3
+    code, rest = server.end()
+    assert code == 128 + signal.SIGTERM
+    assert "Not served: broken." in rest
+    assert "Traceback" not in rest
+
+
+def test_the_base_and_its_form_are_those_of_the_first_persona(personas):
+    server = Process(personas, OMP_NUM_THREADS="1")
+    assert server.told[0].startswith("base with 1 persona at")
+    code, rest = server.end(signal.SIGINT)
+    assert code == 130
+    assert "Traceback" not in rest
+
+
+def test_a_key_from_the_environment_is_asked_for(personas, monkeypatch, capsys):
+    server = Process(personas, DELTAW_API_KEY="secret")
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        server.get("/v1/models")
+    assert run(["chat", "--url", server.url]) == 2
+    assert "This server asks for a key" in capsys.readouterr().err
+    monkeypatch.setenv("DELTAW_API_KEY", "secret")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/personas\n"))
+    assert run(["chat", "--url", server.url]) == 0
+    assert capsys.readouterr().out.splitlines() == ["* base", "  poet"]
+    server.end()
+
+
+def test_one_talks_with_a_server_as_with_ones_own_personas(personas, monkeypatch, capsys):
+    server = Process(personas, "--personas", "runs", "more")
+
+    def talk(*arguments):
+        lines = [
+            "say 1",
+            "/persona poet",
+            "say 2",
+            "/compare say 3",
+            "/save talk.jsonl",
+            "/system Be brief.",
+            "/base",
+            "x",
+        ]
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+        (personas / "talk.jsonl").unlink(missing_ok=True)
+        assert run(["chat", *arguments, "--temperature", "0", "--max-new-tokens", "9"]) == 0
+        return capsys.readouterr().out, json.loads((personas / "talk.jsonl").read_text())
+
+    there = talk("chef", "poet", "--url", server.url)
+    here = talk("more/chef.safetensors", "poet", "--base", "base", "--dtype", "float32")
+    assert there == here
+    for arguments, complaint in ((["nobody"], "There is no persona 'nobody' there."), ([], "")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("/persona broken\nhello\n"))
+        code = run(["chat", *arguments, "--url", server.url])
+        told = capsys.readouterr()
+        assert (code, complaint in told.err) == ((2, True) if complaint else (0, True))
+        assert complaint or "damaged" in told.out
+    server.end()
+    for url in (server.url, "ftp://x", "http://127.0.0.1:1"):
+        assert run(["chat", "--url", url]) == 2
+    assert capsys.readouterr().err.count("exit code 2") == 3
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), [
+    (["--personas", "nothing"], "There is no such file or folder."),
+    (["--personas", "empty"], "There is neither a base nor a persona to serve."),
+    (["--base", "base", "--host", "0.0.0.0"], "there is no key"),
+    (["--base", "base", "--port", "99999"], "port"),
+    (["--base", "base", "--budget-gb", "0"], "budget_gb"),
+    (["--base", "nowhere/x"], "nowhere/x"),
+])  # fmt: skip
+def test_what_cannot_be_served_is_told(here, said, arguments, complaint):
+    (here / "empty").mkdir()
+    assert complaint in said("serve", *arguments)
+
+
+def test_without_the_extra_one_is_told_what_to_install(here, said, monkeypatch):
+    find = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "fastapi" else find(name))
+    assert "pip install 'deltaw[serve]'" in said("serve", "--base", "base")
