@@ -7,7 +7,6 @@ import shutil
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -21,54 +20,30 @@ MEASURED_ROWS, MEASURED_WIDTH = 512, 1536
 UNBOUNDED = 1 << 62
 
 
-@dataclass(frozen=True)
 class Machine:
-    """What `deltaw doctor` shows."""
+    """What `deltaw doctor` shows; each of the two matrix products is measured for about `seconds`."""
 
-    system: str
-    python: str
-    torch: str
-    cores: int
-    threads: int
-    instruction_sets: tuple[str, ...]
-    kernels: str
-    """The instruction set of the native kernels that is used; "reference": torch does their work."""
-    kernels_available: tuple[str, ...]
-    ram_bytes: int
-    available_bytes: int
-    disk_free_bytes: int
-    fp32_gflops: float
-    bf16_gflops: float
-    bf16_native: bool
-    gpu: str | None
-    gpu_bytes: int
-    cache: str
-    models: tuple[str, ...]
-
-
-def probe(seconds: float = 0.4) -> Machine:
-    """Look at the machine; each of the two matrix products is measured for about `seconds`."""
-    memory, gpu = psutil.virtual_memory(), torch.cuda.is_available()
-    return Machine(
-        system=f"{platform.system()} {platform.machine()}",
-        python=platform.python_version(),
-        torch=torch.__version__,
-        cores=psutil.cpu_count(logical=False) or 1,
-        threads=torch.get_num_threads(),
-        instruction_sets=tuple(name for name, has in instruction_sets().items() if has),
-        kernels=instruction_set(),
-        kernels_available=available(),
-        ram_bytes=memory.total,
-        available_bytes=memory.available,
-        disk_free_bytes=free_disk(cache()),
-        fp32_gflops=matmul_gflops(torch.float32, seconds),
-        bf16_gflops=matmul_gflops(torch.bfloat16, seconds),
-        bf16_native=multiplies_bf16(torch.device("cpu")),
-        gpu=torch.cuda.get_device_name() if gpu else None,
-        gpu_bytes=torch.cuda.get_device_properties(0).total_memory if gpu else 0,
-        cache=str(cache()),
-        models=tuple(cached()),
-    )
+    def __init__(self, seconds: float = 0.4) -> None:
+        memory, gpu = psutil.virtual_memory(), torch.cuda.is_available()
+        self.system = f"{platform.system()} {platform.machine()}"
+        self.python = platform.python_version()
+        self.torch = torch.__version__
+        self.cores = psutil.cpu_count(logical=False) or 1
+        self.threads = torch.get_num_threads()
+        self.instruction_sets = tuple(name for name, has in instruction_sets().items() if has)
+        self.kernels = instruction_set()
+        """The instruction set of the native kernels that is used; "reference": torch does their work."""
+        self.kernels_available = available()
+        self.ram_bytes = memory.total
+        self.available_bytes = memory.available
+        self.disk_free_bytes = free_disk(cache())
+        self.fp32_gflops = matmul_gflops(torch.float32, seconds)
+        self.bf16_gflops = matmul_gflops(torch.bfloat16, seconds)
+        self.bf16_native = multiplies_bf16(torch.device("cpu"))
+        self.gpu = torch.cuda.get_device_name() if gpu else None
+        self.gpu_bytes = torch.cuda.get_device_properties(0).total_memory if gpu else 0
+        self.cache = str(cache())
+        self.models = tuple(cached())
 
 
 def matmul_gflops(dtype: torch.dtype, seconds: float) -> float:

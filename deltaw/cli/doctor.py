@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from deltaw.cli.show import facts
 from deltaw.words import size
 
@@ -16,10 +14,10 @@ def doctor(*, json: bool = False) -> None:
     json
         Print one JSON object.
     """
-    from deltaw.advise.machine import probe
+    from deltaw.advise.machine import Machine
     from deltaw.kernels.library import REFERENCE
 
-    m = probe()
+    m = Machine()
     best = "bfloat16" if m.bf16_native else "float32"
     native = [name for name in m.kernels_available if name != REFERENCE]
     unbuilt = "not built (no C++ compiler at installation): torch does their work, more slowly"
@@ -35,4 +33,4 @@ def doctor(*, json: bool = False) -> None:
         "trains in": best if not m.gpu else "bfloat16 on the GPU",
         "models": ", ".join(m.models) or "none yet (the first training fetches smollm2-135m)",
     }
-    facts("This machine", rows, json, asdict(m))
+    facts("This machine", rows, json, vars(m))

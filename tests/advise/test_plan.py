@@ -240,7 +240,7 @@ def test_more_work_never_takes_less_and_measured_work_takes_what_was_measured(me
 
 def test_the_machine_is_described_in_sane_numbers(monkeypatch, tmp_path):
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "not" / "there"))
-    m = machine.probe(0.01)
+    m = machine.Machine(0.01)
     assert 0 < m.available_bytes <= m.ram_bytes
     assert m.cores >= 1
     assert m.threads == torch.get_num_threads()

@@ -221,8 +221,8 @@ def test_inspect_finds_a_damaged_model_that_was_written_here(trained, shown, sai
 def test_doctor_says_what_the_machine_can_do(shown, monkeypatch):
     from deltaw.advise import machine
 
-    probe = machine.probe
-    monkeypatch.setattr(machine, "probe", lambda: probe(0.01))
+    whole = machine.Machine
+    monkeypatch.setattr(machine, "Machine", lambda: whole(0.01))
     lines = dict(line.split(": ", 1) for line in shown("doctor").splitlines())
     assert {"system", "cores", "instructions", "memory", "disk", "matrix products", "GPU", "trains in"} <= lines.keys()
     said = json.loads(shown("doctor", "--json"))
