@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from deltaw.files.atomic import disk_is_full
 from deltaw.train.events import Evaluated, Event, Sampled, Started, Stepped, is_event
@@ -17,16 +17,6 @@ if TYPE_CHECKING:
 
 
 Record = dict[str, Any]
-
-
-class Listener(Protocol):
-    """Whoever wants to know what happens in a run."""
-
-    def __call__(self, event: Event) -> None:
-        """Take note of one event."""
-
-    def close(self) -> None:
-        """Let go of files and terminals; what was noted stays."""
 
 
 class EventFile:

@@ -64,7 +64,7 @@ def _plots(run: Run) -> Iterator[tuple[str, str]]:
     validated = [(step, run.evaluations[step]["loss"]) for step in sorted(run.evaluations)]
     series = [svg.Series(name="this step", points=raw, kind="faint"), svg.Series(name="train loss", points=smoothed)]
     series += [svg.Series(name="validation loss", points=validated, color=2, kind="points")] if validated else []
-    mark = svg.Mark(x=best["step"], y=best["loss"], text=f"best {best['loss']:.3f}") if best else None
+    mark = (best["step"], best["loss"], f"best {best['loss']:.3f}") if best else None
     yield "Loss", svg.line_chart(_aloud("Loss by step", smoothed), series, words="{:.4g}".format, mark=mark, width=1000)
     for title, name, words in (("Learning rate", "learning_rate", _rate),
                                ("Tokens per second", "tokens_per_second", "{:,.0f}".format),

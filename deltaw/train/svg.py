@@ -32,15 +32,6 @@ class Series:
         return [(x, y) for x, y in self.points if y is not None and math.isfinite(y)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mark:
-    """One point with words beside it."""
-
-    x: float
-    y: float
-    text: str
-
-
 class Frame:
     """The plane of one chart: data to pixels, y down."""
 
@@ -95,9 +86,12 @@ class Frame:
             yield self.x(x), self.x(start), self.x(end), "\n".join([f"step {x:,.0f}", *told[x]])
 
 
-def line_chart(label: str, series: Sequence[Series], *, words: Callable[[float], str] = "{:g}".format,
-               mark: Mark | None = None, width: int = 560, from_zero: bool = False) -> str:  # fmt: skip
-    """Draw series over steps; `label` is read aloud, `words` writes a y value, and hovering tells the values."""
+def line_chart(label: str, series: Sequence[Series], *, words: Callable[[float], str] = "{:g}".format, width: int = 560,
+               mark: tuple[float, float, str] | None = None, from_zero: bool = False) -> str:  # fmt: skip
+    """Draw series over steps; `label` is read aloud, `words` writes a y value, and hovering tells the values.
+
+    `mark`: one point, and words beside it.
+    """
     drawn = [point for s in series for point in s.finite()]
     frame = Frame(drawn, width, from_zero) if drawn else None
     return rendered("chart.svg", label=label, frame=frame, series=series, said=words, mark=mark)

@@ -16,7 +16,6 @@ from deltaw import words
 from deltaw.kernels.library import REFERENCE
 from deltaw.train.events import Evaluated, Event, Finished, Planned, Sampled, Saved, Started, Stepped, Warned
 from deltaw.train.heat import placed
-from deltaw.train.record import Listener
 from deltaw.train.svg import smooth
 
 SPARKS = 40
@@ -30,7 +29,7 @@ REASONS = {
 }
 
 
-def view(console: Console) -> Listener:
+def view(console: Console) -> LiveView | PlainView:
     """The view that suits the console: live on a capable terminal, plain lines in a file or a pipe."""
     capable = console.is_terminal and not console.is_dumb_terminal and not console.options.ascii_only
     return LiveView(console) if capable else PlainView(console)
