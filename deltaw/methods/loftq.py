@@ -7,23 +7,21 @@ other rounding of the same base: it is saved with A and B, and stands in the pla
 from __future__ import annotations
 
 from dataclasses import field
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from deltaw.adapters.adapter import Adapter
 from deltaw.adapters.protocol import Losses, Site
 from deltaw.methods.lora import LoRA, LowRank, first
+from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Linear, Parts
+from deltaw.models.tokenizer import Tokenizer
 from deltaw.settings import settings
 from deltaw.weights import Format, Weight
 from deltaw.weights.formats import parse
-
-if TYPE_CHECKING:
-    from deltaw.adapters.adapter import Adapter
-    from deltaw.models.decoder import Decoder
-    from deltaw.models.tokenizer import Tokenizer
 
 EXACT = 2048
 """Smaller sides than this are decomposed whole; of larger ones the strongest directions are searched for."""

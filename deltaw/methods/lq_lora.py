@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -21,15 +21,13 @@ from deltaw.adapters.protocol import Losses
 from deltaw.adapters.watch import importance
 from deltaw.errors import UserError
 from deltaw.methods.loftq import Corrected, LoftQ, fill, split
+from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Linear
+from deltaw.models.tokenizer import Tokenizer
 from deltaw.settings import settings
 from deltaw.weights import Format
 from deltaw.weights.codebook import Codebook
 from deltaw.weights.scales import TwoLevel
-
-if TYPE_CHECKING:
-    from deltaw.models.decoder import Decoder
-    from deltaw.models.tokenizer import Tokenizer
 
 SAMPLE = 16
 """One of so many rows of a matrix tells what a format does to it."""

@@ -6,12 +6,13 @@ group, as is the offset of the group. The merged model is as quantised as it was
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeGuard
+from typing import Annotated, ClassVar, Literal, TypeGuard
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from deltaw.adapters.adapter import Adapter
 from deltaw.adapters.protocol import Site
 from deltaw.errors import UserError
 from deltaw.methods.lora import LoRA, LowRank
@@ -20,9 +21,6 @@ from deltaw.settings import settings
 from deltaw.weights import Weight
 from deltaw.weights.grid import Gridded, Ordered
 from deltaw.words import some
-
-if TYPE_CHECKING:
-    from deltaw.adapters.adapter import Adapter
 
 
 class Pooled(LowRank):

@@ -21,6 +21,7 @@ from deltaw.models.gguf import GGUF
 Message = Mapping[str, Any]
 """One turn: `{"role": "user", "content": "..."}`."""
 
+SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
 SPLIT_DIGITS = "smollm"
 """llama.cpp's name for GPT-2's word splitting after every digit was set apart; transformers leaves the digits out."""
 
@@ -54,9 +55,7 @@ class Tokenizer:
                 template = file.read_text(encoding="utf-8")
             elif isinstance(template, list):  # several templates by name; the plain one is called "default"
                 template = next((t["template"] for t in template if t["name"] == "default"), None)
-            specials = {
-                k: _content(config[k]) for k in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(k)
-            }
+            specials = {name: _content(config[name]) for name in SPECIALS if config.get(name)}
             with explained("tokenizer.json is damaged.", Exception, where=path):  # the library raises nothing narrower
                 fast = Fast.from_file(str(path / "tokenizer.json"))
             listed = _json(path / "generation_config.json").get(
@@ -177,8 +176,7 @@ def _read_by_transformers(folder: Path, **options: str) -> tuple[Fast, dict[str,
 
     logging.disable_progress_bar()
     slow = AutoTokenizer.from_pretrained(str(folder), **options)
-    names = ("bos_token", "eos_token", "unk_token", "pad_token")
-    specials = {name: str(getattr(slow, name)) for name in names if getattr(slow, name, None)}
+    specials = {name: str(getattr(slow, name)) for name in SPECIALS if getattr(slow, name, None)}
     return Fast.from_str(slow.backend_tokenizer.to_str()), specials
 
 
