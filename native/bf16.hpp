@@ -95,6 +95,33 @@ inline __m512i rounded(floats left, floats right) {
   return (__m512i)_mm512_cvtne2ps_pbh((__m512)right, (__m512)left);
 }
 
+constexpr __mmask16 ALL = 0xffff;
+
+inline __m512i sum_of(__m512i x, __m512i y) { return (__m512i)((floats)x + (floats)y); }
+
+// Sixteen vectors, each summed: the same lanes meet in the same order, wherever a vector stands. (Masks of
+// all lanes: without any, GCC warns of its own header.)
+inline floats totals(const __m512 (&v)[16]) {
+  __m512i by2[8], by4[4], by8[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    const __m512i x = (__m512i)v[i / 4 * 8 + i % 4], y = (__m512i)v[i / 4 * 8 + i % 4 + 4];
+    by2[i] = sum_of(_mm512_maskz_shuffle_i32x4(ALL, x, y, 0x44), _mm512_maskz_shuffle_i32x4(ALL, x, y, 0xee));
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 4; i++) {
+    const __m512i x = by2[i], y = by2[i + 4];
+    by4[i] = sum_of(_mm512_maskz_shuffle_i32x4(ALL, x, y, 0x88), _mm512_maskz_shuffle_i32x4(ALL, x, y, 0xdd));
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 2; i++) {
+    const __m512i x = by4[2 * i], y = by4[2 * i + 1];
+    by8[i] = sum_of(_mm512_maskz_unpacklo_epi32(ALL, x, y), _mm512_maskz_unpackhi_epi32(ALL, x, y));
+  }
+  const __m512i x = by8[0], y = by8[1];
+  return (floats)sum_of(_mm512_maskz_unpacklo_epi64(0xff, x, y), _mm512_maskz_unpackhi_epi64(0xff, x, y));
+}
+
 // All rows of a table of bf16, in pairs.
 [[maybe_unused]] void paired(const uint16_t* x, int64_t rows, int64_t columns, int64_t ld, uint32_t* to, int64_t to_ld) {
   for (int64_t row = 0; row < rows; row += 2)

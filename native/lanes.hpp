@@ -169,6 +169,9 @@ inline floats add_product(floats x, floats y, floats sum) {
 inline floats largest(floats x, floats y) { return x > y ? x : y; }
 
 inline float largest_of_all(floats x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#endif
   float most = x[0];
   for (int lane = 1; lane < LANES; lane++) most = x[lane] > most ? x[lane] : most;
   return most;

@@ -44,20 +44,19 @@ template <>
 struct Words<float> {
   typedef float word;
   static constexpr int64_t EACH = 1;
-  static floats add(floats sum, float a, const float* b) { return add_product(a - floats{}, load(b), sum); }
+  static floats add(floats sum, float a, bits b) { return add_product(a - floats{}, (floats)b, sum); }
 };
 
 template <>
 struct Words<uint16_t> {
   typedef uint32_t word;
   static constexpr int64_t EACH = 2;
-  static floats add(floats sum, uint32_t a, const uint32_t* b) {
+  static floats add(floats sum, uint32_t a, bits b) {
 #if defined(__AVX512BF16__)
-    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), read<__m512bh>(b));
+    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
 #else
-    const bits two = read<bits>(b);
-    sum = add_product(plain(uint16_t(a)) - floats{}, (floats)(two << 16), sum);
-    return add_product(plain(uint16_t(a >> 16)) - floats{}, (floats)(two & 0xffff0000u), sum);
+    sum = add_product(plain(uint16_t(a)) - floats{}, (floats)(b << 16), sum);
+    return add_product(plain(uint16_t(a >> 16)) - floats{}, (floats)(b & 0xffff0000u), sum);
 #endif
   }
 };
@@ -72,15 +71,19 @@ void rows_by(const T* const* a, const T* b, int64_t stride, int64_t depth, int64
     for (int i = 0; i < high && onto; i++)
       for (int j = 0; j < 2; j++) sums[i][j] = load(c + i * columns + column + j * LANES);
     const word* at = right + column;
-    for (int64_t w = 0; w < depth / Words<T>::EACH; w++, at += stride)
+    for (int64_t w = 0; w < depth / Words<T>::EACH; w++, at += stride) {
+      const bits two[2] = {read<bits>(at), read<bits>(at + LANES)};
       for (int i = 0; i < high; i++) {
         const word left = read<word>(a[i] + w * Words<T>::EACH);
-        for (int j = 0; j < 2; j++) sums[i][j] = Words<T>::add(sums[i][j], left, at + j * LANES);
+        for (int j = 0; j < 2; j++) sums[i][j] = Words<T>::add(sums[i][j], left, two[j]);
       }
+    }
     for (int i = 0; i < high; i++)
       for (int j = 0; j < 2; j++) store(c + i * columns + column + j * LANES, sums[i][j]);
   }
 }
+
+constexpr int32_t PLACES[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 template <typename T>
 struct Worker {
@@ -88,11 +91,11 @@ struct Worker {
   const Span* spans;
   const int64_t group, tokens;  // heads that share keys, and tokens that are attended from together
   Room<T> shares;
-  Room<float> scores, sums, most, sum;
+  Room<float> scores, sums, most, sum;  // `sum` has a row's sum in LANES parts
 
   explicit Worker(const Paged& p)
       : p(p), spans(reinterpret_cast<const Span*>(p.spans)), group(p.heads / p.kv_heads), tokens(at_once(p)),
-        shares(rows() * SIDE), scores(rows() * SIDE), sums(rows() * p.size), most(rows()), sum(rows()) {}
+        shares(rows() * SIDE), scores(rows() * SIDE), sums(rows() * p.size), most(rows()), sum(rows() * LANES) {}
 
   static int64_t at_once(const Paged& p) { return std::max<int64_t>(1, SIDE * p.kv_heads / p.heads); }
   int64_t rows() const { return (tokens * group + SIDE - 1) / SIDE * SIDE; }
@@ -116,6 +119,11 @@ struct Worker {
     }
   }
 
+  // Ask for a head's keys or values of a page that comes next: it may lie anywhere.
+  void ask(const T* at) const {
+    for (int64_t i = 0; i < SIDE * p.size; i += 64 / sizeof(T)) __builtin_prefetch(at + i);
+  }
+
   const T* query(int64_t head, int64_t token, int64_t row) const {
     return static_cast<const T*>(p.q) + ((token + row / group) * p.heads + head * group + row % group) * p.size;
   }
@@ -123,10 +131,11 @@ struct Worker {
   void attend(int64_t s, int64_t head, int64_t from) {
     const Span& span = spans[s];
     const int64_t count = (std::min(from + tokens, span.stop) - from) * group, first = span.past + from - span.start;
-    std::fill_n(sums.at(), count * p.size, 0.f), std::fill_n(sum.at(), count, 0.f);
+    std::fill_n(sums.at(), count * p.size, 0.f), std::fill_n(sum.at(), count * LANES, 0.f);
     std::fill_n(most.at(), count, -INFINITY);
     const int64_t last = first + (count - 1) / group, least = p.window ? std::max<int64_t>(0, first + 1 - p.window) : 0;
     for (int64_t place = least / SIDE * SIDE; place <= last; place += SIDE) {
+      if (place + SIDE <= last) ask(keys(s, head, place + SIDE)), ask(values(s, head, place + SIDE));
       each(count, [&](auto high, int64_t row) {
         const T* of[high];
         for (int i = 0; i < high; i++) of[i] = query(head, from, row + i);
@@ -141,7 +150,8 @@ struct Worker {
     }
     for (int64_t row = 0; row < count; row++) {
       T* to = static_cast<T*>(p.out) + (query(head, from, row) - static_cast<const T*>(p.q));
-      for (int64_t e = 0; e < p.size; e += LANES) store(to + e, load(sums.at(row * p.size + e)) / *sum.at(row));
+      const float by = 1 / total(load(sum.at(row * LANES)));
+      for (int64_t e = 0; e < p.size; e += LANES) store(to + e, load(sums.at(row * p.size + e)) * by);
     }
   }
 
@@ -149,35 +159,43 @@ struct Worker {
   template <typename Of>
   static void each(int64_t count, Of of) {
     int64_t row = 0;
-    for (; row + 4 <= count; row += 4) of(std::integral_constant<int, 4>(), row);
-    if (count - row >= 2) of(std::integral_constant<int, 2>(), row), row += 2;
-    if (count - row) of(std::integral_constant<int, 1>(), row);
+    for (; row + 8 <= count; row += 8) of(std::integral_constant<int, 8>(), row);
+    if (count - row >= 4) of(std::integral_constant<int, 4>(), row), row += 4;
+    if (count - row == 3) of(std::integral_constant<int, 3>(), row);
+    if (count - row == 2) of(std::integral_constant<int, 2>(), row);
+    if (count - row == 1) of(std::integral_constant<int, 1>(), row);
   }
 
   // Scores of a row become exp(score - the largest so far); what was summed before is brought to the same measure. The
   // row sees the keys up to number `own` of this page.
   void share(int64_t row, int64_t own) {
-    const int64_t high = std::clamp<int64_t>(own + 1, 0, SIDE);
-    const int64_t low = p.window ? std::clamp<int64_t>(own + 1 - p.window, 0, high) : 0;
+    constexpr int PARTS = SIDE / LANES;
+    const int32_t high = std::clamp<int64_t>(own + 1, 0, SIDE);
+    const int32_t low = p.window ? std::clamp<int64_t>(own + 1 - p.window, 0, high) : 0;
     if (low == high) {  // nothing of this page is seen
       std::fill_n(shares.at(row * SIDE), SIDE, T(0));
       return;
     }
-    float* at = scores.at(row * SIDE);
-    std::fill(at, at + low, -INFINITY), std::fill(at + high, at + SIDE, -INFINITY);
-    floats largest_of = *most.at(row) - floats{}, total_of{};
-    for (int64_t i = low; i < high; i++) at[i] *= p.scale;
-    for (int64_t i = 0; i < SIDE; i += LANES) largest_of = largest(largest_of, load(at + i));
-    const float top = largest_of_all(largest_of), before = *most.at(row);
-    if (top > before) {
-      const float by = std::exp(before - top);
-      for (int64_t e = 0; e < p.size; e += LANES) store(sums.at(row * p.size + e), load(sums.at(row * p.size + e)) * by);
-      *sum.at(row) *= by, *most.at(row) = top;
+    floats x[PARTS], top = -INFINITY + floats{};
+    ints sees[PARTS];
+    for (int i = 0; i < PARTS; i++) {
+      const ints key = read<ints>(PLACES) + i * LANES;
+      sees[i] = (key >= low) & (key < high);
+      x[i] = sees[i] ? load(scores.at(row * SIDE + i * LANES)) * p.scale : -INFINITY + floats{};
+      top = largest(top, x[i]);
     }
-    for (int64_t i = 0; i < SIDE; i += LANES) store(at + i, exponential(load(at + i) - top));
-    std::fill(at, at + low, 0.f), std::fill(at + high, at + SIDE, 0.f);
-    for (int64_t i = 0; i < SIDE; i += LANES) total_of += load(at + i), store(shares.at(row * SIDE + i), load(at + i));
-    *sum.at(row) += total(total_of);
+    const float before = *most.at(row), now = std::max(before, largest_of_all(top));
+    floats all = load(sum.at(row * LANES));
+    if (now > before) {
+      const float by = exponential(before - now + floats{})[0];
+      for (int64_t e = 0; e < p.size; e += LANES) store(sums.at(row * p.size + e), load(sums.at(row * p.size + e)) * by);
+      *most.at(row) = now, all *= by;
+    }
+    for (int i = 0; i < PARTS; i++) {
+      x[i] = sees[i] ? exponential(x[i] - now) : floats{};
+      all += x[i], store(shares.at(row * SIDE + i * LANES), x[i]);
+    }
+    store(sum.at(row * LANES), all);
   }
 };
 

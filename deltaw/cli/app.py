@@ -107,6 +107,8 @@ def run(arguments: Sequence[str]) -> int:
 def _load(arguments: Sequence[str]) -> None:
     """Import what takes long while Ctrl-C still ends the process at once; from then on it is a KeyboardInterrupt."""
     if arguments and arguments[0] in COMMANDS and not {"--help", "-h"} & {*arguments}:
+        if arguments[0] == "serve":  # its clients need the cores too, for which OpenMP's threads would wait awake
+            os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         import torch  # noqa: F401 (only so that it is loaded)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,9 +51,11 @@ def serve(*, base: str | None = None, base_format: str = "",
     if not (base or first):
         raise UserError("There is neither a base nor a persona to serve.", remedy="Take --base smollm2-135m.")
     with bound(serving) as at:
-        with busy() as say:
+        # In a thread that ends: what computes in this one would keep OpenMP's threads, and with more of them than cores
+        # those of the engine sleep after each product.
+        with busy() as say, ThreadPoolExecutor(1) as loader:
             how = {**plain(machine or Machine()), "say": say}
-            loaded = load_base(base or first, base_format=base_format or form, **how)
+            loaded = loader.submit(load_base, base or first, base_format=base_format or form, **how).result()
         with hub_of(loaded, folders, serving) as (hub, shelf):
             url = f"http://{serving.host}:{at.getsockname()[1]}"
             _tell(Console(highlight=False, soft_wrap=True), shelf, url)

@@ -20,8 +20,8 @@ from deltaw.kernels.library import function
 from deltaw.kernels.plain import PLAIN
 from deltaw.kernels.products import Product, summed
 
-MANY = 16
-"""Rows from which on they are one matrix product."""
+MANY = 256
+"""Rows from which on they are matrix products of their own: fewer take less time than it takes to ask for those."""
 FIELDS = 5
 """Of a directory's row: the rank, and how many bytes from the beginning A, B, gain and bias lie (0: nowhere)."""
 ALIGNED = 64

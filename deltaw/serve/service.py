@@ -81,6 +81,7 @@ class Service:
 
     def _run(self) -> None:
         torch.set_num_threads(self.threads)  # which every thread has to be told
+        torch.get_num_threads()  # and has understood once it is asked
         busy = False
         while not self.closed:
             self._listen(busy)

@@ -13,6 +13,8 @@ from itertools import count
 from time import monotonic
 from typing import Literal
 
+import torch
+
 from deltaw.errors import UserError
 from deltaw.serve.arena import Arena
 from deltaw.serve.wearing import Served
@@ -61,7 +63,7 @@ class Wardrobe:
 
     def __init__(self, arena: Arena) -> None:
         self.arena, self.entries = arena, dict[str, Entry]()
-        self.reader = ThreadPoolExecutor(1, "reader")
+        self.reader = ThreadPoolExecutor(1, "reader", torch.set_num_threads, (1,))  # the cores are the engine's
         self.clock = count(1)
         self.kept: set[Entry] = set()
         """Those that have pages."""

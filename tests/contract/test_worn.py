@@ -53,9 +53,10 @@ def test_each_row_its_own(path, i, o, dtype):
     adapters = [[None, change(i, o, r, 10 * r, dtype, gain=r == 7, bias=r in (7, 64))] for r in ranks]
     adapters.append([change(i, o, 4, 5, dtype), None])  # nothing at this layer
     rows = [(0, 1, [(0, 1.0)]), (1, 3, [(1, 1.0)]), (4, 5, [(2, 1.0)]), (5, 8, []), (10, 30, [(3, 1.0)]),
-            (8, 10, [(3, 0.7), (4, -0.3), (2, 1.0)]), (30, 31, [(5, 1.0)]), (31, 60, [(2, 0.4), (3, 0.6)])]  # fmt: skip
+            (8, 10, [(3, 0.7), (4, -0.3), (2, 1.0)]), (30, 31, [(5, 1.0)]), (31, 60, [(2, 0.4), (3, 0.6)]),
+            (60, 60 + MANY, [(1, 0.5), (3, 0.6)])]  # fmt: skip
     assert {stop - start < MANY for start, stop, _ in rows} == {True, False}
-    compare(rows, adapters, i, o, dtype, total=64)
+    compare(rows, adapters, i, o, dtype, total=64 + MANY)
 
 
 @settings(max_examples=60, deadline=None)
