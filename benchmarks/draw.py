@@ -119,6 +119,36 @@ def drift(rows):
     return fig
 
 
+QUOTED = {"vLLM 0.32 (quoted)": {0: 620, 1: 89, 8: 91, 64: 82, 256: 80}, "llama.cpp (quoted)": {0: 116, 1: 67, 8: 39}}
+"""Of docs/serving.md: tokens/s on another machine, with AMX."""
+
+
+def serving(rows):
+    """Tokens a second against the number of adapters; the peers that were not run are drawn as they were quoted."""
+    fig, ax = plt.subplots(figsize=(8, 3.6))
+    sides = list(dict.fromkeys(r["side"] for r in rows))
+    lines = {side: {r["adapters"]: r["tokens_per_second"] for r in rows if r["side"] == side} for side in sides}
+    for side, points in {**lines, **QUOTED}.items():
+        ax.plot(list(points), list(points.values()), "o:" if side in QUOTED else "o-", label=side,
+                color=colour(side, [*sides, *QUOTED]))  # fmt: skip
+    ax.set_xscale("symlog", base=2, linthresh=1)
+    every = sorted({n for points in lines.values() for n in points})
+    ax.set_xticks(every, ["base", *map(str, every[1:])])
+    ax.set_xlabel("distinct adapters")
+    ax.set_ylabel("tokens/s")
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False, fontsize=8)
+    return fig
+
+
+def scale(rows):
+    fig, ax = plt.subplots(figsize=(6, 2.2))
+    ax.barh([f"{r['adapters']:,} adapters, {r['side'].split(', ')[1]}" for r in rows[::-1]],
+            [r["tokens_per_second"] for r in rows[::-1]], color=OURS)  # fmt: skip
+    ax.set_xlabel("tokens/s")
+    return fig
+
+
 def main():
     name, folder = sys.argv[1], Path(sys.argv[2])
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
