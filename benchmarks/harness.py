@@ -91,35 +91,37 @@ def main():
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
             port = re.search(r"http://[\d.]+:(\d+)", server.stdout.readline())[1]
-            for task in args.tasks:
-                for persona in ("", "home"):
-                    sides = [
-                        beside.alone(__file__, side, beside.base(), name, port, task, TASKS[task])
-                        for side, name in (("hf", str(home / "peft") if persona else ""), ("server", persona))
-                    ]
-                    (number, other), (numbers, others) = (flat(side["answers"]) for side in sides)
-                    far = max((abs(a - b) for a, b in zip(number, numbers, strict=True)), default=0.0)
-                    odd = sum(a != b for a, b in zip(other, others, strict=True))
-                    done.append(
-                        {
-                            "task": task,
-                            "persona": persona or "base",
-                            "hf": sides[0]["metrics"],
-                            "server": sides[1]["metrics"],
-                            "distance": far,
-                            "answers": len(other),
-                            "differ": odd,
-                        }
-                    )
-                    for name, value in sides[0]["metrics"].items():
-                        print(
-                            f"| {task} | {persona or 'base'} | {name.split(',')[0]} | {value:.4f} "
-                            f"| {sides[1]['metrics'][name]:.4f} | {far:.1e} | {odd} of {len(other)} |",
-                            flush=True,
+            try:
+                for task in args.tasks:
+                    for persona in ("", "home"):
+                        sides = [
+                            beside.alone(__file__, side, beside.base(), name, port, task, TASKS[task])
+                            for side, name in (("hf", str(home / "peft") if persona else ""), ("server", persona))
+                        ]
+                        (number, other), (numbers, others) = (flat(side["answers"]) for side in sides)
+                        far = max((abs(a - b) for a, b in zip(number, numbers, strict=True)), default=0.0)
+                        odd = sum(a != b for a, b in zip(other, others, strict=True))
+                        done.append(
+                            {
+                                "task": task,
+                                "persona": persona or "base",
+                                "hf": sides[0]["metrics"],
+                                "server": sides[1]["metrics"],
+                                "distance": far,
+                                "answers": len(other),
+                                "differ": odd,
+                            }
                         )
-                    args.out.mkdir(parents=True, exist_ok=True)
-                    (args.out / "harness.json").write_text(json.dumps(done, indent=1) + "\n")
-            server.terminate()
+                        for name, value in sides[0]["metrics"].items():
+                            print(
+                                f"| {task} | {persona or 'base'} | {name.split(',')[0]} | {value:.4f} "
+                                f"| {sides[1]['metrics'][name]:.4f} | {far:.1e} | {odd} of {len(other)} |",
+                                flush=True,
+                            )
+                        args.out.mkdir(parents=True, exist_ok=True)
+                        (args.out / "harness.json").write_text(json.dumps(done, indent=1) + "\n")
+            finally:
+                server.terminate()
     return 0
 
 

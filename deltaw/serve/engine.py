@@ -198,6 +198,7 @@ class Engine:
 
     def _say(self, sequence: Sequence, token: int) -> None:
         if token in sequence.end_ids:
+            sequence.ended = token
             return self.end(sequence, "stop")
         sequence.said.append(token)
         sequence.heard(token)

@@ -58,6 +58,8 @@ class Sequence:
     """How many likelier tokens are told with each token's score; None: no scores are."""
     echo: bool = False
     """Whether the tokens that were asked have scores too, all but the first."""
+    ended: int | None = None
+    """The token by which the model ended; it has a score, and is not said."""
     scores: list[Any] = field(default_factory=list)
     echoed: list[Any] = field(default_factory=list)
     said: list[int] = field(default_factory=list)

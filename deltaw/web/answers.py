@@ -58,6 +58,8 @@ class Piece:
     ids: list[int]
     scores: list[Score]
     finish: str | None = None
+    first: bool = True
+    """Whether nothing was told of the answer before."""
 
 
 @dataclass
@@ -179,15 +181,18 @@ class Hub:
         finish = "stop" if speech.stopped else finish
         if finish is None and not text and sequence.tops is None:
             return None
-        ids = speech.ids[choice.told :]
-        scores = sequence.scores[choice.told : len(speech.ids)]
-        choice.told = len(speech.ids)
+        start, choice.told = choice.told, len(speech.ids)
+        ids, scores = speech.ids[start:], sequence.scores[start : choice.told]
+        if (
+            what == "stop" and sequence.ended is not None and sequence.tops is not None
+        ):  # lm-evaluation-harness counts on it
+            ids, scores = [*ids, sequence.ended], sequence.scores[start:]
         if finish is not None:
             choice.finish = finish
             self.metrics.ended(asked.model, sequence, choice.first, finish)
             if speech.stopped:
                 self.service.abort(sequence)
-        return Piece(choice, text, ids, scores, finish)
+        return Piece(choice, text, ids, scores, finish, start == 0)
 
 
 class UnknownModel(Exception):

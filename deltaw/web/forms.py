@@ -29,8 +29,7 @@ class Form:
 
     def chunk(self, piece: Piece) -> Json:
         """A piece of an answer, as an event of a stream."""
-        first = piece.choice.told == len(piece.ids)
-        return self._object(self.part, [{**self.event(piece, first), "index": piece.choice.index,
+        return self._object(self.part, [{**self.event(piece, piece.first), "index": piece.choice.index,
                                          "finish_reason": piece.finish}])  # fmt: skip
 
     def usage_chunk(self, choices: Row[Choice]) -> Json:

@@ -196,6 +196,20 @@ def test_ends_of_ones_own_no_end_and_not_before_so_many_tokens(client, personas)
     assert third not in [tokenizer.encode(token)[0] for token in later.choices[0].logprobs.tokens[:6]]
 
 
+def test_the_token_by_which_a_model_ends_is_not_said_and_has_a_score(client, personas):
+    """Else lm-evaluation-harness, which leaves one generated token out, would leave out one of the prompt's."""
+    ids, tokenizer = personas["base"].prompt(QUESTION), personas["base"].base.tokenizer
+    asked = {"model": "base", "prompt": [ids], "temperature": 0, "logprobs": 1, "echo": True}
+    free = client.completions.create(**asked, max_tokens=1).choices[0]
+    first = tokenizer.encode(free.logprobs.tokens[-1])[0]
+    for stream in (False, True):
+        told = client.completions.create(**asked, max_tokens=1, stream=stream, extra_body={"stop_token_ids": [first]})
+        choices = [piece.choices[0] for piece in told] if stream else told.choices
+        assert [choice.finish_reason for choice in choices] == ["stop"]
+        assert choices[0].logprobs.token_logprobs == free.logprobs.token_logprobs
+        assert choices[0].text == tokenizer.decode(ids)
+
+
 def test_penalties_and_cuts_change_what_is_said(client):
     plain = said(client, "base", max_tokens=40).message.content
     for more in ({"presence_penalty": 2}, {"frequency_penalty": 2}, {"extra_body": {"repetition_penalty": 5}}):
