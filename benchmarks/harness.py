@@ -22,6 +22,8 @@ import beside
 
 TASKS = {"local_openbookqa": 60, "local_wikitext2_valid": 2, "local_smarthome": 30, "local_restaurant": 20}
 """Tasks, and so many documents of each."""
+FIRST = 2
+"""Stands before the first token of a page, where each way takes another by itself. A server's length is two less."""
 
 
 def measured(side, base, adapter, port, tasks, limit):
@@ -31,11 +33,16 @@ def measured(side, base, adapter, port, tasks, limit):
 
     os.chdir(beside.DATA)
     if side == "hf":
-        kind, told = "hf", f"pretrained={base},dtype=float32,max_length=1024" + (f",peft={adapter}" if adapter else "")
+        kind, told = (
+            "hf",
+            f"pretrained={base},dtype=float32,max_length=1024,prefix_token_id={FIRST}"
+            + (f",peft={adapter}" if adapter else ""),
+        )
     else:
         kind = "local-completions"
         told = (f"model={adapter or 'base'},base_url=http://127.0.0.1:{port}/v1/completions,tokenizer={base},"
-                "tokenizer_backend=huggingface,num_concurrent=4,max_retries=1,max_length=1024")  # fmt: skip
+                "tokenizer_backend=huggingface,num_concurrent=4,max_retries=1,max_length=1026,"
+                f"custom_prefix_token_id={FIRST}")  # fmt: skip
     chats = tasks in ("local_smarthome", "local_restaurant")
     got = lm_eval.simple_evaluate(kind, model_args=told, tasks=[tasks], limit=int(limit), log_samples=True,
                                   batch_size=1, device="cpu", bootstrap_iters=0, apply_chat_template=chats,
@@ -54,6 +61,20 @@ def flat(answers):
             numbers += [p for p in parts if isinstance(p, float)]
             others += [p for p in parts if not isinstance(p, float)]
     return numbers, others
+
+
+def beside_each_other(task, persona, home, port):
+    """One task of one persona, by both ways; printed, and how far they are from each other."""
+    hf, server = (beside.alone(__file__, side, beside.base(), name, port, task, TASKS[task])
+                  for side, name in (("hf", str(home / "peft") if persona else ""), ("server", persona)))  # fmt: skip
+    (number, other), (numbers, others) = flat(hf["answers"]), flat(server["answers"])
+    far = max((abs(a - b) for a, b in zip(number, numbers, strict=True)), default=0.0)
+    odd, name = sum(a != b for a, b in zip(other, others, strict=True)), persona or "base"
+    for metric, value in hf["metrics"].items():
+        print(f"| {task} | {name} | {metric.split(',')[0]} | {value:.4f} | {server['metrics'][metric]:.4f} | {far:.1e} "
+              f"| {odd} of {len(other)} |", flush=True)  # fmt: skip
+    return {"task": task, "persona": name, "hf": hf["metrics"], "server": server["metrics"], "distance": far,
+            "answers": len(other), "differ": odd}  # fmt: skip
 
 
 def main():
@@ -76,48 +97,14 @@ def main():
         subprocess.run([*deltaw, "train", rows, "--runs", folder, "--name", "home", *steps], **quiet)
         subprocess.run([*deltaw, "export", "home", "--runs", folder, "--to", "peft", "--dtype", "float32", "--out",
                         str(home / "peft")], **quiet)  # fmt: skip
-        command = [
-            *deltaw,
-            "serve",
-            "--personas",
-            folder,
-            "--port",
-            "0",
-            "--dtype",
-            "float32",
-            "--base",
-            "smollm2-135m",
-        ]
+        command = [*deltaw, "serve", "--personas", folder, "--port", "0", "--dtype", "float32"]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
             port = re.search(r"http://[\d.]+:(\d+)", server.stdout.readline())[1]
             try:
                 for task in args.tasks:
                     for persona in ("", "home"):
-                        sides = [
-                            beside.alone(__file__, side, beside.base(), name, port, task, TASKS[task])
-                            for side, name in (("hf", str(home / "peft") if persona else ""), ("server", persona))
-                        ]
-                        (number, other), (numbers, others) = (flat(side["answers"]) for side in sides)
-                        far = max((abs(a - b) for a, b in zip(number, numbers, strict=True)), default=0.0)
-                        odd = sum(a != b for a, b in zip(other, others, strict=True))
-                        done.append(
-                            {
-                                "task": task,
-                                "persona": persona or "base",
-                                "hf": sides[0]["metrics"],
-                                "server": sides[1]["metrics"],
-                                "distance": far,
-                                "answers": len(other),
-                                "differ": odd,
-                            }
-                        )
-                        for name, value in sides[0]["metrics"].items():
-                            print(
-                                f"| {task} | {persona or 'base'} | {name.split(',')[0]} | {value:.4f} "
-                                f"| {sides[1]['metrics'][name]:.4f} | {far:.1e} | {odd} of {len(other)} |",
-                                flush=True,
-                            )
+                        done.append(beside_each_other(task, persona, home, port))
                         args.out.mkdir(parents=True, exist_ok=True)
                         (args.out / "harness.json").write_text(json.dumps(done, indent=1) + "\n")
             finally:
