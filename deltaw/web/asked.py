@@ -16,7 +16,9 @@ from deltaw.errors import UserError
 from deltaw.serve.grammar import Kind
 from deltaw.settings import Seed, Share
 
-Token = Annotated[int, Field(ge=0)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Number = Annotated[int, Field(ge=0, le=10**9)]
+Place = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 Few = Annotated[int, Field(ge=0, le=20)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Prompt = str | list[str] | list[Token] | list[list[Token]]
@@ -63,10 +65,10 @@ class Asked(Body):
     """The fields that completions and chats share."""
 
     model: str
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Number | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=10**9)] | None = None
     min_p: Share | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
@@ -76,7 +78,7 @@ class Asked(Body):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=1, le=100)] | None = None
     ignore_eos: bool = False
-    min_tokens: Annotated[int, Field(ge=0)] = 0
+    min_tokens: Number = 0
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -104,7 +106,7 @@ class Asked(Body):
                  "frequency_penalty": self.frequency_penalty}  # fmt: skip
         seed: Seed = secrets.randbits(32) if self.seed is None else self.seed % 2**32
         most = max(1, room if self.most is None else self.most)
-        return Sampling(max_new_tokens=most, seed=seed, **{k: v for k, v in given.items() if v})  # type: ignore[arg-type]
+        return Sampling(max_new_tokens=most, seed=seed, **{k: v for k, v in given.items() if v})  # type: ignore[arg-type]  # checked above, field by field
 
     @property
     def most(self) -> int | None:
@@ -142,7 +144,7 @@ class CompletionAsked(Asked):
     """`POST /v1/completions`."""
 
     prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=0)] | None = 16
+    max_tokens: Number | None = 16
     echo: bool = False
     logprobs: Few | None = None
     add_special_tokens: bool = True
@@ -174,7 +176,7 @@ class ChatAsked(Asked):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Turn], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = None
     logprobs: bool | None = None
     top_logprobs: Few | None = None
 
@@ -213,14 +215,14 @@ class AdapterAsked(Body):
     """`POST /v1/adapters`: a path in one of the folders that are served."""
 
     name: str
-    path: str
+    path: Place
 
 
 class LoadAsked(Body):
     """`POST /v1/load_lora_adapter`, vLLM's."""
 
     lora_name: str
-    lora_path: str
+    lora_path: Place
     load_inplace: bool = False
 
 

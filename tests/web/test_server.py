@@ -92,6 +92,24 @@ def foreign_tensors(folder):
     return save({k.replace("layers.0", f"layers.{n}"): t.clone() for k, t in tensors.items() for n in (7, 8)})
 
 
+@pytest.mark.parametrize(("route", "body"), [
+    ("/v1/completions", {**ASK, "model": "base", "max_tokens": 10**10}),
+    ("/v1/completions", {**ASK, "model": "base", "min_tokens": 10**30}),
+    ("/v1/completions", {**ASK, "model": "base", "top_k": 10**30}),
+    ("/v1/completions", {**ASK, "model": "base", "prompt": [10**30]}),
+    ("/v1/chat/completions", {"model": "base", "messages": [{"role": "user", "content": "a"}],
+                              "max_completion_tokens": 10**10}),
+    ("/detokenize", {"tokens": [2**40]}),
+    ("/v1/adapters", {"name": "x", "path": "a\0b"}),
+    ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "a\0b"}),
+])  # fmt: skip
+def test_numbers_and_paths_that_are_none_are_mistakes_of_who_asks(shelf, route, body):
+    http, _, _ = shelf
+    told = http.post(route, json=body)
+    assert told.status_code == 400, told.text
+    assert told.json()["error"]["type"] == "invalid_request_error"
+
+
 def test_an_adapter_is_uploaded_in_either_form_and_nothing_is_left_of_a_bad_one(shelf, base, tmp_path):
     http, home, _ = shelf
     saved(base, tmp_path / "adapter.safetensors", "lora", {"rank": 5}, seed=5)
