@@ -57,10 +57,10 @@ class Shelf:
     async def upload(self, name: str, parts: list[UploadFile]) -> dict[str, Any]:
         """Take an adapter's files, as a new one of this name; nothing is left of one that does not fit."""
         _check_name(name, self.hub.name)
-        names = {str(part.filename) for part in parts}
+        names = sorted(str(part.filename) for part in parts)
         if not self.catalog.folders:
             raise UserError("This server has no folder for adapters.", remedy="Start it with --personas FOLDER.")
-        if names not in ({"adapter.safetensors"}, {foreign.CONFIG, foreign.WEIGHTS}):
+        if names not in (["adapter.safetensors"], [foreign.CONFIG, foreign.WEIGHTS]):
             raise UserError(f"Files are called {', '.join(sorted(PARTS))}: ours, or PEFT's two.")
         folder = self.catalog.folders[0] / name
         if folder.exists():

@@ -121,7 +121,8 @@ def test_an_adapter_is_uploaded_in_either_form_and_nothing_is_left_of_a_bad_one(
     assert http.post("/v1/adapters/upload", data={"name": "pefted"}, files=files).status_code == 201
     assert text(http, "pefted") != text(http, "up")
     for name, parts in (("bad", [("files", ("adapter.safetensors", b"nothing"))]), ("half", files[:1]),
-                        ("sly", [("files", ("../x.safetensors", b""))]), ("up", files)):  # fmt: skip
+                        ("twice", [*files, files[0]]), ("up", files),
+                        ("sly", [("files", ("../x.safetensors", b""))])):  # fmt: skip
         assert http.post("/v1/adapters/upload", data={"name": name}, files=parts).status_code == 400, name
     assert {p.name for p in home.iterdir()} == {"one.safetensors", "up", "pefted"}
 
