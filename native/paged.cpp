@@ -9,56 +9,14 @@
 #include <cstring>
 #include <vector>
 
-#include "lanes.hpp"
+#include "calls.hpp"
 #include "room.hpp"
-#if defined(__AVX512BF16__)
-#include "bf16.hpp"
-#else
-namespace {
-constexpr int64_t SIDE = 32;
-}
-#endif
-
-// As deltaw/kernels/paged.py lays it out.
-struct Paged {
-  const void *q, *k, *v;  // tokens x heads x size, tokens x kv_heads x size: sequences one after another
-  void *out, *pages;
-  const int64_t* spans;  // of each sequence: start, stop, and how many of its tokens are in pages already
-  const int32_t* table;  // of each sequence: its pages
-  int64_t sequences, heads, kv_heads, size, window;
-  int64_t page, most;  // numbers from a page to the next; pages of a row of the table
-  float scale;
-  int32_t bf16, threads;
-};
+#include "words.hpp"
 
 namespace {
 
 struct Span {
   int64_t start, stop, past;
-};
-
-template <typename T>
-struct Words;
-
-template <>
-struct Words<float> {
-  typedef float word;
-  static constexpr int64_t EACH = 1;
-  static floats add(floats sum, float a, bits b) { return add_product(a - floats{}, (floats)b, sum); }
-};
-
-template <>
-struct Words<uint16_t> {
-  typedef uint32_t word;
-  static constexpr int64_t EACH = 2;
-  static floats add(floats sum, uint32_t a, bits b) {
-#if defined(__AVX512BF16__)
-    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
-#else
-    sum = add_product(plain(uint16_t(a)) - floats{}, (floats)(b << 16), sum);
-    return add_product(plain(uint16_t(a >> 16)) - floats{}, (floats)(b & 0xffff0000u), sum);
-#endif
-  }
 };
 
 // c = a b, or c += a b, for `high` rows of words.

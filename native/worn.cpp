@@ -8,33 +8,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "lanes.hpp"
+#include "calls.hpp"
 #include "room.hpp"
-#if defined(__AVX512BF16__)
-#include "bf16.hpp"
-#endif
-
-// Of one layer: how many bytes from the beginning each part lies, 0 where there is none. A is rank x inputs, B, with its
-// scale, rank x outputs.
-struct Place {
-  int64_t rank, A, B, gain, bias;
-};
-struct Each {
-  const uint8_t* adapter;
-  float weight;
-};
-// Rows that wear the same: those of `each` from `first` up to `last`.
-struct Group {
-  int64_t start, stop, first, last;
-};
-struct Worn {
-  const void* x;
-  void* y;
-  const Group* groups;
-  const Each* each;
-  int64_t count, layer, inputs, outputs, x_across, y_across;
-  int32_t bf16, threads;
-};
+#include "words.hpp"
 
 namespace {
 
@@ -54,24 +30,39 @@ float dot(const T* a, const T* b, int64_t count) {
 }
 
 // Rows that wear the same, up to BLOCK at once: A and B are read once for them. `down` is what is between A and B, of
-// each adapter, rank and row; ranks are even, as bfloat16 is multiplied in pairs of them.
+// each adapter in words of ranks, one for each row; ranks are even, as bfloat16 is multiplied in pairs of them.
 constexpr int64_t BLOCK = 8;
 
 inline int64_t even(int64_t rank) { return rank + rank % 2; }
+
+template <int N, typename T>
+int64_t lies(int64_t r, int64_t n) {
+  constexpr int64_t EACH = Words<T>::EACH;
+  return (r / EACH * N + n) * EACH + r % EACH;
+}
 
 // down = weight A x, of N rows.
 template <int N, typename T>
 void shrink(const T* A, const T* x, int64_t across, int64_t inputs, int64_t rank, float weight, float* down) {
   for (int64_t r = 0; r < even(rank); r++)
     for (int64_t n = 0; n < N; n++)
-      down[r * N + n] = r < rank ? weight * dot(A + r * inputs, x + n * across, inputs) : 0;
+      down[lies<N, T>(r, n)] = r < rank ? weight * dot(A + r * inputs, x + n * across, inputs) : 0;
+}
+
+const Place& place(const Worn& w, int64_t i) { return part<Place>(w.each[i].adapter, 0)[w.layer]; }
+
+// Whether adapters of a group have more at this layer than a low rank.
+bool has_more(const Worn& w, const Group& g) {
+  for (int64_t i = g.first; i < g.last; i++)
+    if (place(w, i).gain || place(w, i).bias) return true;
+  return false;
 }
 
 // What gain and bias of a group's adapters add to some numbers of y.
 template <typename T>
 floats beside(const Worn& w, const Group& g, int64_t o, floats y, floats sum) {
   for (int64_t i = g.first; i < g.last; i++) {
-    const Place& at = part<Place>(w.each[i].adapter, 0)[w.layer];
+    const Place& at = place(w, i);
     const int64_t left = w.outputs - o;
     floats more = at.bias ? load(part<T>(w.each[i].adapter, at.bias) + o, left, 0) : floats{};
     if (at.gain) more = add_product(load(part<T>(w.each[i].adapter, at.gain) + o, left, 0), y, more);
@@ -80,28 +71,40 @@ floats beside(const Worn& w, const Group& g, int64_t o, floats y, floats sum) {
   return sum;
 }
 
+// What is between A and B, as it is multiplied with B: as it is, or narrowed in its place.
 template <typename T>
-void give(const Worn& w, const Group& g, int64_t o, T* y, floats sum) {
-  const floats before = load(y, w.outputs - o, 0);
-  store(y, before + beside<T>(w, g, o, before, sum), w.outputs - o);
+const typename Words<T>::word* in_words(float* down, int64_t count) {
+  if (Words<T>::EACH > 1)
+    for (int64_t i = 0; i < count; i += LANES) store(reinterpret_cast<T*>(down) + i, load(down + i), count - i);
+  return reinterpret_cast<typename Words<T>::word*>(down);
 }
 
-// y += B' down of all adapters of the group, and what is beside.
+// y += B' down of all adapters of the group, and what is beside. B lies in panels of SIDE columns.
 template <int N, typename T>
-void expand(const Worn& w, const Group& g, const float* down, T* y) {
-  for (int64_t o = 0; o < w.outputs; o += LANES) {
-    floats sums[N] = {};
-    const float* each = down;
+void expand(const Worn& w, const Group& g, float* down, int64_t ranks, T* y) {
+  typedef typename Words<T>::word word;
+  const word* words = in_words<T>(down, ranks * N);
+  const bool more = has_more(w, g);
+  for (int64_t o = 0; o < w.outputs; o += 2 * LANES) {
+    floats sums[N][2] = {};
+    const word* each = words;
     for (int64_t i = g.first; i < g.last; i++) {
-      const Place& at = part<Place>(w.each[i].adapter, 0)[w.layer];
-      const T* B = part<T>(w.each[i].adapter, at.B);
-      for (int64_t r = 0; r < at.rank; r++) {
-        const floats b = load(B + r * w.outputs + o, w.outputs - o, 0);
-        for (int n = 0; n < N; n++) sums[n] = add_product(each[r * N + n] - floats{}, b, sums[n]);
+      const Place& at = place(w, i);
+      const int64_t deep = even(at.rank) / Words<T>::EACH;
+      const word* B = part<word>(w.each[i].adapter, at.B) + o / SIDE * SIDE * deep + o % SIDE;
+      for (const word* end = B + deep * SIDE; B < end; B += SIDE, each += N) {
+        const bits left = read<bits>(B), right = read<bits>(B + LANES);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++)
+          sums[n][0] = Words<T>::add(sums[n][0], each[n], left), sums[n][1] = Words<T>::add(sums[n][1], each[n], right);
       }
-      each += even(at.rank) * N;
     }
-    for (int n = 0; n < N; n++) give(w, g, o, y + n * w.y_across + o, sums[n]);
+    for (int n = 0; n < N; n++)
+      for (int64_t half = 0, at = o; half < 2 && at < w.outputs; half++, at += LANES) {
+        T* to = y + n * w.y_across + at;
+        const floats before = load(to, w.outputs - at, 0);
+        store(to, before + (more ? beside<T>(w, g, at, before, sums[n][half]) : sums[n][half]), w.outputs - at);
+      }
   }
 }
 
@@ -137,59 +140,25 @@ void shrink(const uint16_t* A, const uint16_t* x, int64_t across, int64_t inputs
     float done[16];
     store(done, (weight - floats{}) * totals(sums));
     for (int j = 0; j < each && r + j < even(rank); j++)
-      for (int n = 0; n < N; n++) down[(r + j) * N + n] = r + j < rank ? done[n * each + j] : 0;
+      for (int n = 0; n < N; n++) down[lies<N, uint16_t>(r + j, n)] = r + j < rank ? done[n * each + j] : 0;
   }
 }
 
-template <int N>
-void expand(const Worn& w, const Group& g, float* down, uint16_t* y) {
-  uint32_t* words = reinterpret_cast<uint32_t*>(down);  // in place: pairs of ranks become a word
-  for (int64_t i = g.first, at = 0, to = 0; i < g.last; i++)
-    for (int64_t r = even(part<Place>(w.each[i].adapter, 0)[w.layer].rank); r; r -= 2, at += 2 * N)
-      for (int n = 0; n < N; n++, to++) {
-        const __m128bh two = _mm_cvtneps_pbh(_mm_set_ps(0, 0, down[at + N + n], down[at + n]));
-        words[to] = (uint32_t)_mm_cvtsi128_si32((__m128i)two);
-      }
-  const __m512i order[2] = {_mm512_load_si512(ORDER[0]), _mm512_load_si512(ORDER[1])};
-  for (int64_t o = 0; o < w.outputs; o += SIDE) {
-    const __mmask32 there = w.outputs - o < SIDE ? ~0u >> (SIDE - (w.outputs - o)) : ~0u;
-    __m512 sums[N][2] = {};
-    const uint32_t* word = words;
-    for (int64_t i = g.first; i < g.last; i++) {
-      const Place& at = part<Place>(w.each[i].adapter, 0)[w.layer];
-      const uint16_t* B = part<uint16_t>(w.each[i].adapter, at.B) + o;
-      for (int64_t r = 0; r < at.rank; r += 2, word += N) {
-        const __m512i first = (__m512i)streamed(B + r * w.outputs, there);
-        const __m512i second = r + 1 < at.rank ? (__m512i)streamed(B + (r + 1) * w.outputs, there) : __m512i{};
-        const __m512bh low = (__m512bh)_mm512_permutex2var_epi16(first, order[0], second);
-        const __m512bh high = (__m512bh)_mm512_permutex2var_epi16(first, order[1], second);
-#pragma GCC unroll 8
-        for (int n = 0; n < N; n++) {
-          const __m512bh by = (__m512bh)_mm512_set1_epi32((int)word[n]);
-          sums[n][0] = _mm512_dpbf16_ps(sums[n][0], by, low), sums[n][1] = _mm512_dpbf16_ps(sums[n][1], by, high);
-        }
-      }
-    }
-    for (int n = 0; n < N; n++)
-      for (int half = 0; half < 2 && o + half * LANES < w.outputs; half++)
-        give(w, g, o + half * LANES, y + n * w.y_across + o + half * LANES, (floats)sums[n][half]);
-  }
-}
 #endif
 
 template <int N, typename T>
 void block(const Worn& w, const Group& g, const T* x, T* y, Room<float>& down) {
   int64_t ranks = 0;
-  for (int64_t i = g.first; i < g.last; i++) ranks += even(part<Place>(w.each[i].adapter, 0)[w.layer].rank);
+  for (int64_t i = g.first; i < g.last; i++) ranks += even(place(w, i).rank);
   down.grow(ranks * N);
   float* to = down.at();
   for (int64_t i = g.first; i < g.last; i++) {
     const auto [adapter, weight] = w.each[i];
-    const Place& at = part<Place>(adapter, 0)[w.layer];
+    const Place& at = place(w, i);
     shrink<N>(part<T>(adapter, at.A), x, w.x_across, w.inputs, at.rank, weight, to);
     to += even(at.rank) * N;
   }
-  expand<N>(w, g, down.at(), y);
+  expand<N>(w, g, down.at(), ranks, y);
 }
 
 struct Some {

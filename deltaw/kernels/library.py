@@ -28,6 +28,7 @@ ARGUMENTS = {
     "surprise": [AT, AT, AT, COUNT, COUNT, FLAG, FLAG, FLAG],
     "paged": [AT],
     "summed": [AT],
+    "program": [AT],
     "product": [AT, AT, AT, COUNT, COUNT, COUNT, COUNT, COUNT, FLAG],
     "wear": [AT],
     "draw": [AT, COUNT, COUNT, FLAG],

@@ -64,7 +64,7 @@ class Book:
         keys = pages[:, :kv].view(n, kv, e // each, SIDE, each)
         return keys, pages[:, kv:].view(n, kv, SIDE // each, e, each)
 
-    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, runs: Sequence[Run], table_NP: Tensor, scale: float,
+    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, spans_N3: Tensor, table_NP: Tensor, scale: float,
                window: int) -> Tensor | None:  # fmt: skip
         """Keep the new keys and values, and attend from every new token to its sequence so far; None: torch is to.
 
@@ -75,9 +75,14 @@ class Book:
         if not native or not plain or q_THE.shape[-1] % (2 * LANES):
             return None
         q_THE, k_TKE, v_TKE = q_THE.contiguous(), k_TKE.contiguous(), v_TKE.contiguous()
-        out_THE, spans = torch.empty_like(q_THE), torch.tensor(runs)
-        tensors = (q_THE, k_TKE, v_TKE, out_THE, self.pages, spans, table_NP)
-        sizes = len(runs), q_THE.shape[1], *k_TKE.shape[1:], window, self.pages.stride(0), table_NP.stride(0)
-        native(ctypes.byref(Call(*(t.data_ptr() for t in tensors), *sizes, scale, int(q_THE.dtype == torch.bfloat16),
-                                 torch.get_num_threads())))  # fmt: skip
+        out_THE, told = torch.empty_like(q_THE), self.told(spans_N3, table_NP)
+        q, k, v, out, pages = (t.data_ptr() for t in (q_THE, k_TKE, v_TKE, out_THE, self.pages))
+        told |= {"heads": q_THE.shape[1], "kv_heads": k_TKE.shape[1], "size": self.size, "window": window}
+        native(ctypes.byref(Call(q=q, k=k, v=v, out=out, pages=pages, scale=scale, **told)))
         return out_THE
+
+    def told(self, spans_N3: Tensor, table_NP: Tensor) -> dict[str, int]:
+        """What a call is told that is the same at all layers."""
+        return {"spans": spans_N3.data_ptr(), "table": table_NP.data_ptr(), "sequences": len(spans_N3),
+                "page": self.pages.stride(0), "most": table_NP.stride(0),
+                "bf16": int(self.pages.dtype == torch.bfloat16), "threads": torch.get_num_threads()}  # fmt: skip

@@ -10,18 +10,21 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deltaw.kernels.library import function
 from deltaw.kernels.plain import PLAIN
 from deltaw.kernels.products import Product, summed
 
-MANY = 256
-"""Rows from which on they are matrix products of their own: fewer take less time than it takes to ask for those."""
+LAYOUT = "panels"
+"""What the way is called in which a slab lies: files of another one are none of ours."""
+SIDE = 32
+"""Columns of a panel of B, which lie together."""
 FIELDS = 5
 """Of a directory's row: the rank, and how many bytes from the beginning A, B, gain and bias lie (0: nowhere)."""
 ALIGNED = 64
@@ -49,7 +52,7 @@ class Slab:
         size, rows, parts = _up(len(changes) * FIELDS * 8), list[list[int]](), list[tuple[int, Tensor]]()
         for change in changes:
             rows.append([0 if change is None else len(change.A_RI)])
-            for part in change or [None] * (FIELDS - 1):
+            for part in (None,) * 4 if change is None else change._replace(B_RO=_panels(change.B_RO, dtype)):
                 rows[-1].append(0 if part is None else size)
                 if part is not None:
                     parts.append((size, part.detach().to(dtype).contiguous()))
@@ -70,20 +73,31 @@ class Slab:
         self.memory.numpy().tofile(path)
 
     def change(self, layer: int, inputs: int, outputs: int) -> Change | None:
-        """What it adds to a layer, as views of its memory."""
+        """What it adds to a layer, as a whole."""
         rank, *places = self.directory[layer]
         if not any(places):
             return None
-        shapes = (rank, inputs), (rank, outputs), (outputs,), (outputs,)
-        parts: list[Any] = [self._view(at, shape) if at else None for at, shape in zip(places, shapes, strict=True)]
-        return Change(*parts)
+        each = 4 // self.dtype.itemsize
+        panels = _up(outputs, SIDE) // SIDE, _up(rank, 2) // each, SIDE, each
+        shapes = (rank, inputs), panels, (outputs,), (outputs,)
+        A_RI, B, *more = (self._view(at, shape) if at else None for at, shape in zip(places, shapes, strict=True))
+        assert A_RI is not None
+        assert B is not None
+        return Change(A_RI, B.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)[:rank, :outputs], *more)
 
     def _view(self, at: int, shape: tuple[int, ...]) -> Tensor:
         return self.memory[at : at + math.prod(shape) * self.dtype.itemsize].view(self.dtype).view(shape)
 
 
-def _up(size: int) -> int:
-    return -(-size // ALIGNED) * ALIGNED
+def _up(size: int, to: int = ALIGNED) -> int:
+    return -(-size // to) * to
+
+
+def _panels(B_RO: Tensor, dtype: torch.dtype) -> Tensor:
+    """B as it is read: panels of SIDE columns, and in them words of as many ranks as are multiplied at once."""
+    each, (rank, outputs) = 4 // dtype.itemsize, B_RO.shape
+    B = F.pad(B_RO.detach().to(dtype), (0, -outputs % SIDE, 0, rank % 2))
+    return B.view(len(B) // each, each, B.shape[1] // SIDE, SIDE).permute(2, 0, 3, 1)
 
 
 class Group(ctypes.Structure):
@@ -124,19 +138,24 @@ class Wear:
         for each in rows:
             if each.worn:
                 plain = all(slab.dtype in PLAIN and slab.memory.device.type == "cpu" for slab, _ in each.worn)
-                natively = self.native and plain and each.stop - each.start < MANY
+                natively = self.native and plain
                 (few if natively else self.many).append(each)
         ends = list(accumulate((len(each.worn) for each in few), initial=0))
         self.groups = (Group * len(few))(*(Group(r.start, r.stop, *ends[i : i + 2]) for i, r in enumerate(few)))
         self.each = (Each * ends[-1])(*(Each(slab.memory.data_ptr(), w) for r in few for slab, w in r.worn))
 
+    def told(self) -> dict[str, int]:
+        """What a native call is told that is the same at all layers."""
+        groups, each = ctypes.addressof(self.groups), ctypes.addressof(self.each)
+        return {"groups": groups, "each": each, "count": len(self.groups), "threads": torch.get_num_threads()}
+
     def onto(self, y_TO: Tensor, x_TI: Tensor, layer: int) -> Tensor:
         """Add what is worn at this layer to its output y_TO, in place. Rows of both lie whole in memory."""
         if len(self.groups):
-            pointers = x_TI.data_ptr(), y_TO.data_ptr(), ctypes.addressof(self.groups), ctypes.addressof(self.each)
-            sizes = len(self.groups), layer, x_TI.shape[1], y_TO.shape[1], x_TI.stride(0), y_TO.stride(0)
-            narrow = int(y_TO.dtype == torch.bfloat16)
-            self.native(ctypes.byref(Call(*pointers, *sizes, narrow, torch.get_num_threads())))
+            told = {"x": x_TI.data_ptr(), "y": y_TO.data_ptr(), "layer": layer, "bf16": y_TO.dtype == torch.bfloat16}
+            told |= {"inputs": x_TI.shape[1], "outputs": y_TO.shape[1]}
+            told |= {"x_across": x_TI.stride(0), "y_across": y_TO.stride(0)}
+            self.native(ctypes.byref(Call(**self.told(), **told)))
         for start, stop, worn in self.many:
             _add(y_TO[start:stop], x_TI[start:stop], layer, worn)
         return y_TO

@@ -145,16 +145,18 @@ class Decoder(nn.Module):
                 f"The tokenizer gives the id {int(ids_T.max())}, and the model has {self.config.vocab} rows.",
                 why="Tokenizer and model do not belong together.",
             ) from None
-        at_T = at_T + self.before
-        length_T = seen.lengths(at_T)
-        far = self.positions(at_T, length_T, x_TD.dtype)
-        local = self._config.local_rope
-        near = far if local is None else torch.stack(local.turns(at_T, length_T, x_TD.dtype))
+        far, near = self.angles(at_T + self.before, seen)
         for i, layer in enumerate(self.layers[:depth]):
             around = (x_TD, near if layer.local else far, seen.layer(i))
             x_TD = checkpoint(layer, *around, use_reentrant=False) if recompute else layer(*around)
         h_TD: Tensor = self.norm(x_TD)
         return h_TD
+
+    def angles(self, at_T: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
+        """By what tokens at these positions are turned, in layers that see all and in local ones: 2 x T x 1 x E."""
+        length_T, local = seen.lengths(at_T), self._config.local_rope
+        far = self.positions(at_T, length_T, self.dtype)
+        return far, far if local is None else torch.stack(local.turns(at_T, length_T, self.dtype))
 
     @property
     def config(self) -> ModelConfig:

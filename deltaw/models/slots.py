@@ -155,10 +155,11 @@ class RMSNorm(Slot):
         self.register_buffer("gain", gain_D)
 
     def run(self, x: Tensor, gain_D: Tensor | None = None) -> Tensor:
-        gain_D = self.gain if gain_D is None else gain_D
-        if self.unit:
-            gain_D = (1 + gain_D.float()).to(x.dtype)
-        return rms_norm(x, gain_D, self.eps)
+        return rms_norm(x, self.by(self.gain if gain_D is None else gain_D, x.dtype), self.eps)
+
+    def by(self, gain_D: Tensor, dtype: torch.dtype) -> Tensor:
+        """What x is multiplied with, for this gain."""
+        return (1 + gain_D.float()).to(dtype) if self.unit else gain_D
 
 
 class Embedding(Slot):

@@ -19,6 +19,7 @@ class Pieces:
                  lengths: Sequence[int], index: int = 0) -> None:  # fmt: skip
         most = max(map(len, tables))
         self.table_NP = torch.tensor([[*pages, *[0] * (most - len(pages))] for pages in tables], dtype=torch.int32)
+        self.spans_N3 = torch.tensor(runs)
         self.books, self.runs, self.planned, self.index = books, runs, lengths, index
 
     def layer(self, index: int) -> Pieces:
@@ -35,10 +36,14 @@ class Pieces:
     def after(self, k_PKE: Tensor, v_PKE: Tensor) -> Pieces:  # noqa: ARG002 (they are in the pages)
         return self
 
+    def told(self) -> dict[str, int]:
+        """What a native call is told of them."""
+        return self.books[0].told(self.spans_N3, self.table_NP)
+
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, score: Score) -> Tensor:
         book, table_NP = self.books[self.index], self.table_NP
         if not score.cap:
-            y_THE = book.attend(q_THE, k_TKE, v_TKE, self.runs, table_NP, score.scale, score.window)
+            y_THE = book.attend(q_THE, k_TKE, v_TKE, self.spans_N3, table_NP, score.scale, score.window)
             if y_THE is not None:
                 return y_THE
         out = []

@@ -13,6 +13,7 @@ from deltaw.adapters.adapter import Adapter
 from deltaw.errors import UserError, nearest
 from deltaw.files import adapters, foreign, peft
 from deltaw.files.runs import Run
+from deltaw.kernels.worn import LAYOUT
 from deltaw.models.checkpoint import read_json
 from deltaw.models.decoder import Decoder
 from deltaw.serve.wardrobe import Entry, Wardrobe
@@ -91,7 +92,7 @@ class Catalog:
         self, model: Decoder, fingerprint: str, wardrobe: Wardrobe, folders: Sequence[Path], kept: Path
     ) -> None:
         self.model, self.fingerprint, self.wardrobe, self.folders = model, fingerprint, wardrobe, folders
-        self.kept = kept / f"{fingerprint[:16]}-{str(model.dtype).removeprefix('torch.')}"
+        self.kept = kept / f"{fingerprint[:16]}-{str(model.dtype).removeprefix('torch.')}-{LAYOUT}"
         self.sources: dict[str, Source] = {}
         self.seen: dict[str, str] = {}
         """Stamps of what the folders held when they were looked at last."""

@@ -18,6 +18,7 @@ from deltaw.models.decoder import Decoder
 from deltaw.serve.arena import Arena
 from deltaw.serve.batch import Pieces
 from deltaw.serve.choice import choose, scores
+from deltaw.serve.layers import Layers
 from deltaw.serve.sequence import End, Sequence
 from deltaw.serve.wardrobe import Wardrobe
 from deltaw.serve.wearing import Floor
@@ -33,6 +34,7 @@ class Engine:
     def __init__(self, model: Decoder, budget_bytes: int, most: int = 32, chunk: int = 256) -> None:
         self.model, self.arena, self.floor = model, Arena(model, budget_bytes), Floor(model)
         self.wardrobe = Wardrobe(self.arena)
+        self.layers = Layers.of(model, self.arena, chunk + most)
         self.most, self.chunk = most, chunk
         self.waiting = deque[Sequence]()
         self.running: list[Sequence] = []
@@ -161,9 +163,14 @@ class Engine:
         seen = Pieces(self.arena.books, runs, [s.pages for s, _ in pieces], [s.most for s, _ in pieces])
         due = [i for i, (sequence, count) in enumerate(pieces) if count == sequence.pending]
         echoed = [range(run.start, run.start + s.unscored(count)) for (s, count), run in zip(pieces, runs, strict=True)]
-        with self._worn(pieces, runs):
-            h_TD = self.model.hidden(torch.tensor(ids), torch.tensor(places), seen)
-            logits_NV = self.model.logits(h_TD[[*(runs[i].stop - 1 for i in due), *chain(*echoed)]])
+        ends = [*(runs[i].stop - 1 for i in due), *chain(*echoed)]
+        if self.layers is not None and pieces[0][0].alone is None:
+            x_TD = self.layers.hidden(torch.tensor(ids), torch.tensor(places), seen, Wear(self._rows(pieces, runs)))
+            logits_NV = self.model.logits(self.model.norm(x_TD[ends]))
+        else:
+            with self._worn(pieces, runs):
+                h_TD = self.model.hidden(torch.tensor(ids), torch.tensor(places), seen)
+                logits_NV = self.model.logits(h_TD[ends])
         self._score(pieces, logits_NV[len(due) :])
         for sequence, count in pieces:
             sequence.advance(self.arena, count)
@@ -185,8 +192,11 @@ class Engine:
                 at += fresh
 
     def _worn(self, pieces: list[Piece], runs: list[Run]) -> AbstractContextManager[Any]:
-        if (adapter := pieces[0][0].alone) is not None:
-            return adapter.on()
+        adapter = pieces[0][0].alone
+        return self.floor.on(Wear(self._rows(pieces, runs))) if adapter is None else adapter.on()
+
+    def _rows(self, pieces: list[Piece], runs: list[Run]) -> list[Rows]:
+        """What each row wears, where it shares its batch."""
         rows = list[Rows]()
         for (sequence, _), run in zip(pieces, runs, strict=True):
             worn = tuple((served.slab, weight) for served, weight in sequence.served if served.slab is not None)
@@ -194,7 +204,7 @@ class Engine:
                 rows[-1] = rows[-1]._replace(stop=run.stop)
             else:
                 rows.append(Rows(run.start, run.stop, worn))
-        return self.floor.on(Wear(rows))
+        return rows
 
     def _say(self, sequence: Sequence, token: int) -> None:
         if token in sequence.end_ids:

@@ -57,7 +57,7 @@ def compare(cuts, heads, kv_heads, size, window, dtype, native=True):
         q, k, v = (torch.cat([x[b][i][past:end] for b, past, end in step]) for i in range(3))
         rows = table_NP[[b for b, *_ in step]].contiguous()
         y = (
-            pages.attend(q, k, v, runs, rows, size**-0.5, window)
+            pages.attend(q, k, v, torch.tensor(runs), rows, size**-0.5, window)
             if native
             else by_torch(pages, q, k, v, runs, rows, window)
         )
@@ -107,5 +107,5 @@ def test_what_there_is_no_native_code_for_is_left_to_torch(name, choose):
     table_NP = torch.zeros(1, 1, dtype=torch.int32)
     for size, dtype, native in (32, torch.float32, True), (24, torch.float32, False), (32, torch.float64, False):
         x = drawn(4, 1, size).to(dtype)
-        got = book(1, 1, size, dtype).attend(x, x, x, [Run(0, 4, 0)], table_NP, 1.0, 0)
+        got = book(1, 1, size, dtype).attend(x, x, x, torch.tensor([Run(0, 4, 0)]), table_NP, 1.0, 0)
         assert (got is not None) == (native and name != library.REFERENCE)
