@@ -28,7 +28,7 @@ namespace {
 
 // FEW: rows up to which a sum is a dot product. MANY: rows up to which b is not laid. AHEAD: numbers of b that are asked
 // for before they are needed.
-constexpr int64_t FEW = 8, MANY = 192, AHEAD = 8192;
+constexpr int64_t FEW = 8, MANY = 512, AHEAD = 8192;
 
 // Rows and columns of a table in whole SIDEs, with zeros behind: where it lies, or copied to `room`.
 Rows padded(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns, int64_t all_rows, uint16_t* room) {

@@ -131,10 +131,14 @@ inline float plain(uint16_t x) {
 
 inline void store(float* at, floats x) { memcpy(at, &x, sizeof x); }
 inline void store(uint16_t* at, floats x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)at, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
   bits whole = (bits)x;
   whole = (whole + 0x7fff + (whole >> 16 & 1)) >> 16;  // to the nearest, of two the even
   const halves upper = __builtin_convertvector(whole, halves);
   memcpy(at, &upper, sizeof upper);
+#endif
 }
 
 // The first `left` of them, where there are no more, and `filling` behind.

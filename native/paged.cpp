@@ -19,11 +19,11 @@ struct Span {
   int64_t start, stop, past;
 };
 
-// c = a b, or c += a b, for `high` rows of words.
-template <typename T, int high>
-void rows_by(const T* const* a, const T* b, int64_t stride, int64_t depth, int64_t columns, float* c, bool onto) {
+// c = a b, or c += a b, for `high` rows of words. What lies at `next` as b does here comes next, and is asked for.
+template <typename T, int high, bool onto>
+void rows_by(const T* const* a, const T* b, const T* next, int64_t stride, int64_t depth, int64_t columns, float* c) {
   typedef typename Words<T>::word word;
-  const word* right = reinterpret_cast<const word*>(b);
+  const word *right = reinterpret_cast<const word*>(b), *coming = reinterpret_cast<const word*>(next);
   for (int64_t column = 0; column < columns; column += 2 * LANES) {
     floats sums[high][2] = {};
     for (int i = 0; i < high && onto; i++)
@@ -31,6 +31,7 @@ void rows_by(const T* const* a, const T* b, int64_t stride, int64_t depth, int64
     const word* at = right + column;
     for (int64_t w = 0; w < depth / Words<T>::EACH; w++, at += stride) {
       const bits two[2] = {read<bits>(at), read<bits>(at + LANES)};
+      if (next) __builtin_prefetch(coming + (at - right)), __builtin_prefetch(coming + (at - right) + LANES);
       for (int i = 0; i < high; i++) {
         const word left = read<word>(a[i] + w * Words<T>::EACH);
         for (int j = 0; j < 2; j++) sums[i][j] = Words<T>::add(sums[i][j], left, two[j]);
@@ -41,6 +42,22 @@ void rows_by(const T* const* a, const T* b, int64_t stride, int64_t depth, int64
   }
 }
 
+// What shares are powers of: e, or with bf16 2, and by how much scores are larger then.
+template <typename T>
+constexpr float PER_UNIT = 1;
+template <typename T>
+floats power(floats x) {
+  return exponential(x);
+}
+#if defined(__AVX512BF16__)
+template <>
+constexpr float PER_UNIT<uint16_t> = 1.44269504f;
+template <>
+floats power<uint16_t>(floats x) {
+  return power_of_two(x);
+}
+#endif
+
 constexpr int32_t PLACES[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 template <typename T>
@@ -48,11 +65,12 @@ struct Worker {
   const Paged& p;
   const Span* spans;
   const int64_t group, tokens;  // heads that share keys, and tokens that are attended from together
+  const float scale;
   Room<T> shares;
   Room<float> scores, sums, most, sum;  // `sum` has a row's sum in LANES parts
 
   explicit Worker(const Paged& p)
-      : p(p), spans(reinterpret_cast<const Span*>(p.spans)), group(p.heads / p.kv_heads), tokens(at_once(p)),
+      : p(p), spans(reinterpret_cast<const Span*>(p.spans)), group(p.heads / p.kv_heads), tokens(at_once(p)), scale(p.scale * PER_UNIT<T>),
         shares(rows() * SIDE), scores(rows() * SIDE), sums(rows() * p.size), most(rows()), sum(rows() * LANES) {}
 
   static int64_t at_once(const Paged& p) { return std::max<int64_t>(1, SIDE * p.kv_heads / p.heads); }
@@ -77,11 +95,6 @@ struct Worker {
     }
   }
 
-  // Ask for a head's keys or values of a page that comes next: it may lie anywhere.
-  void ask(const T* at) const {
-    for (int64_t i = 0; i < SIDE * p.size; i += 64 / sizeof(T)) __builtin_prefetch(at + i);
-  }
-
   const T* query(int64_t head, int64_t token, int64_t row) const {
     return static_cast<const T*>(p.q) + ((token + row / group) * p.heads + head * group + row % group) * p.size;
   }
@@ -93,17 +106,17 @@ struct Worker {
     std::fill_n(most.at(), count, -INFINITY);
     const int64_t last = first + (count - 1) / group, least = p.window ? std::max<int64_t>(0, first + 1 - p.window) : 0;
     for (int64_t place = least / SIDE * SIDE; place <= last; place += SIDE) {
-      if (place + SIDE <= last) ask(keys(s, head, place + SIDE)), ask(values(s, head, place + SIDE));
+      const bool more = place + SIDE <= last;  // in a page that may lie anywhere
       each(count, [&](auto high, int64_t row) {
-        const T* of[high];
+        const T *of[high], *next = more && !row ? keys(s, head, place + SIDE) : nullptr;
         for (int i = 0; i < high; i++) of[i] = query(head, from, row + i);
-        rows_by<T, high>(of, keys(s, head, place), SIDE, p.size, SIDE, scores.at(row * SIDE), false);
+        rows_by<T, high, false>(of, keys(s, head, place), next, SIDE, p.size, SIDE, scores.at(row * SIDE));
       });
       for (int64_t row = 0; row < count; row++) share(row, first + row / group - place);
       each(count, [&](auto high, int64_t row) {
-        const T* of[high];
+        const T *of[high], *next = more && !row ? values(s, head, place + SIDE) : nullptr;
         for (int i = 0; i < high; i++) of[i] = shares.at((row + i) * SIDE);
-        rows_by<T, high>(of, values(s, head, place), p.size, SIDE, p.size, sums.at(row * p.size), true);
+        rows_by<T, high, true>(of, values(s, head, place), next, p.size, SIDE, p.size, sums.at(row * p.size));
       });
     }
     for (int64_t row = 0; row < count; row++) {
@@ -139,18 +152,18 @@ struct Worker {
     for (int i = 0; i < PARTS; i++) {
       const ints key = read<ints>(PLACES) + i * LANES;
       sees[i] = (key >= low) & (key < high);
-      x[i] = sees[i] ? load(scores.at(row * SIDE + i * LANES)) * p.scale : -INFINITY + floats{};
+      x[i] = sees[i] ? load(scores.at(row * SIDE + i * LANES)) * scale : -INFINITY + floats{};
       top = largest(top, x[i]);
     }
     const float before = *most.at(row), now = std::max(before, largest_of_all(top));
     floats all = load(sum.at(row * LANES));
     if (now > before) {
-      const float by = exponential(before - now + floats{})[0];
+      const floats by = before > -INFINITY ? power<T>(before - now + floats{}) : floats{};
       for (int64_t e = 0; e < p.size; e += LANES) store(sums.at(row * p.size + e), load(sums.at(row * p.size + e)) * by);
       *most.at(row) = now, all *= by;
     }
     for (int i = 0; i < PARTS; i++) {
-      x[i] = sees[i] ? exponential(x[i] - now) : floats{};
+      x[i] = sees[i] ? power<T>(x[i] - now) : floats{};
       all += x[i], store(shares.at(row * SIDE + i * LANES), x[i]);
     }
     store(sum.at(row * LANES), all);

@@ -10,7 +10,7 @@ from deltaw.kernels import library
 from deltaw.kernels.products import summed, times
 
 OFF = 8e-3
-EDGES = [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 48, 49, 64, 65, 130, 192, 193]
+EDGES = [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 48, 49, 64, 65, 130, 192, 512, 513]
 """Numbers of rows around those where another way is taken."""
 
 
