@@ -141,6 +141,27 @@ def serving(rows):
     return fig
 
 
+def served_step(rows):
+    """What a step's calls take, side by side, and what is left of it; in front of them what they could not be below."""
+    fig, ax = plt.subplots(figsize=(8, 3))
+    steps = list(dict.fromkeys((r["step"], r["adapters"]) for r in rows))[::-1]
+    names = ["product", "wear", "paged", "head", "the rest"]
+    for y, step in enumerate(steps):
+        of = {r["call"]: r for r in rows if (r["step"], r["adapters"]) == step}
+        rest = of["step"]["seconds"] - sum(of[name]["seconds"] for name in names[:-1])
+        left = 0
+        for name, tone in zip(names, plt.cm.viridis([0.1, 0.35, 0.6, 0.8, 0.95]), strict=True):
+            wide = 1e3 * (of[name]["seconds"] if name in of else rest)
+            ax.barh(y, wide, left=left, color=tone, label=name if y == 0 else None)
+            left += wide
+        least = 1e3 * sum(r.get("least_seconds", 0) for r in of.values())
+        ax.plot([least, least], [y - 0.4, y + 0.4], color="black", label="the least, all together" if y == 0 else None)
+    ax.set_yticks(range(len(steps)), [f"{name}, {count or 'no'} adapters" for name, count in steps])
+    ax.set_xlabel("ms")
+    ax.legend(frameon=False, fontsize=8)
+    return fig
+
+
 def scale(rows):
     fig, ax = plt.subplots(figsize=(6, 2.2))
     ax.barh([f"{r['adapters']:,} adapters, {r['side'].split(', ')[1]}" for r in rows[::-1]],

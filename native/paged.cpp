@@ -19,6 +19,11 @@ struct Span {
   int64_t start, stop, past;
 };
 
+// Tokens of a sequence that are attended from together, from this one on, for one head of keys.
+struct Unit {
+  int64_t sequence, head, from;
+};
+
 // c = a b, or c += a b, for `high` rows of words. What lies at `next` as b does here comes next, and is asked for.
 template <typename T, int high, bool onto>
 void rows_by(const T* const* a, const T* b, const T* next, int64_t stride, int64_t depth, int64_t columns, float* c) {
@@ -99,22 +104,34 @@ struct Worker {
     return static_cast<const T*>(p.q) + ((token + row / group) * p.heads + head * group + row % group) * p.size;
   }
 
-  void attend(int64_t s, int64_t head, int64_t from) {
+  // The place where the first page lies that the tokens of a unit see.
+  int64_t begins(const Unit& u) const {
+    const int64_t first = spans[u.sequence].past + u.from - spans[u.sequence].start;
+    return p.window ? std::max<int64_t>(0, first + 1 - p.window) / SIDE * SIDE : 0;
+  }
+
+  // `after`: the unit that comes next, if there is one.
+  void attend(const Unit& unit, const Unit* after) {
+    const auto [s, head, from] = unit;
     const Span& span = spans[s];
     const int64_t count = (std::min(from + tokens, span.stop) - from) * group, first = span.past + from - span.start;
     std::fill_n(sums.at(), count * p.size, 0.f), std::fill_n(sum.at(), count * LANES, 0.f);
     std::fill_n(most.at(), count, -INFINITY);
-    const int64_t last = first + (count - 1) / group, least = p.window ? std::max<int64_t>(0, first + 1 - p.window) : 0;
-    for (int64_t place = least / SIDE * SIDE; place <= last; place += SIDE) {
-      const bool more = place + SIDE <= last;  // in a page that may lie anywhere
+    const int64_t last = first + (count - 1) / group;
+    for (int64_t place = begins(unit); place <= last; place += SIDE) {
+      const T *next_keys = nullptr, *next_values = nullptr;  // in a page that may lie anywhere
+      if (place + SIDE <= last) next_keys = keys(s, head, place + SIDE), next_values = values(s, head, place + SIDE);
+      else if (after)
+        next_keys = keys(after->sequence, after->head, begins(*after)),
+        next_values = values(after->sequence, after->head, begins(*after));
       each(count, [&](auto high, int64_t row) {
-        const T *of[high], *next = more && !row ? keys(s, head, place + SIDE) : nullptr;
+        const T *of[high], *next = row ? nullptr : next_keys;
         for (int i = 0; i < high; i++) of[i] = query(head, from, row + i);
         rows_by<T, high, false>(of, keys(s, head, place), next, SIDE, p.size, SIDE, scores.at(row * SIDE));
       });
       for (int64_t row = 0; row < count; row++) share(row, first + row / group - place);
       each(count, [&](auto high, int64_t row) {
-        const T *of[high], *next = more && !row ? values(s, head, place + SIDE) : nullptr;
+        const T *of[high], *next = row ? nullptr : next_values;
         for (int i = 0; i < high; i++) of[i] = shares.at((row + i) * SIDE);
         rows_by<T, high, true>(of, values(s, head, place), next, p.size, SIDE, p.size, sums.at(row * p.size));
       });
@@ -173,9 +190,6 @@ struct Worker {
 template <typename T>
 void paged(const Paged& p) {
   const Span* spans = reinterpret_cast<const Span*>(p.spans);
-  struct Unit {
-    int64_t sequence, head, from;
-  };
   std::vector<Unit> units;
   for (int64_t s = 0; s < p.sequences; s++)
     for (int64_t head = 0; head < p.kv_heads; head++)
@@ -186,8 +200,11 @@ void paged(const Paged& p) {
 #pragma omp for schedule(static) collapse(2)
     for (int64_t s = 0; s < p.sequences; s++)
       for (int64_t head = 0; head < p.kv_heads; head++) worker.keep(s, head);
+    const size_t some = std::min<size_t>(8, 1 + units.size() / (8 * p.threads));  // are taken at once
 #pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < units.size(); i++) worker.attend(units[i].sequence, units[i].head, units[i].from);
+    for (size_t first = 0; first < units.size(); first += some)
+      for (size_t i = first, end = std::min(units.size(), first + some); i < end; i++)
+        worker.attend(units[i], i + 1 < end ? &units[i + 1] : nullptr);
   }
 }
 
