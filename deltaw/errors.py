@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from typing import Any
 
 MOST = 40
 """Names that are listed for one that is not known."""
@@ -53,15 +54,19 @@ def located(where: str) -> Iterator[None]:
 
 
 @contextmanager
-def explained(what: str, *kinds: type[Exception], where: object = "", why: str = "{error}", remedy: str = ""
-              ) -> Iterator[None]:  # fmt: skip
-    """Let errors of these kinds in this block be a user's mistake; `why` may speak of the {error} and its {kind}."""
+def explained(what: str, *kinds: type[Exception], where: object = "", why: str | Callable[[Any], object] = str,
+              remedy: str = "") -> Iterator[None]:  # fmt: skip
+    """Let errors of these kinds in this block be a user's mistake.
+
+    `why` may speak of the {error} and its {kind}, or be what the error is told by.
+    """
     try:
         yield
     except UserError:
         raise
     except kinds as e:
-        raise UserError(what, where=str(where), why=why.format(error=e, kind=type(e).__name__), remedy=remedy) from None
+        told = why.format(error=e, kind=type(e).__name__) if isinstance(why, str) else str(why(e))
+        raise UserError(what, where=str(where), why=told, remedy=remedy) from None
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from deltaw.advise.probe import Cost, beginning, clock, cost, kept_bytes, micro_
 from deltaw.data.batch import Batch, micro_batches, per_epoch, steps
 from deltaw.decode.generate import answers
 from deltaw.decode.sampling import Sampling
-from deltaw.errors import UserError, WillNotFit
+from deltaw.errors import UserError, WillNotFit, explained
 from deltaw.kernels.heap import frugal
 from deltaw.models.checkpoint import read_json
 from deltaw.scoring.loss import batch_loss
@@ -71,13 +71,12 @@ class Plan:
         anew = "Remove the file; the run is then planned anew."
         try:
             values = read_json(path)
-            values.pop("actual", None)
-            return TypeAdapter(cls).validate_python(values)
-        except ValidationError as e:
-            raise UserError("The plan cannot be understood.", where=str(path), why=complaint(e), remedy=anew) from None
         except UserError as e:
             e.remedy = anew
             raise
+        values.pop("actual", None)
+        with explained("The plan cannot be understood.", ValidationError, where=path, why=complaint, remedy=anew):
+            return TypeAdapter(cls).validate_python(values)
 
     def after(self, done: int) -> float:
         """Seconds that `done` steps of the plan take."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from deltaw.api.persona import BASE, Persona
 from deltaw.api.remote import Remote
 from deltaw.decode.sampling import Sampling
-from deltaw.errors import UserError, nearest
+from deltaw.errors import UserError, explained, nearest
 from deltaw.files.atomic import write_text
 
 
@@ -90,16 +90,12 @@ class Chat:
         """
         if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in self.turns):
             raise UserError("There is no answer to save yet.")
-        try:
+        with explained("This file cannot be added to.", OSError, UnicodeDecodeError, where=path):
             before = path.read_text(encoding="utf-8") if path.exists() else ""
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError("This file cannot be added to.", where=str(path), why=str(e)) from None
         if before and not before.endswith("\n"):
             before += "\n"
         turns = self.personas[self.current].addressed(self.turns)
         text = before + json.dumps({"messages": turns}, ensure_ascii=False) + "\n"
-        try:
+        with explained("The conversation cannot be saved here.", OSError, where=path, why="{error.strerror}."):
             write_text(path, text)
-        except OSError as e:
-            raise UserError("The conversation cannot be saved here.", where=str(path), why=f"{e.strerror}.") from None
         return sum(bool(line.strip()) for line in text.split("\n"))

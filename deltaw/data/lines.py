@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from deltaw.errors import UserError
+from deltaw.errors import UserError, explained
 
 ENDED = re.compile(r"[^\r]*\r|[^\r]+")
 PIECE = 1 << 20
@@ -19,19 +19,17 @@ def lines(path: Path) -> Iterator[str]:
     Raises:
         UserError: the file cannot be read, or a line is no UTF-8.
     """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                    text = f"{text[:-2]}\n" if text.endswith("\r\n") else text
-                    yield from ENDED.findall(text) if "\r" in text else (text,)
-                except UnicodeDecodeError:
-                    raise UserError("This is not UTF-8 text.", where=f"{path}:{number}", why=_encoding(line),
-                                    remedy="Save the file as plain UTF-8 text.") from None  # fmt: skip
-    except OSError as e:
-        raise UserError("The data file cannot be read.", where=str(path), why=str(e.strerror) + ".",
-                        remedy="A path counts from the folder in which the command is given.") from None  # fmt: skip
+    with (explained("The data file cannot be read.", OSError, where=path, why="{error.strerror}.",
+                    remedy="A path counts from the folder in which the command is given."),
+          path.open("rb") as file):  # fmt: skip
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = f"{text[:-2]}\n" if text.endswith("\r\n") else text
+                yield from ENDED.findall(text) if "\r" in text else (text,)
+            except UnicodeDecodeError:
+                raise UserError("This is not UTF-8 text.", where=f"{path}:{number}", why=_encoding(line),
+                                remedy="Save the file as plain UTF-8 text.") from None  # fmt: skip
 
 
 def pieces(path: Path) -> Iterator[str]:

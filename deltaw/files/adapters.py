@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deltaw import __version__
 from deltaw.adapters.adapter import Adapter
-from deltaw.errors import Diverged, UserError
+from deltaw.errors import Diverged, UserError, explained
 from deltaw.files.atomic import replacing
 from deltaw.files.sealed import read_said, read_tensors, sealed
 from deltaw.methods import method, name_of
@@ -100,22 +100,19 @@ def read_header(path: Path) -> Header:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Header, Any]]:
-    try:
-        with safe_open(path, "pt") as file:
-            said = read_said(file, KEY)
-            if said is None:
-                raise UserError("This safetensors file is no deltaw adapter.", where=str(path))
-            header = Header(**said)
-            if header.format > FORMAT:
-                raise UserError(f"This adapter is of format {header.format}, and this version reads {FORMAT} at most.",
-                                where=str(path), remedy="Update deltaw.")  # fmt: skip
-            yield header, file
-    except FileNotFoundError:
-        raise UserError("There is no adapter here.", where=str(path),
-                        why="Its run may not have ended: deltaw train --resume goes on with it.") from None  # fmt: skip
-    except (SafetensorError, OSError, TypeError, ValueError) as e:
-        raise UserError("The adapter file is damaged.", where=str(path), why=str(e),
-                        remedy="Take a copy of it, or train anew.") from None  # fmt: skip
+    with (explained("The adapter file is damaged.", SafetensorError, OSError, TypeError, ValueError, where=path,
+                    remedy="Take a copy of it, or train anew."),
+          explained("There is no adapter here.", FileNotFoundError, where=path,
+                    why="Its run may not have ended: deltaw train --resume goes on with it."),
+          safe_open(path, "pt") as file):  # fmt: skip
+        said = read_said(file, KEY)
+        if said is None:
+            raise UserError("This safetensors file is no deltaw adapter.", where=str(path))
+        header = Header(**said)
+        if header.format > FORMAT:
+            raise UserError(f"This adapter is of format {header.format}, and this version reads {FORMAT} at most.",
+                            where=str(path), remedy="Update deltaw.")  # fmt: skip
+        yield header, file
 
 
 def state(adapter: Adapter) -> dict[str, Tensor]:

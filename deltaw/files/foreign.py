@@ -94,10 +94,8 @@ def _refuse(config: Mapping[str, Any], folder: Path) -> None:
 
 def _said(told: Mapping[str, Any], folder: Path) -> Said:
     """What the configuration says, checked."""
-    try:
+    with explained(f"{CONFIG} cannot be understood.", ValidationError, where=folder, why=complaint):
         return TypeAdapter(Said).validate_python({k: v for k, v in told.items() if v is not None})
-    except ValidationError as e:
-        raise UserError(f"{CONFIG} cannot be understood.", where=str(folder), why=complaint(e)) from None
 
 
 def _from_mlx(told: Mapping[str, Any], folder: Path) -> tuple[Said, dict[str, Tensor]]:

@@ -221,13 +221,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or is not an object.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.name} is missing.", where=str(path.parent),
-                        remedy=FORMS) from None  # fmt: skip
-    except (ValueError, RecursionError) as e:
-        raise UserError("This is not JSON.", where=str(path), why=str(e)) from None
+    with explained(f"{path.name} is missing.", FileNotFoundError, where=path.parent, why="", remedy=FORMS):
+        text = path.read_bytes()
+    with explained("This is not JSON.", ValueError, RecursionError, where=path):
+        value = json.loads(text.decode())
     if not isinstance(value, dict):
         raise UserError("This is not a JSON object.", where=str(path))
     return value

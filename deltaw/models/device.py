@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from deltaw.errors import UserError
+from deltaw.errors import explained
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -15,12 +15,10 @@ def choose_device(wanted: str) -> torch.device:
     """
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with explained(f"There is no device '{wanted}' here.", RuntimeError, AssertionError, NotImplementedError,
+                   why=lambda error: str(error).splitlines()[0][:120], remedy="Take --device cpu."):  # fmt: skip
         device = torch.device(wanted)
         torch.empty(1, device=device).item()  # the device `meta` has no values
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise UserError(f"There is no device '{wanted}' here.", why=str(e).splitlines()[0][:120],
-                        remedy="Take --device cpu.") from None  # fmt: skip
     return device
 
 

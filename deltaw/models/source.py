@@ -156,9 +156,7 @@ def _from_hub(name: str, say: Say) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     say(f"Fetching {name} from the Hugging Face hub")
-    try:
+    with explained(f"The model '{name}' is neither on this machine nor within reach.", HfHubHTTPError,
+                   LocalEntryNotFoundError, OSError, why=lambda error: str(error).strip().splitlines()[0][:200],
+                   remedy="Give the path of a model folder or a GGUF file."):  # fmt: skip
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        raise UserError(f"The model '{name}' is neither on this machine nor within reach.",
-                        why=str(e).strip().splitlines()[0][:200],
-                        remedy="Give the path of a model folder or a GGUF file.") from None  # fmt: skip

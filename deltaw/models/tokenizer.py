@@ -90,11 +90,9 @@ class Tokenizer:
         return list(encoding.ids), list(encoding.offsets)
 
     def _encoding(self, text: str) -> Encoding:
-        try:
+        with explained("This text holds half a character, or bytes that are no UTF-8.", TypeError,
+                       why=lambda _: f"It begins {text[:40]!a}."):  # fmt: skip
             return self.fast.encode(text, add_special_tokens=False)
-        except TypeError:
-            raise UserError("This text holds half a character, or bytes that are no UTF-8.",
-                            why=f"It begins {text[:40]!a}.") from None  # fmt: skip
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of the ids."""

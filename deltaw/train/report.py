@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from deltaw.errors import UserError, explained
+from deltaw.errors import explained
 from deltaw.files.atomic import write_text
 from deltaw.train import svg
 from deltaw.train.heat import heat, placed
@@ -77,11 +77,10 @@ def _plots(run: Run) -> Iterator[tuple[str, str]]:
 def _values(path: Path) -> list[tuple[str, str]]:
     if not path.exists():
         return []
-    try:
+    with explained("The file cannot be understood.", ValueError, yaml.YAMLError, where=path,
+                   why=lambda error: getattr(error, "problem", error)):  # fmt: skip
         text = path.read_text(encoding="utf-8")
         return list(_flat(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)))
-    except (ValueError, yaml.YAMLError) as e:
-        raise UserError("The file cannot be understood.", where=str(path), why=str(getattr(e, "problem", e))) from None
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
