@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from deltaw.api.persona import BASE, Persona
+from deltaw.api.persona import BASE, Persona, addressed
 from deltaw.api.remote import Remote
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError, explained, nearest
@@ -94,7 +94,7 @@ class Chat:
             before = path.read_text(encoding="utf-8") if path.exists() else ""
         if before and not before.endswith("\n"):
             before += "\n"
-        turns = self.personas[self.current].addressed(self.turns)
+        turns = addressed(self.personas[self.current].system, self.turns)
         text = before + json.dumps({"messages": turns}, ensure_ascii=False) + "\n"
         with explained("The conversation cannot be saved here.", OSError, where=path, why="{error.strerror}."):
             write_text(path, text)

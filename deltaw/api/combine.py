@@ -17,10 +17,9 @@ from pydantic import Field
 from torch import Tensor
 
 from deltaw.adapters.adapter import Adapter
-from deltaw.api.persona import Persona
+from deltaw.api.persona import Pair, Persona
 from deltaw.errors import UserError
-from deltaw.files import adapters
-from deltaw.files.adapters import put
+from deltaw.files.adapters import filled
 from deltaw.files.runs import fresh, kept
 from deltaw.methods import method
 from deltaw.models.decoder import Decoder
@@ -30,8 +29,6 @@ MOST = 8192
 """The largest rank of a LoRA here."""
 CANCELLED = 1e-10
 """Share of the squares of all updates below which their sum is rounding."""
-Pair = tuple[Tensor, Tensor]
-"""A_RI and B_OR, whose product B A is an update."""
 
 
 @settings
@@ -63,7 +60,8 @@ def combine(personas: Sequence[Persona], weights: Sequence[float], chosen: Combi
     if chosen.how != "dare" and chosen.seed:
         raise UserError("Nothing is drawn at random here.", remedy="Leave --seed out, or take --how dare.")
     density = chosen.density or 0.5
-    low = [_pairs(persona) for persona in personas]
+    low = [persona.pairs("combine", "add a product of thin matrices",
+                         "Only such can be combined: LoRA and what is like it.") for persona in personas]  # fmt: skip
     rng = torch.Generator().manual_seed(chosen.seed)
     pairs: dict[str, Pair] = {}
     lost = whole = given = 0.0
@@ -96,8 +94,7 @@ def write(personas: Sequence[Persona], weights: Sequence[float], chosen: Combina
     adapter, lost = combine(personas, weights, chosen)
     systems = {persona.system for persona in personas}
     system = systems.pop() if len(systems) == 1 else ""
-    header = adapters.Header.of(adapter, base.origin, base.fingerprint, system, base.form)
-    return kept(adapter, header, run), lost
+    return kept(adapter, base.header(adapter, system), run), lost
 
 
 def built(pairs: Mapping[str, Pair], model: Decoder) -> Adapter:
@@ -107,22 +104,8 @@ def built(pairs: Mapping[str, Pair], model: Decoder) -> Adapter:
     other = {re.escape(name): r for name, r in ranks.items() if r != rank}
     lora = method("lora", targets=",".join(map(re.escape, pairs)), rank=rank, alpha=float(rank), rank_pattern=other,
                   alpha_pattern={name: float(r) for name, r in other.items()})  # fmt: skip
-    adapter = Adapter.build(lora, model).to(model.device)
-    put(adapter, {f"{name}.{part}": t for name, pair in pairs.items() for part, t in zip("AB", pair, strict=True)}, "")
-    return adapter.eval()
-
-
-def _pairs(persona: Persona) -> dict[str, Pair]:
-    """The updates by layer, scales multiplied into B."""
-    if persona.adapter is None:
-        raise UserError("The base has no adapter to combine.")
-    pairs = {}
-    for name, form in persona.adapter.low_rank().items():
-        if form is None:
-            raise UserError(f"'{persona.name}' does more at {name} than add a product of thin matrices.",
-                            remedy="Only such can be combined: LoRA and what is like it.")  # fmt: skip
-        pairs[name] = form.A_RI.detach().cpu(), form.scale * form.B_OR.detach().cpu()
-    return pairs
+    tensors = {f"{name}.{part}": t for name, pair in pairs.items() for part, t in zip("AB", pair, strict=True)}
+    return filled(lora, model, tensors, "")
 
 
 def _within(pair: Pair, rank: int) -> tuple[Pair, Tensor]:

@@ -8,15 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from torch import Tensor
-
-from deltaw.adapters.adapter import Adapter
 from deltaw.api.merge import Merged, check_batches, compared, folded, merge
 from deltaw.api.persona import Base, Persona
 from deltaw.data.rows import Example
 from deltaw.errors import UserError
 from deltaw.evaluate.measure import Difference
-from deltaw.files import adapters, ollama, peft
+from deltaw.files import ollama, peft
 from deltaw.files.atomic import replacing, replacing_folder, write_text
 from deltaw.files.runs import fresh, kept
 from deltaw.models import checkpoint, gguf_write, packed, source
@@ -49,23 +46,16 @@ def export(persona: Persona, to: Target, out: Path, packing: Packing | None = No
     Raises:
         UserError: the format cannot hold this adapter or this model, or `out` is there already.
     """
-    if persona.adapter is None:
-        raise UserError("The base has no adapter to export.")
+    adapter = persona.worn("export")
     if os.path.lexists(out):
         raise UserError("It is there already.", where=str(out), remedy="Take another --out.")
     if packing is not None and to not in ("gguf", "ollama"):
         raise UserError(f"A packing is of GGUF models; --to {to} has none.")
-    return _exported(persona, to, out, packing or "F16", examples, card)
-
-
-def _exported(persona: Persona, to: Target, out: Path, packing: Packing, examples: Sequence[Example],
-              card: str | None) -> Exported:  # fmt: skip
-    assert persona.adapter is not None
-    base, batches = persona.base, check_batches(persona, examples)
+    base, batches, packing = persona.base, check_batches(persona, examples), packing or "F16"
     match to:
         case "peft" | "vllm":
             with replacing_folder(out) as scratch:
-                peft.write(persona.adapter, base.model, base.origin, scratch, uniform=to == "vllm")
+                peft.write(adapter, base.model, base.origin, scratch, uniform=to == "vllm")
                 if persona.system:
                     write_text(scratch / SYSTEM, persona.system)
                 if card is not None:
@@ -88,7 +78,9 @@ def _exported(persona: Persona, to: Target, out: Path, packing: Packing, example
                 return Exported(to, out, _size(scratch), compared(persona, written, batches), notices)
         case "gguf-lora":
             with replacing(out) as scratch:
-                gguf_write.write_lora(_pairs(persona.adapter), base.model.config, scratch, persona.name)
+                pairs = persona.pairs("export", "a GGUF LoRA can",
+                                      "Take --to gguf; or --to peft, if it cannot be merged.")  # fmt: skip
+                gguf_write.write_lora(pairs, base.model.config, scratch, persona.name)
                 return Exported(to, out, _size(scratch), None, _elsewhere(base))
 
 
@@ -131,18 +123,7 @@ def bring(folder: Path, base: Base, name: str, runs: Path) -> Path:
     run = fresh(name, runs, "--name.")
     adapter = peft.read(folder, base.model)
     system = (folder / SYSTEM).read_text(encoding="utf-8", errors="replace") if (folder / SYSTEM).is_file() else ""
-    header = adapters.Header.of(adapter, base.origin, base.fingerprint, system, base.form)
-    return kept(adapter, header, run)
-
-
-def _pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
-    pairs = {}
-    for name, form in adapter.low_rank().items():
-        if form is None:
-            raise UserError(f"The adapter does more at {name} than a GGUF LoRA can.",
-                            remedy="Take --to gguf; or --to peft, if it cannot be merged.")  # fmt: skip
-        pairs[name] = (form.A_RI.detach(), form.scale * form.B_OR.detach())
-    return pairs
+    return kept(adapter, base.header(adapter, system), run)
 
 
 def _size(path: Path) -> int:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from deltaw import methods
 from deltaw.adapters.adapter import Adapter
 from deltaw.adapters.protocol import Method
 from deltaw.advise import plan as planning
 from deltaw.advise.machine import free_disk
-from deltaw.advise.plan import SPREAD, Plan
 from deltaw.api.begin import begun, packed_by_layer, packing
 from deltaw.api.interrupt import interruptible
 from deltaw.api.persona import Base, Persona, load_base
@@ -25,11 +24,9 @@ from deltaw.api.prepare import EncodedData, Loaded, load, manifest, question
 from deltaw.data.batch import per_epoch, rows_per_step
 from deltaw.data.columns import HUB
 from deltaw.errors import Diverged, Interrupted, UserError, WillNotFit, explained, nearest
-from deltaw.files import adapters, runs
+from deltaw.files import runs
 from deltaw.files.runs import Run
 from deltaw.kernels.library import instruction_set
-from deltaw.methods import find as find_method
-from deltaw.methods import method as make_method
 from deltaw.models.checkpoint import count
 from deltaw.settings import Training, build, names, plain
 from deltaw.train import memory
@@ -82,7 +79,7 @@ class Prepared:
     base: Base
     job: Job
     started: Started
-    plan: Plan | None = None
+    plan: planning.Plan | None = None
 
     def heard_by(self, *listeners: Listener) -> str:
         """Go through all events, each told to every listener; why the run ended. Errors as of `events`."""
@@ -142,8 +139,7 @@ class Prepared:
     def _all(self) -> Iterator[Event]:
         trainer = Trainer(self.job)
         lost = trainer.resume()
-        yield dataclasses.replace(self.started, resumed_at=trainer.progress.step,
-                                  notices=(*self.started.notices, *lost))  # fmt: skip
+        yield replace(self.started, resumed_at=trainer.progress.step, notices=(*self.started.notices, *lost))
         if self.plan is None:
             self.plan = planning.measure(self.job, self.job.settings.minutes)
             self.job.steps = trainer.progress.steps or self.plan.steps
@@ -152,14 +148,14 @@ class Prepared:
         yield _planned(self.plan)
         for event in trainer.run():
             if isinstance(event, Finished):
-                event = dataclasses.replace(event, predicted_seconds=self.plan.after(event.step),
-                                            predicted_bytes=self.plan.peak_bytes)  # fmt: skip
+                event = replace(event, predicted_seconds=self.plan.after(event.step),
+                                predicted_bytes=self.plan.peak_bytes)  # fmt: skip
                 yield from self._write_plan({"actual": event.record()})
             yield event
 
     def _write_plan(self, more: dict[str, Any]) -> Iterator[Event]:
         assert self.plan is not None
-        run, values = self.job.run, {**dataclasses.asdict(self.plan), **more}
+        run, values = self.job.run, {**asdict(self.plan), **more}
         yield from guarded(lambda: run.write_json(run.plan, values), "The disk is full: plan.json was not written.")
 
 
@@ -179,7 +175,7 @@ def prepare(data: Sequence[str], values: Mapping[str, Any], stop: Callable[[], b
     run = runs.create(settings.runs, settings.name, called(loaded.parts[0].path), settings.method)
     _check_disk(run, adapter)
     # Without the name, so that the file can be given back with --config.
-    config = {"data": list(data), **plain(dataclasses.replace(settings, name=None)), **plain(method)}
+    config = {"data": list(data), **plain(replace(settings, name=None)), **plain(method)}
     run.write_config(config)
     run.write_json(run.manifest, {**manifest(base, loaded, encoded), "settings": config})
     return Prepared(base, *_job(base, run, adapter, settings, loaded, encoded, stop))
@@ -216,9 +212,9 @@ def resume(name: str | None, folder: Path, stop: Callable[[], bool] = lambda: Fa
              for key, value in (on or {}).items() if value != config[key]]  # fmt: skip
     if not run.checkpoints():
         moved.append("No checkpoint is left: the run begins anew.")
-    prepared = Prepared(base, job, dataclasses.replace(started, notices=(*started.notices, *moved)))
+    prepared = Prepared(base, job, replace(started, notices=(*started.notices, *moved)))
     if run.plan.exists():
-        prepared.plan = Plan.read(run.plan)
+        prepared.plan = planning.Plan.read(run.plan)
         prepared.job.steps, prepared.job.recompute = prepared.plan.steps, prepared.plan.recompute
     return prepared
 
@@ -240,28 +236,25 @@ def _resolved(settings: Training, method: Method, base: Base, encoded: EncodedDa
         "batch_rows": settings.batch_rows or rows_per_step(encoded.rows.mean_tokens),
         "learning_rate": settings.learning_rate or type(method).peak_rate * min(1.0, RATE_WIDTH / width),
     }  # fmt: skip
-    return dataclasses.replace(settings, **chosen)
+    return replace(settings, **chosen)
 
 
 def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loaded, encoded: EncodedData,
          stop: Callable[[], bool]) -> tuple[Job, Started]:  # fmt: skip
     batch_rows = settings.batch_rows or rows_per_step(encoded.rows.mean_tokens)
     steps = settings.steps or max(1, round(settings.epochs * per_epoch(encoded.weights, batch_rows)))
-    header = adapters.Header.of(adapter, base.origin, base.fingerprint, loaded.system, base.form)
     with adapter.on():
         asked = question(loaded, base, settings)
-    job = Job(run, base.model, base.tokenizer, adapter, header, settings, encoded.rows, encoded.weights,
-              encoded.val, steps, settings.learning_rate or 0.0,
-              question=asked, stop=stop)  # fmt: skip
+    header, rate = base.header(adapter, loaded.system), settings.learning_rate or 0.0
+    job = Job(run, base.model, base.tokenizer, adapter, header, settings, encoded.rows, encoded.weights, encoded.val,
+              steps, rate, question=asked, stop=stop)  # fmt: skip
     started = Started(
         run=str(run.folder), base=base.name, method=settings.method, trained_parameters=adapter.parameter_count,
-        base_parameters=count(base.model), rows=len(encoded.rows),
-        val_rows=encoded.val_rows, tokens=encoded.rows.tokens,
-        trained_tokens=encoded.rows.targets, batch_rows=batch_rows,
+        base_parameters=count(base.model), rows=len(encoded.rows), val_rows=encoded.val_rows,
+        tokens=encoded.rows.tokens, trained_tokens=encoded.rows.targets, batch_rows=job.batch_rows,
         dtype=str(base.model.dtype).removeprefix("torch."), device=str(base.model.device),
         threads=torch.get_num_threads(), learning_rate=job.learning_rate, packed=packed_by_layer(adapter),
-        base_form=base.form, kernels=instruction_set(),
-        notices=(*loaded.notices, *encoded.notices))  # fmt: skip
+        base_form=base.form, kernels=instruction_set(), notices=(*loaded.notices, *encoded.notices))  # fmt: skip
     return job, started
 
 
@@ -272,9 +265,9 @@ def _check_disk(run: Run, adapter: Adapter) -> None:
                          where=str(run.folder.parent), remedy="Free some, or take --runs on another disk.")  # fmt: skip
 
 
-def _planned(plan: Plan) -> Planned:
-    return Planned(steps=plan.steps, train_seconds=plan.seconds, low_seconds=plan.seconds * (1 - SPREAD),
-                   high_seconds=plan.seconds * (1 + SPREAD), peak_bytes=plan.peak_bytes,
+def _planned(plan: planning.Plan) -> Planned:
+    return Planned(steps=plan.steps, train_seconds=plan.seconds, low_seconds=plan.seconds * (1 - planning.SPREAD),
+                   high_seconds=plan.seconds * (1 + planning.SPREAD), peak_bytes=plan.peak_bytes,
                    available_bytes=plan.available_bytes, recompute=plan.recompute, notices=plan.notices)  # fmt: skip
 
 
@@ -284,7 +277,7 @@ def resolve(values: Mapping[str, Any], where: str = "") -> tuple[Training, Metho
     Raises:
         UserError: an unknown setting, with the nearest known one, or a value that does not fit.
     """
-    method = find_method(str(values.get("method", "lora")))
+    method = methods.find(str(values.get("method", "lora")))
     known = [*names(Training), *names(method)]
     for key in values:
         if key not in known:
@@ -292,4 +285,4 @@ def resolve(values: Mapping[str, Any], where: str = "") -> tuple[Training, Metho
     own = {k: v for k, v in values.items() if k in names(method)}
     rest = {k: v for k, v in values.items() if k in names(Training)}
     settings = build(Training, rest, where)
-    return settings, make_method(settings.method, where, **own)
+    return settings, methods.method(settings.method, where, **own)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -59,8 +58,7 @@ def merge(persona: Persona, folder: Path, examples: Sequence[Example] = (), into
         UserError: the folder is there already, there is no adapter, its method cannot be merged, or `into` is no base
         of the same shape and vocabulary.
     """
-    if persona.adapter is None:
-        raise UserError("The base has no adapter to merge.")
+    persona.worn("merge")
     if (folder.is_symlink() and not folder.exists()) or (folder.exists() and any(folder.iterdir())):
         raise UserError("The folder is there already, and not empty.", where=str(folder), remedy="Take another --out.")
     batches, worn = check_batches(persona, examples), persona if into is None else moved(persona, into)
@@ -74,7 +72,7 @@ def merge(persona: Persona, folder: Path, examples: Sequence[Example] = (), into
         kind = str(form or model.dtype).removeprefix("torch.")
         merged = Merged(folder, compared(persona, written, batches), kind,
                         sum(f.stat().st_size for f in scratch.glob("*.safetensors")))  # fmt: skip
-        report = {**dataclasses.asdict(merged), "folder": folder.name, "persona": persona.name, "base": worn.base.name,
+        report = {**asdict(merged), "folder": folder.name, "persona": persona.name, "base": worn.base.name,
                   "trained_on": persona.base.name}  # fmt: skip
         (scratch / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n")
     return merged
@@ -86,25 +84,24 @@ def moved(persona: Persona, base: Base) -> Persona:
     Raises:
         UserError: the base has another shape or vocabulary.
     """
-    assert persona.adapter is not None
-    here, there = persona.base, base
+    here, there, trained = persona.base, base, persona.worn("merge")
     if odd := [f"{n} is {getattr(there.model.config, n)}, not {getattr(here.model.config, n)}" for n in SHAPE
                if getattr(there.model.config, n) != getattr(here.model.config, n)]:  # fmt: skip
         raise UserError("The adapter does not fit this base.", where=base.name, why=f"{odd[0]}.")
-    if any(isinstance(delta, Whole) for _, delta in persona.adapter.named_deltas()):
+    if any(isinstance(delta, Whole) for _, delta in trained.named_deltas()):
         raise UserError("This adapter holds whole layers, which would take the place of the other base's.",
                         remedy="Take --into base.")  # fmt: skip
     ours, theirs = ({i: token for token, i in base.tokenizer.fast.get_vocab().items() if not token.startswith("[PAD")}
                     for base in (here, there))  # fmt: skip
     if any(ours[i] != theirs[i] for i in ours.keys() & theirs.keys()):
         raise UserError("This base has another vocabulary than the one the adapter was trained on.", where=base.name)
-    adapter = Adapter.build(persona.adapter.method, base.model).to(base.model.device)
+    adapter = Adapter.build(trained.method, base.model).to(base.model.device)
     own, others = ({name: t.tolist() for name, t in state(each).items() if name.endswith(".order")}
-                   for each in (persona.adapter, adapter))  # fmt: skip
+                   for each in (trained, adapter))  # fmt: skip
     if own != others:
         raise UserError("This adapter sums inputs in the order of its own base's groups, and the other has another.",
                         where=base.name, remedy="Take --into base, or --into quantised.")  # fmt: skip
-    put(adapter, state(persona.adapter), base.name)
+    put(adapter, state(trained), base.name)
     return replace(persona, base=base, adapter=adapter.eval())
 
 
@@ -117,16 +114,14 @@ def folded(persona: Persona, packed: bool = False) -> Iterator[None]:
     Raises:
         UserError: the adapter's method cannot be merged.
     """
-    if persona.adapter is None:
-        raise UserError("The base has no adapter to merge.")
-    base = persona.base.model
+    base, adapter = persona.base.model, persona.worn("merge")
     told = explained("This adapter cannot be merged into plain weights.", CannotMerge)
     with told, bare(base), nullcontext() if packed else unpacked(base):
         try:
-            persona.adapter.merge()
+            adapter.merge()
             yield
         finally:
-            persona.adapter.unmerge()
+            adapter.unmerge()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deltaw.adapters.adapter import Adapter, bare
 from deltaw.decode.generate import Answer, complete, stream
@@ -31,6 +32,8 @@ BASE = "base"
 MOST_THREADS = 8
 """For each core: more only wait for one another."""
 Conversation = str | Sequence[Message]
+Pair = tuple[Tensor, Tensor]
+"""A_RI and B_OR, whose product B A is an update."""
 """A question, or the turns so far."""
 
 
@@ -50,6 +53,10 @@ class Base:
     def origin(self) -> str:
         """The name by which it is found again from any folder: paths are absolute."""
         return str(self.path.absolute()) if Path(self.name).exists() else self.name
+
+    def header(self, adapter: Adapter, system: str) -> adapters.Header:
+        """The header of an adapter for this base."""
+        return adapters.Header.of(adapter, self.origin, self.fingerprint, system, self.form)
 
 
 def load_base(name: str, dtype: str = "auto", device: str = "auto", threads: int | None = None,
@@ -101,6 +108,29 @@ class Persona:
         """Whether it wears nothing."""
         return self.adapter is None
 
+    def worn(self, purpose: str) -> Adapter:
+        """What it wears.
+
+        Raises:
+            UserError: nothing, so that it cannot serve the purpose.
+        """
+        if self.adapter is None:
+            raise UserError(f"The base has no adapter to {purpose}.")
+        return self.adapter
+
+    def pairs(self, purpose: str, than: str, remedy: str) -> dict[str, Pair]:
+        """The updates by layer, scales multiplied into B.
+
+        Raises:
+            UserError: it wears nothing, or does more at some layer `than` the purpose allows.
+        """
+        pairs = {}
+        for name, form in self.worn(purpose).low_rank().items():
+            if form is None:
+                raise UserError(f"'{self.name}' does more at {name} than {than}.", remedy=remedy)
+            pairs[name] = form.A_RI.detach().cpu(), form.scale * form.B_OR.detach().cpu()
+        return pairs
+
     @property
     def home(self) -> str:
         """What it is a persona of."""
@@ -134,12 +164,8 @@ class Persona:
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """The ids after which the model answers; a conversation without a system prompt gets the persona's own."""
-        turns = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
-        return self.base.tokenizer.encode(self.base.tokenizer.chat(self.addressed(turns), prompt=True))
-
-    def addressed(self, turns: Sequence[Message]) -> list[Message]:
-        """The turns, begun with the persona's own system prompt if they have none."""
-        return addressed(self.system, turns)
+        turns = addressed(self.system, conversation)
+        return self.base.tokenizer.encode(self.base.tokenizer.chat(turns, prompt=True))
 
     def wearing(self, name: str, path: Path) -> Persona:
         """The same base with the adapter of another file.
@@ -147,16 +173,15 @@ class Persona:
         Raises:
             UserError: no adapter, or one of another base.
         """
-        system = adapters.read_header(path).system
-        return replace(
-            self, name=name, adapter=adapters.load(path, self.base.model, self.base.fingerprint), system=system
-        )
+        adapter = adapters.load(path, self.base.model, self.base.fingerprint)
+        return replace(self, name=name, adapter=adapter, system=adapters.read_header(path).system)
 
 
-def addressed(system: str, turns: Sequence[Message]) -> list[Message]:
+def addressed(system: str, said: Conversation) -> list[Message]:
     """The turns, begun with this system prompt, if there is one and they have none."""
+    turns: list[Message] = [{"role": "user", "content": said}] if isinstance(said, str) else list(said)
     if not system or (turns and turns[0]["role"] == "system"):
-        return list(turns)
+        return turns
     return [{"role": "system", "content": system}, *turns]
 
 

@@ -15,7 +15,6 @@ from urllib.request import Request, urlopen
 from deltaw.api.persona import BASE, Conversation, addressed
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError, nearest
-from deltaw.models.tokenizer import Message
 
 ANSWER_SECONDS = 600
 
@@ -71,13 +70,11 @@ class Remote:
         Raises:
             UserError: the server refuses, or is gone.
         """
-        turns = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
-        told = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
-                "min_p": sampling.min_p, "seed": sampling.seed, "repetition_penalty": sampling.repetition_penalty,
-                "max_tokens": sampling.max_new_tokens}  # fmt: skip
-        with self.server.open(
-            "/v1/chat/completions", {"model": self.model, "messages": turns, "stream": True, **told}
-        ) as f:
+        asked = {"model": self.model, "messages": addressed("", conversation), "stream": True,
+                 "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
+                 "min_p": sampling.min_p, "seed": sampling.seed, "repetition_penalty": sampling.repetition_penalty,
+                 "max_tokens": sampling.max_new_tokens}  # fmt: skip
+        with self.server.open("/v1/chat/completions", asked) as f:
             for line in f:
                 if heard is not None and not heard():
                     return True
@@ -90,10 +87,6 @@ class Remote:
                     if choice["finish_reason"] is not None:
                         return bool(choice["finish_reason"] == "stop")
         raise UserError("The answer broke off.", where=self.home)
-
-    def addressed(self, turns: Sequence[Message]) -> list[Message]:
-        """The turns, begun with the persona's own system prompt if they have none."""
-        return addressed(self.system, turns)
 
 
 def personas_of(url: str, names: Sequence[str] = (), key: str = "") -> list[Remote]:

@@ -21,7 +21,6 @@ from deltaw.api.persona import Persona
 from deltaw.data.batch import Batch
 from deltaw.errors import UserError
 from deltaw.evaluate.measure import perplexity
-from deltaw.files import adapters
 from deltaw.files.runs import Run, kept
 from deltaw.methods import glora
 from deltaw.methods.glora import CHOICES, General
@@ -96,14 +95,13 @@ def numbers(deltas: Sequence[General], paths: Candidate) -> int:
 
 def write(persona: Persona, paths: Candidate, run: Run) -> Path:
     """Save the supernet by these paths, without all that they do not use, as a run: its file."""
-    supernet, base = _supernet(persona), persona.base
+    supernet = _supernet(persona)
     named = [(name, delta) for name, delta in supernet.named_deltas() if isinstance(delta, General)]
     told = {name: "/".join(path) for (name, _), path in zip(named, paths, strict=True)}
     along = {name: delta.along(path) for (name, delta), path in zip(named, paths, strict=True)}
     assert isinstance(supernet.method, glora.GLoRA)
     taken = supernet.like(replace(supernet.method, supernet=False, paths=told), along)
-    header = adapters.Header.of(taken, base.origin, base.fingerprint, persona.system, base.form)
-    return kept(taken, header, run)
+    return kept(taken, persona.base.header(taken, persona.system), run)
 
 
 def _supernet(persona: Persona) -> Adapter:

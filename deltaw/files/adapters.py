@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deltaw import __version__
 from deltaw.adapters.adapter import Adapter
+from deltaw.adapters.protocol import Method
 from deltaw.errors import Diverged, UserError, explained
 from deltaw.files.atomic import replacing
 from deltaw.files.sealed import read_said, read_tensors, sealed
@@ -73,9 +74,7 @@ def load(path: Path, model: Decoder, fingerprint: str | None = None) -> Adapter:
                         why=f"It was trained on '{header.base}' ({header.fingerprint[:8]}); this base is {have[:8]}, "
                             "another one or damaged since.",
                         remedy=f"Take --base {header.base}; if that is this one, fetch it anew.")  # fmt: skip
-    adapter = Adapter.build(method(header.method, str(path), **header.settings), model).to(model.device)
-    put(adapter, tensors, str(path))
-    return adapter.eval()
+    return filled(method(header.method, str(path), **header.settings), model, tensors, str(path))
 
 
 def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
@@ -119,6 +118,17 @@ def state(adapter: Adapter) -> dict[str, Tensor]:
     """The adapter's tensors by slot name and part: `layers.3.mlp.up_proj.A`."""
     return {name.removeprefix("deltas.").replace("/", "."): t.detach().cpu().contiguous()
             for name, t in adapter.state_dict().items()}  # fmt: skip
+
+
+def filled(method: Method, model: Decoder, tensors: dict[str, Tensor], where: str) -> Adapter:
+    """An adapter of this method with these tensors.
+
+    Raises:
+        UserError: others belong into it.
+    """
+    adapter = Adapter.build(method, model).to(model.device)
+    put(adapter, tensors, where)
+    return adapter.eval()
 
 
 def put(adapter: Adapter, tensors: dict[str, Tensor], where: str) -> None:

@@ -25,7 +25,7 @@ from deltaw.adapters.protocol import HEAD, matches
 from deltaw.adapters.whole import PART, Whole
 from deltaw.errors import UserError
 from deltaw.files import peft_prefix
-from deltaw.files.adapters import put, refuse_nan
+from deltaw.files.adapters import filled, refuse_nan
 from deltaw.files.atomic import replacing, write_text
 from deltaw.files.foreign import CONFIG, WEIGHTS, Said, raw, understood
 from deltaw.methods import method
@@ -165,10 +165,8 @@ def read(folder: Path, model: Decoder) -> Adapter:
         alpha_pattern={re.escape(n): float(a) for n, a in alpha_of.items() if a != alpha},
         modules_to_save=",".join(whole), ensure_weight_tying=tied,
     )  # fmt: skip
-    adapter = Adapter.build(lora, model).to(model.device)
-    put(adapter, {**{f"{n}.{part}": t for n, pair in low.items() for part, t in pair.items()},
-                  **{f"{n}.value": t for n, t in whole.items()}}, str(folder))  # fmt: skip
-    return adapter.eval()
+    parts = {f"{n}.{part}": t for n, pair in low.items() for part, t in pair.items()}
+    return filled(lora, model, parts | {f"{n}.value": t for n, t in whole.items()}, str(folder))
 
 
 def _missing(config: Said, model: Decoder, there: set[str], folder: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.errors import UserError
-from deltaw.files.adapters import put, refuse_nan
+from deltaw.files.adapters import filled, refuse_nan
 from deltaw.files.atomic import replacing, write_text
 from deltaw.files.foreign import CONFIG, WEIGHTS
 from deltaw.methods import method
@@ -73,9 +73,8 @@ def read(told: dict[str, Any], tensors: dict[str, Tensor], model: Decoder, folde
     own = {**_shape(c, len(t)), "num_transformer_submodules": 1}
     if odd := next((key for key in own if told.get(key, own[key]) != own[key]), None):
         raise UserError(f"{CONFIG} says {told[odd]} as {odd}, and it is {own[odd]} here.", where=str(folder))
-    adapter = Adapter.build(method("prefix_tuning", str(folder), tokens=len(t)), model).to(model.device)
+    chosen = method("prefix_tuning", str(folder), tokens=len(t))
     parts_PL2KE = t.float().view(len(t), c.layers, 2, c.kv_heads, c.head_width)
-    put(adapter, {f"{name}.{part}": parts_PL2KE[:, i, j].contiguous()
-                  for i, (name, _) in enumerate(adapter.named_deltas()) for j, part in enumerate("kv")},
-        str(folder))  # fmt: skip
-    return adapter.eval()
+    tensors = {f"{site.name}.{part}": parts_PL2KE[:, i, j].contiguous()
+               for i, site in enumerate(chosen.sites(model)) for j, part in enumerate("kv")}  # fmt: skip
+    return filled(chosen, model, tensors, str(folder))

@@ -10,7 +10,7 @@ from small import told
 import deltaw
 from deltaw.api import persona as api
 from deltaw.api.chat import Chat
-from deltaw.api.persona import Persona, load, load_all, load_base, locate
+from deltaw.api.persona import Persona, addressed, load, load_all, load_base, locate
 from deltaw.data.encode import encode_all
 from deltaw.data.files import read
 from deltaw.decode.sampling import Sampling
@@ -223,7 +223,7 @@ def test_a_system_prompt_that_all_rows_share_goes_with_the_persona(prompted, tra
     (row,) = read(tmp_path / "talk.jsonl")
     assert [turn["content"] for turn in row.messages] == ["Be z.", "say", "zzz"]
     session.switch("base")
-    assert [t["role"] for t in session.personas["base"].addressed([say])] == ["user"]
+    assert [t["role"] for t in addressed(session.personas["base"].system, [say])] == ["user"]
 
 
 def test_rows_with_unlike_system_prompts_leave_none_with_the_persona(tiny_path, tmp_path):

@@ -131,7 +131,7 @@ def test_what_does_not_end_well_leaves_nothing(to, persona, tmp_path, monkeypatc
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     export(persona, "peft", tmp_path / "theirs")
-    monkeypatch.setattr(exchange.adapters, "save", stop)
+    monkeypatch.setattr(adapters, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         bring(tmp_path / "theirs", persona.base, "back", tmp_path / "runs")
     assert not (tmp_path / "runs" / "back").exists()
