@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from deltaw.api import finetune
+from deltaw.data.store import Rows
 from deltaw.train.events import Evaluated, Finished, Stepped
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +23,14 @@ def told(tiny_path, tmp_path, **settings):
     """Settings of a small run in float32; `name` is the run's."""
     return {"base": str(tiny_path), "runs": str(tmp_path / "runs"), "dtype": "float32", "threads": 1, "name": "run",
             "learning_rate": 0.01, **settings}  # fmt: skip
+
+
+def stored(rows):
+    """Encoded rows, in a store."""
+    made = Rows()
+    for row in rows:
+        made.append(row)
+    return made
 
 
 def prepared(rows_file, values, stop=lambda: False):

@@ -18,8 +18,8 @@ from deltaw.data.batch import lay
 from deltaw.data.encode import Encoded
 from deltaw.decode import generate as loop
 from deltaw.decode.cache import Cache
-from deltaw.decode.generate import Answer, answers, complete, generate, stream
-from deltaw.decode.sampling import Sampling, penalised, pick, picks
+from deltaw.decode.generate import Answer, complete, generate, stream
+from deltaw.decode.sampling import Sampling, penalised, picks
 from deltaw.errors import UserError
 from deltaw.kernels.draw import Draw, likely
 from deltaw.methods import method
@@ -28,6 +28,18 @@ from deltaw.models import checkpoint
 END = 257
 few = settings(deadline=None, max_examples=15)
 prompts = st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=10), min_size=1, max_size=5)
+
+
+def answers(model, tokenizer, prompts, sampling):
+    """Whole answers."""
+    return [answer.text for answer in complete(model, tokenizer, prompts, sampling)]
+
+
+def pick(logits_V, sampling, rng, asked, said):
+    """The next token of one sequence."""
+    return picks([logits_V], [sampling], [rng], [asked], [said])[0]
+
+
 WARM = Sampling(max_new_tokens=12, temperature=1.0)
 
 

@@ -9,7 +9,7 @@ from oracles import our_logits
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.adapters.watch import importance
-from deltaw.api.begin import packed_by_layer
+from deltaw.api.prepare import packed_by_layer
 from deltaw.data.batch import lay
 from deltaw.data.encode import Encoded
 from deltaw.errors import UserError

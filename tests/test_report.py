@@ -14,9 +14,9 @@ from test_record import planned, started, stepped
 from deltaw.errors import UserError
 from deltaw.train import svg
 from deltaw.train.events import Evaluated, Event, Finished, Sampled, Warned
-from deltaw.train.heat import FAINT
 from deltaw.train.record import EventFile
 from deltaw.train.report import write_report
+from deltaw.train.svg import FAINT
 
 VOID = {"meta", "br"}
 

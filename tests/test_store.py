@@ -7,6 +7,7 @@ import hashlib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import stored
 
 from deltaw.data.encode import Encoded
 from deltaw.data.store import Rows
@@ -36,12 +37,12 @@ def test_rows_come_back_as_they_were_written(rows, in_memory, tmp_path_factory):
 
 
 def test_the_file_takes_four_bytes_a_token():
-    kept = Rows.of([Encoded((1, 2, 3), (False, True, True))] * 50)
+    kept = stored([Encoded((1, 2, 3), (False, True, True))] * 50)
     assert kept._file.seek(0, 2) == 4 * kept.tokens == 600
 
 
 def fingerprint(*rows):
-    return Rows.of(Encoded(ids, marks) for ids, marks in rows).fingerprint
+    return stored(Encoded(ids, marks) for ids, marks in rows).fingerprint
 
 
 def test_the_fingerprint_tells_ids_marks_and_where_rows_end():

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from deltaw.advise.machine import available_bytes
 from deltaw.advise.probe import Cost, beginning, clock, cost, kept_bytes, micro_step
 from deltaw.data.batch import Batch, micro_batches, per_epoch, steps
-from deltaw.decode.generate import answers
+from deltaw.decode.generate import complete
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError, WillNotFit, explained
 from deltaw.kernels.heap import frugal
@@ -172,27 +172,22 @@ def _fitting(job: Job, batches: list[Batch]) -> tuple[bool, int, tuple[str, ...]
     kept = kept_bytes(job, some) * largest.tokens / some.tokens
     inputs = config.layers * largest.tokens * config.width * job.model.dtype.itemsize
     state = _moments_bytes(job) + 4 * job.adapter.parameter_count
-    need = {
-        False: int(HELD_PER_KEPT * kept + state),
-        True: int(HELD_PER_KEPT * (inputs + 2 * kept / config.layers) + state),
-    }
+    kept_by = {False: kept, True: inputs + 2 * kept / config.layers}
+    need = {recompute: int(HELD_PER_KEPT * numbers + state) for recompute, numbers in kept_by.items()}
     recompute = wanted == "on" or (wanted == "auto" and need[False] > free)
     if need[recompute] > free:
         per_token = (need[recompute] - state) / largest.tokens
         fitting = int(0.9 * (free - state) / per_token)
         knob = "" if recompute else ", or take --gradient-checkpointing on"
         paged = ", or --optimizer paged_adamw" if _moments_bytes(job) else ""
-        raise WillNotFit(
-            f"The longest micro-batch ({largest.tokens:,} tokens) needs about {need[recompute] / 1e9:.1f} GB, "
-            f"and {free / 1e9:.1f} GB are free.",
-            remedy=f"Cut rows with --max-tokens {fitting}{knob}."
-            if fitting > 0
-            else f"Adam's state alone needs {state / 1e9:.1f} GB: take a lower --rank, or fewer --targets{paged}.",
-        )
-    saved = (
-        f"Layers are computed twice to save memory: {need[True] / 1e9:.1f} GB instead of {need[False] / 1e9:.1f} GB."
-    )
-    return recompute, need[recompute] - state, (saved,) if recompute and wanted == "auto" else ()
+        fewer = f"Adam's state alone needs {state / 1e9:.1f} GB: take a lower --rank, or fewer --targets{paged}."
+        raise WillNotFit(f"The longest micro-batch ({largest.tokens:,} tokens) needs about "
+                         f"{need[recompute] / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.",
+                         remedy=f"Cut rows with --max-tokens {fitting}{knob}." if fitting > 0 else fewer)  # fmt: skip
+    if not recompute or wanted != "auto":
+        return recompute, need[recompute] - state, ()
+    saved = f"{need[True] / 1e9:.1f} GB instead of {need[False] / 1e9:.1f} GB"
+    return True, need[True] - state, (f"Layers are computed twice to save memory: {saved}.",)
 
 
 def _moments_bytes(job: Job) -> int:
@@ -220,7 +215,7 @@ def _evaluation_seconds(job: Job) -> float:
         seconds += rounds * spent() * sum(operations(b, job) for b in job.val) / operations(longest, job)
     if job.question is not None:
         with clock() as spent, suppress(UserError):  # logits that are no numbers are told by the run itself
-            answers(job.model, job.tokenizer, [job.question.ids], Sampling(max_new_tokens=PROBED_TOKENS))
+            complete(job.model, job.tokenizer, [job.question.ids], Sampling(max_new_tokens=PROBED_TOKENS))
         said = len(job.tokenizer.encode(job.question.expected)) or SAMPLE_TOKENS
         # An untrained model talks on to the limit; a trained one says about what is expected.
         seconds += spent() / PROBED_TOKENS * (SAMPLE_TOKENS + max(rounds, 1) * min(said, SAMPLE_TOKENS))

@@ -17,10 +17,9 @@ from deltaw.adapters.adapter import Adapter
 from deltaw.adapters.protocol import Method
 from deltaw.advise import plan as planning
 from deltaw.advise.machine import free_disk
-from deltaw.api.begin import begun, packed_by_layer, packing
 from deltaw.api.interrupt import interruptible
 from deltaw.api.persona import Base, Persona, load_base
-from deltaw.api.prepare import EncodedData, Loaded, load, manifest, question
+from deltaw.api.prepare import EncodedData, Loaded, begun, load, manifest, packed_by_layer, packing, question
 from deltaw.data.batch import per_epoch, rows_per_step
 from deltaw.data.columns import HUB
 from deltaw.errors import Diverged, Interrupted, UserError, WillNotFit, explained, nearest

@@ -1,4 +1,4 @@
-"""From file names to encoded rows: read, hold some out, encode, and remember of what it was made."""
+"""What a run begins with: rows read, some held out, encoded; a fresh adapter; and of what all that was made."""
 
 from __future__ import annotations
 
@@ -8,28 +8,36 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from deltaw.adapters.adapter import Adapter
+from deltaw.adapters.protocol import Method
 from deltaw.advise.machine import existing
 from deltaw.api.interrupt import heeding
 from deltaw.api.persona import Base
 from deltaw.data import files as reading
-from deltaw.data.batch import Batch, micro_batches
+from deltaw.data.batch import Batch, lay, micro_batches
 from deltaw.data.encode import Encoded, Lost, encode_all, encode_each
 from deltaw.data.rows import Example
 from deltaw.data.store import Rows
 from deltaw.errors import UserError
 from deltaw.files.runs import FORMAT, digest
+from deltaw.scoring.loss import batch_loss
 from deltaw.settings import Training
 from deltaw.train.job import SAMPLE_TOKENS, Question
+from deltaw.weights import Packed
 from deltaw.words import some
 
 FEWEST_TO_SPLIT = 40
 """Data sets with fewer rows are not split: too few would be left to learn from, or to measure with."""
 HELD_SHARE, MOST_HELD = 0.05, 1000
 """Validation rows where the user says nothing: a share of the training rows, and no more than so many."""
+CALIBRATION = 40
+"""Training rows that tell a method what matters, where it asks."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +192,43 @@ def question(loaded: Loaded, base: Base, settings: Training) -> Question | None:
     if len(ids) + SAMPLE_TOKENS > base.model.context:
         return None  # as long as this, it shows nothing at a glance
     return Question(turns[-1]["content"], tuple(ids), expected)
+
+
+def packing(settings: Training, method: Method) -> str:
+    """How the base's matrices are packed."""
+    return type(method).base_format if settings.base_format is None else settings.base_format
+
+
+def begun(method: Method, base: Base, settings: Training, loaded: Loaded, stop: Callable[[], bool],
+          fresh: bool = True) -> tuple[Adapter, EncodedData]:  # fmt: skip
+    """The adapter that a run begins with, and the rows as the model sees them that wears it.
+
+    `fresh`: it starts from what its method sets; else it is filled from a checkpoint, which has all of that.
+    """
+    adapter = Adapter.build(method, base.model, settings.seed).to(base.model.device)
+    if not adapter.parameter_count:
+        raise UserError("These settings leave nothing to train.", remedy="See the page of the method, docs/methods.")
+    with adapter.on():
+        encoded = encode(loaded, base, settings, stop)
+    encoded = replace(encoded, notices=(*encoded.notices, *method.notices(adapter)))
+    if not fresh:
+        return adapter, encoded
+
+    def losses() -> Iterator[Tensor]:
+        count = len(encoded.rows)
+        for i in heeding(random.Random(settings.seed).sample(range(count), min(CALIBRATION, count)), stop):
+            batch = lay([encoded.rows[i]]).to(base.model.device)
+            yield batch_loss(base.model, batch) / batch.targets
+
+    return method.begin(adapter, base.model, base.tokenizer, losses), encoded
+
+
+def packed_by_layer(adapter: Adapter) -> tuple[str, ...]:
+    """Name, format and bits a number of the matrices that are an adapter's own; nothing where all are alike."""
+    own = {name: part for name, delta in adapter.named_deltas() for part in delta.modules() if isinstance(part, Packed)}
+    if len({str(weight.form) for weight in own.values()}) < 2:
+        return ()
+    return tuple(f"{name} {w.form} {8 * w.stored_bytes / (w.shape[0] * w.shape[1]):.3f}" for name, w in own.items())
 
 
 def manifest(base: Base, loaded: Loaded, encoded: EncodedData) -> dict[str, Any]:

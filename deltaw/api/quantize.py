@@ -51,9 +51,8 @@ def quantize(base: str, form: str, folder: Path, calibrate: Path | None = None, 
         raise UserError("It is there already.", where=str(folder), remedy="Take another --out.")
     parsed = parse(form)
     if calibrate is not None and not isinstance(parsed, Grid):
-        raise UserError(
-            f"Only whole numbers are rounded by rows, and {form} has none.", remedy="Leave --calibrate out."
-        )
+        raise UserError(f"Only whole numbers are rounded by rows, and {form} has none.",
+                        remedy="Leave --calibrate out.")  # fmt: skip
     loaded = load_base(base, "float32", "cpu", None, say, "" if calibrate else form)
     if calibrate is not None:
         assert isinstance(parsed, Grid)

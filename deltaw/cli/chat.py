@@ -67,9 +67,8 @@ def chat(*runs: str, base: str | None = None, url: str | None = None,
             session = Chat(personas, sampling or Talk())
     console = Console(highlight=False)
     if console.is_terminal:
-        console.print(
-            f"[bold]{session.current}[/] on {session.personas[session.current].home}. /help lists what you can do."
-        )
+        home = session.personas[session.current].home
+        console.print(f"[bold]{session.current}[/] on {home}. /help lists what you can do.")
         _tell_system(session, console)
     for line in _lines(session, console):
         try:

@@ -6,6 +6,7 @@ import json as encoding
 import os
 from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
@@ -51,9 +52,7 @@ def check(*files: str, base: str = "smollm2-135m", val: Path | None = None, trai
         Print one JSON object.
     """
     from deltaw.models import source
-    from deltaw.models.checkpoint import read_json
-    from deltaw.models.config import ModelConfig
-    from deltaw.models.gguf import GGUF
+    from deltaw.models.checkpoint import read_config
 
     if not files:
         raise UserError("There is no data to check.", remedy="deltaw data check FILE.jsonl")
@@ -63,9 +62,7 @@ def check(*files: str, base: str = "smollm2-135m", val: Path | None = None, trai
         raise UserError("It is there already.", where=str(fix), remedy="Take another --fix.")
     with busy(json) as say, ExitStack() as stack:
         path = source.find(base, say)
-        config = (
-            GGUF(path).config() if path.is_file() else ModelConfig.from_hf(read_json(path / "config.json"), str(path))
-        )
+        config = read_config(path)
         tokenizer = Tokenizer.load(path)
         kept = []
         out = stack.enter_context(stack.enter_context(replacing(fix)).open("w", encoding="utf-8")) if fix else None
@@ -93,9 +90,8 @@ def _report(found: Checked, tokenizer: Tokenizer, limit: int, as_json: bool, fix
     }
     for finding, places in found.places.items():
         more = f" and {len(places) - SHOWN:,} more" if len(places) > SHOWN else ""
-        rows[finding] = (
-            f"{len(places):,}: {'; '.join(one_line(place, LONGEST_PLACE) for place in places[:SHOWN])}{more}"
-        )
+        shown = "; ".join(one_line(place, LONGEST_PLACE) for place in places[:SHOWN])
+        rows[finding] = f"{len(places):,}: {shown}{more}"
     if found.unread:
         rows["keys passed over"] = ", ".join(f"{key} ({some(n, 'row')})" for key, n in found.unread.most_common())
     if not found.rows:
@@ -105,9 +101,8 @@ def _report(found: Checked, tokenizer: Tokenizer, limit: int, as_json: bool, fix
     elif not found.trained_tokens and UNLEARNT in found.places:
         rows["remedy"] = "rows need an assistant's answer, or take --train-on all"
     elif not fixed and any(finding in found.places for finding in DROPPED):
-        rows["remedy"] = (
-            "--fix OUT.jsonl writes the rows without those that are faulty, double, leaked or teach nothing"
-        )
+        rest = "those that are faulty, double, leaked or teach nothing"
+        rows["remedy"] = f"--fix OUT.jsonl writes the rows without {rest}"
     if fixed:
         rows["written"] = fixed
     record = {"rows": found.rows, "tokens": found.tokens, "trained_tokens": found.trained_tokens, "lengths": lengths,
@@ -123,16 +118,13 @@ def _report(found: Checked, tokenizer: Tokenizer, limit: int, as_json: bool, fix
 
 def coloured(row: Encoded, tokenizer: Tokenizer, limit: int) -> Text:
     """The row as the model sees it: «what is learnt» in green, [cut: what is cut] struck out."""
-    text, start = Text(), 0
-    while start < min(len(row.ids), LONGEST_SHOWN):
-        learnt, cut = row.trained[start], start >= limit
-        stop = next(
-            (i for i in range(start, len(row.ids)) if (row.trained[i], i >= limit) != (learnt, cut)), len(row.ids)
-        )
-        piece = visible(tokenizer.decode(row.ids[start : min(stop, LONGEST_SHOWN)]))
+    text, stop = Text(), 0
+    kinds = ((learnt, i >= limit) for i, learnt in enumerate(row.trained[:LONGEST_SHOWN]))
+    for (learnt, cut), alike in groupby(kinds):
+        start, stop = stop, stop + len(list(alike))
+        piece = visible(tokenizer.decode(row.ids[start:stop]))
         style = "red strike" if cut else "green" if learnt else "dim"
         text.append(f"[cut: {piece}]" if cut else f"«{piece}»" if learnt else piece, style=style)
-        start = stop
     if len(row.ids) > LONGEST_SHOWN:
         text.append(f" … {len(row.ids) - LONGEST_SHOWN:,} more tokens", style="dim")
     return text

@@ -18,9 +18,7 @@ from deltaw.words import some
 if TYPE_CHECKING:
     from deltaw.api.evaluate import Report
     from deltaw.scoring.text import Graded
-NOTHING_TO_COMPARE = UserError(
-    "These metrics need no answers, so there are none to compare.", remedy="Leave --metrics out."
-)
+NO_ANSWERS = UserError("These metrics need no answers, so there are none to compare.", remedy="Leave --metrics out.")
 
 
 @settings
@@ -63,7 +61,7 @@ def eval(run: str, file: Path, /, *, asked: Flat[Asked] = None, runs: Path = Pat
         personas = [Persona(BASE, persona.base), persona] if asked.compare and persona.adapter else [persona]
         names = [m.strip() for m in asked.metrics.split(",") if m.strip()]
         if asked.compare and names == [ONLY_TEXT]:
-            raise NOTHING_TO_COMPARE
+            raise NO_ANSWERS
         reports, context = [], min(each.context for each in personas)
         for each in personas:
             say(f"Measuring {each.name} on {file}")
@@ -72,13 +70,11 @@ def eval(run: str, file: Path, /, *, asked: Flat[Asked] = None, runs: Path = Pat
         json_line(_record(file, reports, asked.compare))
         return
     if asked.compare and not reports[0].graded:
-        raise NOTHING_TO_COMPARE
+        raise NO_ANSWERS
     if asked.compare:
-        picked = _spread(len(reports[0].graded), asked.compare)
-        rows = [
-            (reports[0].examples[i].prompt[-1]["content"], *(shortened(r.graded[i]) for r in reports)) for i in picked
-        ]
-        grid(["question", *(r.persona for r in reports)], rows)
+        grid(["question", *(r.persona for r in reports)],
+             [(reports[0].examples[i].prompt[-1]["content"], *(shortened(r.graded[i]) for r in reports))
+              for i in _spread(len(reports[0].graded), asked.compare)])  # fmt: skip
     told = Console().is_terminal  # a pipe wants the numbers alone
     grid([f"score on {some(reports[0].rows, 'row')}", *(r.persona for r in reports), *["what it is"] * told],
          [[name, *(f"{r.scores[name]:.4g}" for r in reports), *[MEANINGS[name]] * told]

@@ -78,15 +78,13 @@ def rows_per_step(mean_tokens: float) -> int:
     return max(1, min(MOST_ROWS, int(STEP_TOKENS / mean_tokens)))
 
 
-def micro_batches(
-    rows: Sequence[Encoded], micro_tokens: int, shares: Callable[[int], bool] = lambda _: True
-) -> list[Batch]:
+def micro_batches(rows: Sequence[Encoded], micro_tokens: int, shares: Callable[[int], bool] = lambda _: True
+                  ) -> list[Batch]:  # fmt: skip
     """Lay rows flat in as few batches of at most `micro_tokens` tokens as a greedy pass finds; a longer row goes alone.
 
     `shares`: whether rows up to a length let what neighbours begin with be computed once; see `Decoder.shares`.
     """
-    batches: list[list[Encoded]] = []
-    room = 0
+    batches, room = list[list[Encoded]](), 0
     for row in sorted(rows, key=lambda row: row.ids):  # neighbours share the longest beginnings
         if not batches or len(row.ids) > room:
             batches.append([])
@@ -98,10 +96,7 @@ def micro_batches(
 
 def lay(rows: Sequence[Encoded], share: bool = True) -> Batch:
     """Lay rows one after another, a shared stem before those that begin with it."""
-    ids: list[int] = []
-    at: list[int] = []
-    labels: list[int] = []
-    spans: list[Span] = []
+    ids, at, labels, spans = list[int](), list[int](), list[int](), list[Span]()
     for group, stem in _groups(rows) if share else [([row], 0) for row in rows]:
         base = len(ids)
         if stem:
@@ -122,8 +117,7 @@ def lay(rows: Sequence[Encoded], share: bool = True) -> Batch:
 
 def _groups(rows: Sequence[Encoded]) -> Iterator[tuple[list[Encoded], int]]:
     """Neighbours that share a stem, and its length; a row joins if the group then saves no less than before."""
-    group: list[Encoded] = []
-    stem = 0
+    group, stem = list[Encoded](), 0
     for row in rows:
         common = _common(group[-1], row, stem if len(group) > 1 else None) if group else 0
         if group and len(group) * common > (len(group) - 1) * stem:
@@ -131,10 +125,10 @@ def _groups(rows: Sequence[Encoded]) -> Iterator[tuple[list[Encoded], int]]:
             stem = common
         else:
             if group:
-                yield group, stem if len(group) > 1 else 0
+                yield group, stem
             group, stem = [row], 0
     if group:
-        yield group, stem if len(group) > 1 else 0
+        yield group, stem
 
 
 def _common(a: Encoded, b: Encoded, limit: int | None) -> int:

@@ -126,9 +126,8 @@ def in_order(roles: Sequence[str]) -> bool:
     return "system" not in turns and turns[:1] == ["user"] and turns[-1] == "assistant" and alternate
 
 
-def _measured(
-    ids: Encoded, found: Checked, tokenizer: Tokenizer, max_tokens: int, conversation: bool, train_on: TrainOn
-) -> bool:
+def _measured(ids: Encoded, found: Checked, tokenizer: Tokenizer, max_tokens: int, conversation: bool,
+              train_on: TrainOn) -> bool:  # fmt: skip
     """Take in a row as ids; returns whether something is learnt from it."""
     found.lengths.append(len(ids.ids))
     divided = not conversation and train_on == "all"

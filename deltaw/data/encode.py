@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import ClassVar, Literal
 
 from deltaw.data.rows import Example
-from deltaw.errors import UserError
+from deltaw.errors import UserError, located
 from deltaw.models.tokenizer import Message, Tokenizer
 from deltaw.words import some
 
@@ -56,9 +56,8 @@ class Lost:
                 for what, (noun, done) in self.SAID.items() if self.rows[what]]  # fmt: skip
 
 
-def encode_each(
-    examples: Iterable[Example], tokenizer: Tokenizer, train_on: TrainOn, max_tokens: int, lost: Lost
-) -> Iterator[Encoded]:
+def encode_each(examples: Iterable[Example], tokenizer: Tokenizer, train_on: TrainOn, max_tokens: int, lost: Lost
+                ) -> Iterator[Encoded]:  # fmt: skip
     """Encode rows one after another; of those over `max_tokens` documents are divided, and conversations cut.
 
     Rows that then teach nothing are left out. What becomes of rows is noted in `lost`.
@@ -69,11 +68,8 @@ def encode_each(
     first, learnt, longer = "", False, False
     for example in examples:
         first = first or example.where
-        try:
+        with located(example.where):  # a template that refuses a row does not know where it stood
             row = encode(example, tokenizer, train_on)
-        except UserError as e:
-            e.where = e.where or example.where  # a template that refuses a row does not know where it stood
-            raise
         if len(row.ids) > max_tokens and not example.messages and train_on == "all":
             lost.note("divided", row.where)
             parts = pieces(row, max_tokens)
@@ -95,9 +91,8 @@ def encode_each(
         raise UserError(f"No row has a token to learn{within}.", where=first, remedy=remedy)
 
 
-def encode_all(
-    examples: Iterable[Example], tokenizer: Tokenizer, train_on: TrainOn, max_tokens: int
-) -> tuple[list[Encoded], Lost]:
+def encode_all(examples: Iterable[Example], tokenizer: Tokenizer, train_on: TrainOn, max_tokens: int
+               ) -> tuple[list[Encoded], Lost]:  # fmt: skip
     """All of `encode_each` at once, and what was lost on the way."""
     lost = Lost()
     return list(encode_each(examples, tokenizer, train_on, max_tokens, lost)), lost
@@ -176,8 +171,7 @@ def _searched(whole: str, messages: Sequence[Message], i: int, tokenizer: Tokeni
 
 
 def _in_pieces(text: str, spans: list[tuple[int, int]], tokenizer: Tokenizer, where: str) -> Encoded:
-    ids: list[int] = []
-    trained: list[bool] = []
+    ids, trained = list[int](), list[bool]()
     edges = [0, *(edge for span in spans for edge in span), len(text)]
     for i, (a, b) in enumerate(pairwise(edges)):
         piece = tokenizer.encode(text[a:b])

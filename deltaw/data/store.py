@@ -10,7 +10,7 @@ import hashlib
 import tempfile
 import weakref
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,14 +35,6 @@ class Rows:
         weakref.finalize(self, _close, self._file)
         self._folder, self._ends, self._sha = folder, array("Q", [0]), hashlib.sha256()
         self.targets = 0
-
-    @classmethod
-    def of(cls, rows: Iterable[Encoded]) -> Rows:
-        """These rows, in memory."""
-        made = cls()
-        for row in rows:
-            made.append(row)
-        return made
 
     def append(self, row: Encoded) -> None:
         """Write one more row; none was read yet.

@@ -84,9 +84,8 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Samplin
             h_TD = model.hidden(ids_B, cache.lengths_B - 1, seen)
 
 
-def complete(
-    model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling
-) -> list[Answer]:
+def complete(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling
+             ) -> list[Answer]:  # fmt: skip
     """Answer many prompts, some at a time.
 
     Raises:
@@ -101,11 +100,6 @@ def complete(
                 said[some[row]].append(token)
     return [Answer(tokenizer.decode(ids, skip_special=True), len(ids) < room(model, prompt, sampling))
             for ids, prompt in zip(said, prompts, strict=True)]  # fmt: skip
-
-
-def answers(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
-    """The texts of what `complete` says."""
-    return [answer.text for answer in complete(model, tokenizer, prompts, sampling)]
 
 
 def stream(model: Decoder, tokenizer: Tokenizer, prompt: Sequence[int], sampling: Sampling,

@@ -63,11 +63,6 @@ class Talk(Sampling):
     """Draw only from the likeliest tokens that together have this probability."""
 
 
-def pick(logits_V: Tensor, sampling: Sampling, rng: torch.Generator, asked: Sequence[int], said: Sequence[int]) -> int:
-    """Choose one token from one row of logits, after the tokens that were `asked` and the answer's that were `said`."""
-    return picks([logits_V], [sampling], [rng], [asked], [said])[0]
-
-
 def picks(logits_NV: Iterable[Tensor], samplings: Sequence[Sampling], rngs: Sequence[torch.Generator],
           asked: Sequence[Sequence[int]], said: Sequence[Sequence[int]]) -> list[int]:  # fmt: skip
     """Choose one token from each row of logits, for each as `pick` does; -1 where what was computed is no number."""

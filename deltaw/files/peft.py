@@ -179,9 +179,8 @@ def _missing(config: Said, model: Decoder, there: set[str], folder: Path) -> Non
             raise UserError(f"{CONFIG} names '{name}', and there is no tensor for it.", where=str(folder))
 
 
-def _sorted(
-    tensors: Mapping[str, Tensor], model: Decoder, saved: Sequence[str], where: str
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def _sorted(tensors: Mapping[str, Tensor], model: Decoder, saved: Sequence[str], where: str
+            ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:  # fmt: skip
     """Pairs of A and B by layer, and tensors that replace a layer's own."""
     slots = {name: slot for name, slot in model.named_modules() if isinstance(slot, Slot)}
     low: dict[str, dict[str, Tensor]] = {}

@@ -62,12 +62,8 @@ class LQLoRA(LoftQ):
         if len(chosen) > 1:
             raise UserError("A budget chooses the format of every layer.", remedy=f"Leave {' or '.join(chosen)} out.")
         most = self.most_bytes(sum(s.weight.shape[0] * s.weight.shape[1] for s in slots.values()))
-        if self.fisher:
-            weights = importance(slots, losses())
-        else:
-            weights = {
-                name: (torch.ones(s.weight.shape[0]), torch.ones(s.weight.shape[1])) for name, s in slots.items()
-            }
+        alike = {name: (torch.ones(s.weight.shape[0]), torch.ones(s.weight.shape[1])) for name, s in slots.items()}
+        weights = importance(slots, losses()) if self.fisher else alike
         method = self if most is None else replace(self, format_pattern=planned(slots, weights, most))
         made = Adapter.build(method, model).to(model.device)
         for name, delta in made.named_deltas():

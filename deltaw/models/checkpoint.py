@@ -230,6 +230,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_config(path: Path) -> ModelConfig:
+    """What a model folder or a GGUF file says of its model."""
+    return GGUF(path).config() if path.is_file() else ModelConfig.from_hf(read_json(path / "config.json"), str(path))
+
+
 def _places(model: Decoder) -> Iterator[tuple[str, tuple[Any, str]]]:
     """Every weight's checkpoint name (no leading `model.`), the layer that owns it and the attribute it is."""
     for name, module in model.named_modules():

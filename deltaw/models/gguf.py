@@ -94,9 +94,8 @@ class GGUF:
                 return got
 
         # The reader checks little.
-        with explained(
-            "This is no readable GGUF file.", Exception, where=path, why="{error}.", remedy="Fetch it anew."
-        ):
+        with explained("This is no readable GGUF file.", Exception, where=path, why="{error}.",
+                       remedy="Fetch it anew."):  # fmt: skip
             self.reader: Any = Reader(str(path))
         with self._understood():
             kind, holds = self.field("general.architecture"), self.field("general.type")
@@ -151,9 +150,8 @@ class GGUF:
             told["rope_scaling"] = self._scaling()
             config = ModelConfig.from_hf(told, str(self.path))
             if "rope_freqs.weight" in tensors:
-                config = replace(
-                    config, rope=replace(config.rope, scaling=self._llama3(tensors["rope_freqs.weight"], config))
-                )
+                scaling = self._llama3(tensors["rope_freqs.weight"], config)
+                config = replace(config, rope=replace(config.rope, scaling=scaling))
             return config
 
     def _understood(self) -> AbstractContextManager[None]:

@@ -25,7 +25,6 @@ from deltaw.models.tokenizer import Tokenizer
 from deltaw.weights.bits import unpack
 from deltaw.weights.grid import Gridded
 
-PACKINGS = ("F32", "F16", "Q8_0", "Q4_1")
 GRID = "Q4_1"
 """The packing of llama.cpp whose numbers are those of our int4-g32."""
 FINER, VOCABULARY = {GRID: "Q8_0"}, ("token_embd.weight", "output.weight")
@@ -143,9 +142,8 @@ def blocks(name: str, weight: Gridded, config: ModelConfig) -> NDArray[np.uint8]
     """
     (o, i), cpu = weight.shape, weight.codes.cpu()
     codes = stored(name, unpack(cpu, 4, o * i).view(o, i), config).view(o, -1, 2, 16)
-    scale, offset = (
-        stored(name, t.cpu().half(), config)[..., None].view(torch.uint8) for t in (weight.scale, weight.offset)
-    )
+    scale, offset = (stored(name, t.cpu().half(), config)[..., None].view(torch.uint8)
+                     for t in (weight.scale, weight.offset))  # fmt: skip
     return torch.cat([scale, offset, codes[:, :, 0] | codes[:, :, 1] << 4], 2).view(o, -1).numpy()
 
 

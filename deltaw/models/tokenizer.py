@@ -58,9 +58,7 @@ class Tokenizer:
             specials = {name: _content(config[name]) for name in SPECIALS if config.get(name)}
             with explained("tokenizer.json is damaged.", Exception, where=path):  # the library raises nothing narrower
                 fast = Fast.from_file(str(path / "tokenizer.json"))
-            listed = _json(path / "generation_config.json").get(
-                "eos_token_id", _json(path / "config.json").get("eos_token_id")
-            )
+            listed = (_json(path / "config.json") | _json(path / "generation_config.json")).get("eos_token_id")
             ends = {fast.token_to_id(specials["eos_token"])} if "eos_token" in specials else set()
             ends |= set(listed if isinstance(listed, list) else [] if listed is None else [listed])
             return cls(fast, template=template, specials=specials, end_ids={int(e) for e in ends if e is not None})
@@ -135,9 +133,8 @@ def _compiled(template: str) -> Any:
     def refuse(message: str) -> NoReturn:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
-    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=[loopcontrols, Generation])  # fmt: skip
     environment.filters["tojson"] = lambda value, **form: json.dumps(value, **{"ensure_ascii": False, **form})
     environment.globals["raise_exception"] = refuse
     return environment.from_string(template)

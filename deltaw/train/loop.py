@@ -139,9 +139,8 @@ class Trainer:
         if not (math.isfinite(total) and math.isfinite(norm)):
             progress.skipped += 1
             progress.rate_scale *= 0.5
-            return Warned(
-                text=f"The loss of step {progress.step + 1} is not finite: the step is skipped, the rate halved."
-            )
+            at = f"The loss of step {progress.step + 1} is not finite"
+            return Warned(text=f"{at}: the step is skipped, the rate halved.")
         for group in self.optimizer.param_groups:
             group["lr"] = now * group["pace"]
         self.optimizer.step()

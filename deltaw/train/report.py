@@ -15,7 +15,6 @@ import yaml
 from deltaw.errors import explained
 from deltaw.files.atomic import write_text
 from deltaw.train import svg
-from deltaw.train.heat import heat, placed
 from deltaw.train.record import Run, fold, read
 from deltaw.train.templates import HERE, rendered
 
@@ -43,7 +42,7 @@ def write_report(run_folder: Path) -> Path:
             f"{s['threads']} thread{'s' * (s['threads'] != 1)}") if (s := run.started) else ""  # fmt: skip
     loss, *charts = _plots(run)
     packed = run.started.get("packed", ())
-    layers = placed(packed)
+    layers = svg.placed(packed)
     shown = ("config.yaml", "Configuration", " open"), ("plan.json", "Plan in full", "")
     files = [(file, title, opened, _values(run_folder / file)) for file, title, opened in shown]
     files.append(("name, format, bits a number", "Formats in full", "", [tuple(line.split(" ", 1)) for line in packed]))
@@ -52,7 +51,7 @@ def write_report(run_folder: Path) -> Path:
         smoothed=svg.smooth([y for _, y in run.curve("loss")] or [None])[-1], peak=_peak_bytes(run), median=median,
         speeds=[y for _, y in run.curve("tokens_per_second") if y is not None], figure=_text, perplexity=_perplexity,
         clock=_clock, gigabytes=_gigabytes, rate=_rate, off=_off, loss=loss[1], charts=charts,
-        heat=[heat(layers)] if layers else [], files=files,
+        heat=[svg.heat(layers)] if layers else [], files=files,
         style=(HERE / "report.css").read_text(encoding="utf-8"))  # fmt: skip
     write_text(run_folder / "report.html", page.encode(errors="replace").decode())
     return run_folder / "report.html"

@@ -1,9 +1,13 @@
-"""Line charts as inline SVG: no script, no network. Colours come from the page, `report.css`."""
+"""Line charts as inline SVG: no script, no network. Colours come from the page, `report.css`.
+
+And a grid of coloured cells: one value for each kind of layer and each layer.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -14,6 +18,8 @@ Point = tuple[float, float | None]
 
 HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 250, 58, 14, 34, 28
 LINE_POINTS, HOVERS = 1200, 160
+FAINT = 0.12
+PLACE = re.compile(r"layers\.(\d{1,4})\.(?:\w+\.)*(\w+) (\S+) (\d+\.\d+)")
 FLAT = 1e-6
 """Values that differ by less than this share are drawn as equal: it is noise of the arithmetic."""
 
@@ -68,9 +74,8 @@ class Frame:
             pen_is_down = True
         return "".join(drawn)
 
-    def hovers(
-        self, series: Sequence[Series], said: Callable[[float], str]
-    ) -> Iterator[tuple[float, float, float, str]]:
+    def hovers(self, series: Sequence[Series], said: Callable[[float], str]
+               ) -> Iterator[tuple[float, float, float, str]]:  # fmt: skip
         """Where values are told: a line, the edges of the area around it, and what is said there."""
         told: dict[float, list[str]] = {}
         for s in series:
@@ -135,3 +140,24 @@ def _thinned(points: Sequence[Point]) -> Sequence[Point]:
 def _height(point: Point) -> float:
     y = point[1]
     return y if y is not None and math.isfinite(y) else math.inf
+
+
+def placed(told: Iterable[str]) -> dict[str, dict[int, tuple[str, float]]]:
+    """Formats and bits by the kind of a layer and its number, of lines such as "layers.3.mlp.up_proj nf3 3.500"."""
+    found: dict[str, dict[int, tuple[str, float]]] = {}
+    for line in told:
+        if said := PLACE.fullmatch(line):
+            found.setdefault(said[2], {})[int(said[1])] = said[3], float(said[4])
+    return found
+
+
+def heat(rows: Mapping[str, Mapping[int, tuple[str, float]]]) -> tuple[str, str]:
+    """A title, and the bits of layers drawn: the more, the stronger the colour; hovering tells the format."""
+    bits = [value for row in rows.values() for _, value in row.values()]
+    low, high, columns = min(bits), max(bits), 1 + max(i for row in rows.values() for i in row)
+
+    def strength(value: float) -> float:
+        return FAINT + (1 - FAINT) * (value - low) / (high - low or 1)
+
+    title = f"Bits a number by layer, from {low:.2f} to {high:.2f}"
+    return title, rendered("heat.svg", rows=rows, columns=columns, strength=strength, title=title)

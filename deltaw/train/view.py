@@ -15,8 +15,7 @@ from rich.text import Text
 from deltaw import words
 from deltaw.kernels.library import REFERENCE
 from deltaw.train.events import Evaluated, Event, Finished, Planned, Sampled, Saved, Started, Stepped, Warned
-from deltaw.train.heat import placed
-from deltaw.train.svg import smooth
+from deltaw.train.svg import placed, smooth
 
 SPARKS = 40
 BETWEEN_SECONDS = 5.0
@@ -146,11 +145,9 @@ class PlainView:
     def _show_step(self) -> None:
         if event := self._waiting:
             self._waiting, self._shown_seconds = None, event.seconds
-            pace = (
-                f"{event.tokens_per_second:,.0f} tok/s  {words.size(event.memory_bytes)}  {words.clock(event.seconds)}"
-            )
-            rate = f"lr {event.learning_rate:.1e}"
-            self._say(f"step {event.step}/{event.steps}  loss {words.loss(event.loss)}  {rate}  {pace}")
+            rate, pace = f"lr {event.learning_rate:.1e}", f"{event.tokens_per_second:,.0f} tok/s"
+            spent = f"{words.size(event.memory_bytes)}  {words.clock(event.seconds)}"
+            self._say(f"step {event.step}/{event.steps}  loss {words.loss(event.loss)}  {rate}  {pace}  {spent}")
 
     def _say(self, line: str) -> None:
         # A model may answer in letters that the console's encoding does not have.

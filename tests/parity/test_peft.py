@@ -4,6 +4,7 @@ import pytest
 import torch
 from oracles import scramble
 from peft import LoraConfig, get_peft_model
+from small import stored
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
@@ -11,7 +12,6 @@ from deltaw.adapters.adapter import Adapter
 from deltaw.data.batch import IGNORED, micro_batches, steps
 from deltaw.data.encode import encode_all
 from deltaw.data.rows import Example
-from deltaw.data.store import Rows
 from deltaw.files import adapters
 from deltaw.files.runs import Run
 from deltaw.methods import method
@@ -107,7 +107,7 @@ class Pair:
 
     def train_here(self, settings, peak, folder):
         header = adapters.Header.of(self.adapter, "tiny", checkpoint.fingerprint(self.model))
-        job = Job(Run(folder), self.model, self.tokenizer, self.adapter, header, settings, Rows.of(self.rows),
+        job = Job(Run(folder), self.model, self.tokenizer, self.adapter, header, settings, stored(self.rows),
                   ((len(self.rows), 1.0),), (), STEPS, peak)  # fmt: skip
         return [event.loss for event in Trainer(job).run() if isinstance(event, Stepped)]
 
