@@ -28,12 +28,10 @@ def inspect(name: str, /, *, runs: Path = Path("runs"), json: bool = False) -> N
 
 def _model(name: str) -> dict[str, Any]:
     from deltaw.models import checkpoint, source
-    from deltaw.models.gguf import GGUF
 
     path = source.find(name)
     model = checkpoint.load(path)
     config, origin = model.config, source.note(path)
-    packing = GGUF(path).packing if path.is_file() else origin.get("packing", "")
     checkpoint.check_seal(path, fingerprint := checkpoint.fingerprint(model))
     rows = {
         "path": str(path),
@@ -45,7 +43,7 @@ def _model(name: str) -> dict[str, Any]:
     }
     if form := checkpoint.form_of(model):
         rows["weights"] = f"packed as {form}: {checkpoint.stored(model)[1]:.3f} bits a number in the layers' matrices"
-    elif packing and packing not in ("F32", "F16", "BF16"):
+    elif (packing := source.packing(path)) and packing not in ("F32", "F16", "BF16"):
         bits = packing[1] if packing[:1] == "Q" else packing
         rows["weights"] = (f"dequantised: this base is a {packing} file ({bits}-bit codes) unpacked to "
                            "float32; the precision of the original is lost")  # fmt: skip

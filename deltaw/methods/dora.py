@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.adapters.protocol import Site
 from deltaw.methods.lora import LoRA, LowRank
-from deltaw.models.fused import joined
 from deltaw.models.slots import Affine, Linear, Parts, Terms
 from deltaw.settings import settings
 
@@ -52,14 +50,9 @@ class Directed(LowRank):
         gain_O = self.gain(slot)
         return Terms(slot.weight, slot.bias, self.A, gain_O[:, None] * self.B, self.scale, gain_O)
 
-    def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
-        if terms := self.terms(slot):
-            return joined([terms], x_TI)[0]
-        y_TO: Tensor = slot.weight(x_TI)
-        down_TR = F.linear(F.dropout(x_TI, self.dropout), self.A.to(x_TI.dtype))
-        y_TO = y_TO.addmm_(down_TR, self.B.to(x_TI.dtype).t(), alpha=self.scale)
-        y_TO = y_TO + (self.gain(slot) - 1).to(x_TI.dtype) * y_TO  # the gain itself would be rounded to one
-        return y_TO if slot.bias is None else y_TO + slot.bias
+    def dropped(self, slot: Linear, x_TI: Tensor) -> Tensor:
+        y_TO = super().dropped(slot, x_TI)
+        return y_TO + (self.gain(slot) - 1).to(x_TI.dtype) * y_TO  # the gain itself would be rounded to one
 
     def merged(self, slot: Linear) -> Parts:
         w_OI = torch.addmm(slot.weight.dense().float(), self.B, self.A, alpha=self.scale)

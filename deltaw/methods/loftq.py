@@ -17,7 +17,7 @@ from deltaw.adapters.adapter import Adapter
 from deltaw.adapters.protocol import Losses, Site
 from deltaw.methods.lora import LoRA, LowRank, first
 from deltaw.models.decoder import Decoder
-from deltaw.models.slots import Linear, Parts
+from deltaw.models.slots import Linear
 from deltaw.models.tokenizer import Tokenizer
 from deltaw.settings import settings
 from deltaw.weights import Format, Weight
@@ -37,10 +37,6 @@ class Corrected(LowRank):
 
     def frozen(self, slot: Linear) -> Weight:  # noqa: ARG002 (Q is in its place)
         return self.weight
-
-    def merged(self, slot: Linear) -> Parts:
-        w_OI = torch.addmm(self.weight.dense().float(), self.B, self.A, alpha=self.scale)
-        return {"weight": slot.weight.repack(w_OI)}
 
     def served(self, slot: Linear) -> None:  # type: ignore[override]  # noqa: ARG002 (no slot's W has Q in it)
         return None

@@ -33,11 +33,18 @@ class Product(Delta):
     def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
         if terms := self.terms(slot):
             return joined([terms], x_TI)[0]
-        A_RI, B_OR = self.factors()
-        y_TO: Tensor = self.frozen(slot)(x_TI)
-        down_TR = F.linear(F.dropout(x_TI, self.dropout), A_RI.to(x_TI.dtype))
-        y_TO = y_TO.addmm_(down_TR, B_OR.to(x_TI.dtype).t(), alpha=self.scale)
+        y_TO = self.dropped(slot, x_TI)
         return y_TO if slot.bias is None else y_TO + slot.bias
+
+    def dropped(self, slot: Linear, x_TI: Tensor) -> Tensor:
+        """What comes out before the bias while some of what goes in is dropped."""
+        A_RI, B_OR = (t.to(x_TI.dtype) for t in self.factors())
+        y_TO: Tensor = self.frozen(slot)(x_TI)
+        return y_TO.addmm_(self.down(x_TI, A_RI), B_OR.t(), alpha=self.scale)
+
+    def down(self, x_TI: Tensor, A_RI: Tensor) -> Tensor:
+        """A x, with dropout."""
+        return F.linear(F.dropout(x_TI, self.dropout), A_RI)
 
     def terms(self, slot: Linear) -> Terms | None:
         if self.training and self.dropout:
@@ -51,7 +58,7 @@ class Product(Delta):
     def merged(self, slot: Linear) -> Parts:
         A_RI, B_OR = self.factors()
         # Summed in fp32 and rounded once, to the type of the base.
-        w_OI = torch.addmm(slot.weight.dense().float(), B_OR, A_RI, alpha=self.scale)
+        w_OI = torch.addmm(self.frozen(slot).dense().float(), B_OR, A_RI, alpha=self.scale)
         return {"weight": slot.weight.repack(w_OI)}
 
     def served(self, slot: Linear) -> Affine:  # noqa: ARG002 (the same at every slot)

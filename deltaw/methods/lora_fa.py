@@ -17,8 +17,6 @@ from torch import Tensor
 from deltaw.adapters.protocol import Site
 from deltaw.errors import UserError
 from deltaw.methods.lora import LoRA, LowRank
-from deltaw.models.fused import joined
-from deltaw.models.slots import Linear
 from deltaw.settings import settings
 
 
@@ -33,12 +31,8 @@ class FrozenA(LowRank):
         del self.A
         self.register_buffer("A", A_RI, persistent=stored)
 
-    def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
-        if terms := self.terms(slot):
-            return joined([terms], x_TI)[0]
-        y_TO = slot.run(x_TI)
-        down_TR = F.dropout(F.linear(x_TI, self.A.to(x_TI.dtype)), self.dropout)
-        return y_TO.addmm_(down_TR, self.B.to(x_TI.dtype).t(), alpha=self.scale)
+    def down(self, x_TI: Tensor, A_RI: Tensor) -> Tensor:
+        return F.dropout(F.linear(x_TI, A_RI), self.dropout)
 
     def project(self) -> None:
         """From now on B's gradient is the one whose step comes nearest to that of W's: G A' (A A')^-1 / scale.

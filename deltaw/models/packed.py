@@ -125,16 +125,13 @@ def _as_packed(weight: Packed) -> bool:
 def _from_theirs(found: Mapping[str, Tensor], state: Mapping[str, Any], shape: tuple[int, int]
                  ) -> tuple[Format, dict[str, Tensor]]:  # fmt: skip
     nested = "nested_offset" in state
-    if state["blocksize"] not in BLOCKS:
-        raise ValueError("another block")
     form = Codebook(4, state["blocksize"], Double() if nested else Plain(), state["quant_type"] == "fp4")
-    if tuple(state["shape"]) != shape or state.get("nested_blocksize", Double.BLOCK) != Double.BLOCK:
-        raise ValueError("another shape")
-    if not torch.equal(found[".quant_map"].float(), form.levels(torch.device("cpu"))):
-        raise ValueError("another table")
+    if (state["blocksize"] not in BLOCKS or tuple(state["shape"]) != shape
+            or state.get("nested_blocksize", Double.BLOCK) != Double.BLOCK
+            or not torch.equal(found[".quant_map"].float(), form.levels(torch.device("cpu")))
+            or (nested and not torch.equal(found[".nested_quant_map"].float(), dynamic()))):  # fmt: skip
+        raise ValueError("another block, shape or table")
     kept = {"codes": found[ITS_OWN].flatten()}
-    if nested and not torch.equal(found[".nested_quant_map"].float(), dynamic()):
-        raise ValueError("another table of scales")
     if not nested:
         return form, kept | {"absmax": found[".absmax"]}
     return form, kept | {"codes2": found[".absmax"], "absmax2": found[".nested_absmax"],
