@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,23 @@ def register(app: App, arguments: Sequence[str]) -> None:
         json
             Print events as JSON lines.
         """
+        from deltaw.api import finetune
+
         settings, own = settings or Training(), own or method()
+        if resume:
+            _refuse_changes(arguments, (settings, Training()), (own, method()))
+        if resume and len(files) > 1:
+            raise UserError("Only one run is resumed at a time.", remedy=f"deltaw train --resume {files[0]}")
         with interruptible() as stop:
-            if resume:
-                _refuse_changes(arguments, (settings, Training()), (own, method()))
-                on = {key: said for key in ELSEWHERE if (said := getattr(settings, key)) != getattr(Training(), key)}
-                return _resume(files, settings.runs, on, stop, json)
-            return _begin(files or tuple([data] if isinstance(data, str) else data), {**plain(settings), **plain(own)},
-                          stop, json)  # fmt: skip
+            with busy(json) as say:
+                if resume:
+                    on = {key: getattr(settings, key) for key in ELSEWHERE
+                          if getattr(settings, key) != getattr(Training(), key)}  # fmt: skip
+                    prepared = finetune.resume(files[0] if files else None, settings.runs, stop, say, on)
+                else:
+                    named = files or tuple([data] if isinstance(data, str) else data)
+                    prepared = finetune.prepare(named, {**plain(settings), **plain(own)}, stop, say)
+            return _show(prepared, json)
 
     train.__annotations__ |= {"files": str, "settings": Flat[Training], "own": Flat[method],  # type: ignore[misc, valid-type]
                               "config": Path | None, "resume": bool, "json": bool}  # fmt: skip
@@ -69,24 +78,6 @@ def register(app: App, arguments: Sequence[str]) -> None:
     said = {k: json_text.dumps(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
     app.command(App(name="train", config=Dict(said, use_commands_as_keys=False, source=config)))
     app["train"].default(train)
-
-
-def _begin(files: Sequence[str], values: dict[str, Any], stop: Callable[[], bool], as_json: bool) -> int:
-    from deltaw.api.finetune import prepare
-
-    with busy(as_json) as say:
-        prepared = prepare(files, values, stop, say)
-    return _show(prepared, as_json)
-
-
-def _resume(files: Sequence[str], runs: Path, on: dict[str, Any], stop: Callable[[], bool], as_json: bool) -> int:
-    from deltaw.api.finetune import resume
-
-    if len(files) > 1:
-        raise UserError("Only one run is resumed at a time.", remedy=f"deltaw train --resume {files[0]}")
-    with busy(as_json) as say:
-        prepared = resume(files[0] if files else None, runs, stop, say, on)
-    return _show(prepared, as_json)
 
 
 def _refuse_changes(arguments: Sequence[str], *said: tuple[Any, Any]) -> None:

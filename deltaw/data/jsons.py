@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,10 @@ def each(path: Path) -> Iterator[Placed | UserError]:
 
 def _begin(path: Path) -> str:
     """The first character that is no blank."""
-    try:
-        with path.open("rb") as file:
-            while piece := file.read(PIECE):
-                if begun := piece.lstrip(b" \t\r\n\xef\xbb\xbf"):
-                    return chr(begun[0])
-    except OSError:
-        pass  # said where lines are read
+    with suppress(OSError), path.open("rb") as file:  # an error is said where lines are read
+        while piece := file.read(PIECE):
+            if begun := piece.lstrip(b" \t\r\n\xef\xbb\xbf"):
+                return chr(begun[0])
     return ""
 
 

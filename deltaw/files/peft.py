@@ -21,7 +21,7 @@ from torch import Tensor, contiguous_format
 from torch.nn.functional import pad
 
 from deltaw.adapters.adapter import Adapter
-from deltaw.adapters.protocol import HEAD, matches
+from deltaw.adapters.protocol import HEAD
 from deltaw.adapters.whole import PART, Whole
 from deltaw.errors import UserError
 from deltaw.files import peft_prefix
@@ -29,6 +29,7 @@ from deltaw.files.adapters import filled, refuse_nan
 from deltaw.files.atomic import replacing, write_text
 from deltaw.files.foreign import CONFIG, WEIGHTS, Said, raw, understood
 from deltaw.methods import method
+from deltaw.methods.lora import first
 from deltaw.models.checkpoint import get, read_json
 from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Affine, Linear, Slot
@@ -150,8 +151,9 @@ def read(folder: Path, model: Decoder) -> Adapter:
     _missing(config, model, {*low, *whole}, folder)
     ranks = {name: len(pair["A"]) for name, pair in low.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    alpha_of = {name: _pattern(config.alpha_pattern, name, config.lora_alpha) for name in low}
-    told_rank = {name: _pattern(config.rank_pattern, name, config.r) for name in low}
+    # PEFT's rule: the first key that the end of a layer's name matches.
+    alpha_of = {name: first(config.alpha_pattern, _hf(name), config.lora_alpha) for name in low}
+    told_rank = {name: first(config.rank_pattern, _hf(name), config.r) for name in low}
     if odd := next((name for name in low if told_rank[name] != ranks[name]), None):
         raise UserError(f"{CONFIG} says rank {told_rank[odd]} of {odd}, and its A has {ranks[odd]} rows.",
                         where=str(folder), why="The configuration and the tensors are of two adapters.")  # fmt: skip
@@ -231,11 +233,6 @@ def _shared(head_VD: Tensor, tensors: Mapping[str, Tensor], model: Decoder) -> b
 
 def _same(own: Tensor, t: Tensor) -> bool:
     return own.shape == t.shape and bool((own == t.to(own.device, own.dtype)).all())
-
-
-def _pattern(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    """PEFT's rule: the first key that the end of a layer's name matches."""
-    return next((v for k, v in patterns.items() if matches(k, _hf(name))), otherwise)
 
 
 def _short(names: list[str], model: Decoder) -> list[str]:

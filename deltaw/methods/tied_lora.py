@@ -54,7 +54,9 @@ class TiedLoRA(Method):
     def build(self, site: Site, rng: torch.Generator) -> Tied:
         o, i = site.slot.weight.shape
         at, _, name = site.name.rpartition(".")
-        every = f"{at}/{name}".replace(".", "/") if self.variant == "vbua" else _unnumbered(f"{at}/{name}")
+        every = f"{at}/{name}".replace(".", "/")
+        if self.variant != "vbua":  # without its block's number, by which all blocks have the same
+            every = re.sub(r"^layers/\d+/", "", every)
         group = GROUPS.get(name, name)
         u, names = f"{at}/{group}/u".replace(".", "/"), (every.rsplit("/", 1)[0] + f"/{group}/A", f"{every}/B")
         fixed = self.variant == "tl5"  # u and v are one, so B is what starts at zero
@@ -69,11 +71,6 @@ class TiedLoRA(Method):
                                 why=f"{tuple(t.shape)} is not {tuple(getattr(site.shared, key).shape)}.",
                                 remedy="Leave some of them out: --targets.")  # fmt: skip
         return Tied(site.shared, (*names, u), i, torch.ones(o) if fixed else torch.zeros(o), not fixed)
-
-
-def _unnumbered(name: str) -> str:
-    """A layer's name without its block's number, by which all blocks have the same."""
-    return re.sub(r"^layers[.]\d+[.]", "", name).replace(".", "/")
 
 
 def _normal(shape: tuple[int, int], fan_in: int, rng: torch.Generator) -> Tensor:

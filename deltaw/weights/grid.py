@@ -118,9 +118,8 @@ class Ordered(Gridded):
 
     def __init__(self, form: Grid, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> None:
         super().__init__(form, shape, dtype, kept)
-        if "order" not in kept:
-            raise ValueError("no order of the inputs")
-        if not self.order.is_meta and self.order.sort().values.tolist() != list(range(shape[1])):
+        order = kept.get("order")
+        if order is None or (not order.is_meta and order.sort().values.tolist() != list(range(shape[1]))):
             raise ValueError("no order of the inputs")
 
     def dense(self) -> Tensor:
