@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deltaw.errors import UserError, explained
+from deltaw.errors import explained
 
 HUB = "hf:"
 """What the name of a data set on the hub begins with: `hf:owner/name`, `hf:owner/name/configuration@split`."""
@@ -25,15 +25,13 @@ def each(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
                    remedy="pip install datasets"):  # fmt: skip
         from datasets import load_dataset
         from pyarrow.parquet import ParquetFile  # which datasets needs
-    try:
+    remedy = "On the hub: hf:owner/name/configuration@split." if name.startswith(HUB) else "Fetch or write it anew."
+    with explained("This data set cannot be read.", Exception, where=name, remedy=remedy,
+                   why=lambda error: (str(error).strip() or type(error).__name__).splitlines()[0]):  # fmt: skip
         if not name.startswith(HUB) and Path(name).is_file() and not ParquetFile(name).metadata.num_rows:
             return
         for number, row in enumerate(load_dataset(**_asked(name), streaming=True), 1):
             yield {column: _turns(value) for column, value in row.items()}, f"{name}:{number}"
-    except Exception as e:
-        said = str(e).strip() or type(e).__name__
-        remedy = "On the hub: hf:owner/name/configuration@split." if name.startswith(HUB) else "Fetch or write it anew."
-        raise UserError("This data set cannot be read.", where=name, why=said.splitlines()[0], remedy=remedy) from None
 
 
 def _asked(name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from deltaw.data.lines import PIECE, lines, pieces
 from deltaw.data.rows import shape_of
-from deltaw.errors import UserError
+from deltaw.errors import UserError, explained, located
 
 Placed = tuple[Any, str]
 """A value, and where it stands."""
@@ -86,12 +86,8 @@ def _each_item(path: Path) -> Iterator[Placed | UserError]:
         text.next()
         where = f"{path}:{text.line}"
         try:
-            value = text.value()
-        except UserError as e:
-            e.where = where
-            raise
-        except RecursionError:
-            raise UserError("This row is nested too deeply.", where=where) from None
+            with located(where), explained("This row is nested too deeply.", RecursionError, where=where, why=""):
+                value = text.value()
         except ValueError as e:
             raise text.fault(getattr(e, "pos", text.at), e) from None
         yield value, where
