@@ -79,8 +79,14 @@ class Chat:
         When `heard` turns false, what was said so far is all.
         """
         asked = [*self.turns, {"role": "user", "content": question}]
-        return {name: "".join(persona.stream(asked, self.sampling, heard))
-                for name, persona in self.personas.items() if heard()}  # fmt: skip
+        said = dict[str, str]()
+        for name, persona in self.personas.items():
+            if heard():
+                try:
+                    said[name] = "".join(persona.stream(asked, self.sampling, heard))
+                except UserError as e:  # others can answer nevertheless
+                    said[name] = str(e)
+        return said
 
     def save(self, path: Path) -> int:
         """Add the conversation to a file of training rows; gives how many rows it has now.

@@ -100,8 +100,8 @@ class Prepared:
         with run.held():
             try:
                 yield from self._within_memory()
-            except WillNotFit:
-                if not run.checkpoints():
+            except UserError as e:
+                if type(e) in (UserError, WillNotFit) and not run.checkpoints():
                     run.remove()  # nothing was trained, and the name is free again
                 raise
 

@@ -97,7 +97,7 @@ def personas_of(url: str, names: Sequence[str] = (), key: str = "") -> list[Remo
     """
     if urlsplit(url).scheme not in ("http", "https"):
         raise UserError("This is no address of a server.", where=url, remedy="Take --url http://127.0.0.1:8000.")
-    server = Server(url, key)
+    server = Server(url.rstrip("/").removesuffix("/v1"), key)
     with server.open("/v1/models") as f:
         cards = json.loads(f.read())["data"]
     there = {c["id"]: Remote(BASE if c.get("parent") is None else c["id"], c["id"], c.get("system") or "", server)

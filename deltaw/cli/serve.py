@@ -6,6 +6,7 @@ import importlib.util
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,7 +42,7 @@ def serve(*, base: str | None = None, base_format: str = "",
     if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
         raise UserError(f"The server needs {', '.join(missing)}.", remedy="pip install 'deltaw[serve]'")
     from deltaw.api.persona import load_base
-    from deltaw.web.server import bound, hub_of, listen, web_of
+    from deltaw.web.server import Listener, bound, hub_of, web_of
 
     serving, folders = serving or Serving(), [Path("runs")] if personas is None else personas
     serving = replace(serving, key=serving.key or os.environ.get(KEY, ""))
@@ -49,7 +50,8 @@ def serve(*, base: str | None = None, base_format: str = "",
         raise UserError("There is no such file or folder.", where=str(lost))
     first, form = _trained_on(folders)
     if not (base or first):
-        raise UserError("There is neither a base nor a persona to serve.", remedy="Take --base smollm2-135m.")
+        raise UserError(f"There is no adapter in {', '.join(map(str, folders))}, and no base is named.",
+                        remedy="Take --base smollm2-135m, or other --personas.")  # fmt: skip
     with bound(serving) as at:
         # In a thread that ends: what computes in this one would keep OpenMP's threads, and with more of them than cores
         # those of the engine sleep after each product.
@@ -58,16 +60,20 @@ def serve(*, base: str | None = None, base_format: str = "",
             loaded = loader.submit(load_base, base or first, base_format=base_format or form, **how).result()
         with hub_of(loaded, folders, serving) as (hub, shelf):
             url = f"http://{serving.host}:{at.getsockname()[1]}"
-            _tell(Console(highlight=False, soft_wrap=True), shelf, url)
-            listen(web_of(hub, shelf, serving), at)
+            console = Console(highlight=False, soft_wrap=True)
+            _tell(console, shelf, url)
+            shelf.say = partial(console.print, markup=False)
+            Listener(web_of(hub, shelf, serving), hub, shelf.say).run([at])
 
 
 def _trained_on(folders: list[Path]) -> tuple[str, str]:
-    """The base of the first persona of ours, and how it was packed."""
+    """The base of the first persona, and how it was packed."""
     from deltaw.files import adapters
-    from deltaw.serve.catalog import adapters_in
+    from deltaw.serve.catalog import Source, adapters_in
 
-    for path in (path for folder in folders for _, path in adapters_in(folder) if path.is_file()):
+    for path in (path for folder in folders for _, path in adapters_in(folder)):
+        if path.is_dir():
+            return Source.of(path, "").base, ""
         header = adapters.read_header(path)
         return header.base, header.base_format
     return "", ""

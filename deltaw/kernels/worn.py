@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import ClassVar, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from deltaw.kernels.library import function
 from deltaw.kernels.plain import PLAIN
 from deltaw.kernels.products import Product, summed
 
-LAYOUT = "panels"
+LAYOUT = "panels-summed"
 """What the way is called in which a slab lies: files of another one are none of ours."""
 SIDE = 32
 """Columns of a panel of B, which lie together."""
@@ -64,13 +65,20 @@ class Slab:
         return cls(memory, len(changes), dtype)
 
     @classmethod
-    def mapped(cls, path: Path, layers: int, dtype: torch.dtype) -> Slab:
-        """One that was saved: its memory is the file's, read where and when it is used."""
-        return cls(torch.from_numpy(np.memmap(path, np.uint8, "c")), layers, dtype)
+    def mapped(cls, path: Path, layers: int, dtype: torch.dtype) -> Slab | None:
+        """One that was saved: its memory is the file's, read from the disk now; None: it is damaged, or not there."""
+        if not path.exists() or path.stat().st_size <= ALIGNED:
+            return None
+        whole = np.memmap(path, np.uint8, "c")
+        memory, summed = whole[:-ALIGNED], int.from_bytes(whole[-ALIGNED:].tobytes(), "little")
+        return cls(torch.from_numpy(memory), layers, dtype) if crc32(memory.data) == summed else None
 
     def save(self, path: Path) -> None:
-        """Write it as it lies."""
-        self.memory.numpy().tofile(path)
+        """Write it as it lies, and behind it a checksum."""
+        memory = self.memory.numpy()
+        with path.open("wb") as f:
+            memory.tofile(f)
+            f.write(crc32(memory.data).to_bytes(ALIGNED, "little"))
 
     def change(self, layer: int, inputs: int, outputs: int) -> Change | None:
         """What it adds to a layer, as a whole."""

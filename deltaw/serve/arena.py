@@ -89,9 +89,13 @@ class Arena:
                 return
             yield self.known[name]
 
+    def pages_for(self, size_bytes: int) -> int:
+        """How many pages something else of this size takes the place of."""
+        return -(-size_bytes // self.page_bytes)
+
     def give(self, size_bytes: int) -> list[int]:
         """Give up pages for something else of this size, and their memory to the machine; none if there are too few."""
-        count = max(1, -(-size_bytes // self.page_bytes))
+        count = max(1, self.pages_for(size_bytes))
         if count > self.available:
             return []
         while len(self.free) < count:

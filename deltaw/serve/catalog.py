@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import time
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.errors import UserError, nearest
@@ -19,6 +21,10 @@ from deltaw.models.decoder import Decoder
 from deltaw.serve.wardrobe import Entry, Wardrobe
 from deltaw.serve.wearing import Served, served
 
+KEPT_SECONDS = 30 * 24 * 3600.0
+"""How long laid files are kept that nobody uses."""
+MOST_BLENDED = 16
+"""Personas that are blended at most."""
 BASE = "base"
 """What the model is called that wears nothing."""
 Worn = tuple[tuple[Entry, float], ...]
@@ -51,7 +57,7 @@ class Source:
                 return cls(path, stamp, header.method, rank, header.base, header.system, other)
             told = read_json(path / foreign.CONFIG)
             kind, rank = str(told.get("peft_type", "")).lower(), told.get("r")
-            base = str(told.get("base_model_name_or_path") or "")
+            base = _legible(str(told.get("base_model_name_or_path") or ""))
             return cls(path, stamp, "dora" if told.get("use_dora") else kind, rank, base)
         except UserError as e:
             return cls(path, stamp, fault=str(e))
@@ -101,11 +107,16 @@ class Catalog:
         """What there is in the folders now. What is `known` and as it was is not read again."""
         there: dict[str, Source] = {}
         for name, path in (pair for folder in self.folders for pair in adapters_in(folder)):
-            with suppress(OSError):  # it went meanwhile
-                own = known.get(name)
+            own = known.get(name)
+            try:
                 if name not in there:
                     same = own is not None and own.path == path and own.stamp == _stamp(path)
                     there[name] = own if same and own else Source.of(path, self.fingerprint)
+            except FileNotFoundError:
+                continue  # it went meanwhile
+            except OSError:  # which may pass
+                if own is not None:
+                    there[name] = own
         return there
 
     def update(self, there: Mapping[str, Source]) -> None:
@@ -145,19 +156,23 @@ class Catalog:
         if told == BASE:
             return ()
         blend = list[tuple[Entry, float]]()
-        for part in told.split("+"):
-            name, weighed, weight = part.partition(":")
-            if name not in entries or (weighed and not re.fullmatch(r"-?(\d{1,3}\.?|\d{0,3}\.\d{1,6})", weight)):
-                raise UserError(f"There is no persona '{part}'.", remedy=nearest(part, [BASE, *entries]))
+        for part in told.split("+", MOST_BLENDED):
+            name, weighed, weight = (word.strip() for word in part.partition(":"))
+            if name not in entries:
+                raise UserError(f"There is no persona '{name}'" + (" to blend" * (told != name)) + ".",
+                                remedy=nearest(name, [BASE, *entries][told != name :]))  # fmt: skip
+            if weighed and not re.fullmatch(r"-?(\d{1,3}\.?|\d{0,3}\.\d{1,6})", weight, re.ASCII):
+                raise UserError(f"'{weight}' is no weight.", remedy=f"Say '{name}:0.5'.")
             blend.append((entries[name], float(weight) if weighed else 1.0))
         return tuple(blend)
 
     def sweep(self) -> None:
-        """Delete laid files of adapters that are here no longer."""
-        stamps = {source.stamp for source in self.sources.values()}
+        """Delete laid files of adapters that are not here, unless a server of theirs used them not long ago."""
+        stamps, old = {source.stamp for source in self.sources.values()}, time() - KEPT_SECONDS
         for file in self.kept.glob("*.slab"):
-            if file.stem.partition("-")[0] not in stamps:
-                file.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another server deleted it
+                if file.stem.partition("-")[0] not in stamps and file.stat().st_atime < old:
+                    file.unlink()
 
 
 def adapters_in(path: Path) -> Iterator[tuple[str, Path]]:
@@ -166,23 +181,31 @@ def adapters_in(path: Path) -> Iterator[tuple[str, Path]]:
         yield here
     elif path.is_dir():
         for child in sorted(path.iterdir()):
-            if not child.name.startswith(".") and (here := _adapter_at(child)) is not None:
-                yield here
+            with suppress(OSError):  # others are there nevertheless
+                if not child.name.startswith(".") and (here := _adapter_at(child)) is not None:
+                    yield here
 
 
 def _adapter_at(path: Path) -> tuple[str, Path] | None:
     if path.suffix == ".safetensors" and path.is_file():
         inside = path.absolute().parent
-        return (inside.parent.name if inside.name == "adapter" else path.stem), path
+        return _legible(inside.parent.name if inside.name == "adapter" else path.stem), path
     if Run(path).adapter.is_file():
-        return path.absolute().name, Run(path).adapter
-    if (path / foreign.CONFIG).is_file() and (path / foreign.WEIGHTS).is_file():
-        return path.absolute().name, path
+        return _legible(path.absolute().name), Run(path).adapter
+    if (path / foreign.WEIGHTS).is_file():
+        return _legible(path.absolute().name), path
     return None
 
 
+def _legible(name: str) -> str:
+    """A text that can be written: file systems and JSON know others."""
+    return name.encode("utf-8", "replace").decode()
+
+
 def _files(path: Path) -> Iterable[Path]:
-    return [path] if path.is_file() else [path / foreign.CONFIG, path / foreign.WEIGHTS]
+    if path.is_file():
+        return [path]
+    return [file for file in (path / foreign.CONFIG, path / foreign.WEIGHTS) if file.exists()]
 
 
 def _stamp(path: Path) -> str:
@@ -191,4 +214,4 @@ def _stamp(path: Path) -> str:
     for file in _files(path):
         s = file.stat()
         told.append(f"{s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}")
-    return hashlib.blake2b("\n".join(told).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(os.fsencode("\n".join(told)), digest_size=16).hexdigest()

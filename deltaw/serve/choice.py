@@ -47,5 +47,5 @@ def _allowed(sequence: Sequence, logits_V: Tensor) -> Tensor:
     if sequence.grammar is not None:
         logits_V = logits_V.masked_fill(~sequence.grammar.allowed(), -torch.inf)
     if len(sequence.said) < sequence.least:
-        logits_V = logits_V.index_fill(0, torch.tensor(sorted(sequence.end_ids)), -torch.inf)
+        logits_V = logits_V.index_fill(0, torch.tensor(sorted(sequence.end_ids), dtype=torch.long), -torch.inf)
     return logits_V

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import chain, groupby, islice
 from typing import Any
 
@@ -80,7 +81,6 @@ class Engine:
                 break
             if not self._ready(sequence):
                 continue  # others need not wait for its adapter
-            self.wardrobe.wear(sequence.entries)
             sequence.begin(self.arena)
             count = min(sequence.pending, left)
             if not self._freed(sequence.missing(count)):
@@ -107,25 +107,31 @@ class Engine:
         assert all(entry.users == users.count(entry) for entry in self.wardrobe.kept), "adapters are worn by nobody"
 
     def _ready(self, sequence: Sequence) -> bool:
-        """Whether a sequence that waits can be begun; one that never can be is let go of."""
+        """Whether a sequence that waits can be begun, and wears what it does; one that never can be is let go of."""
+        worn = False
         try:
-            if not self.wardrobe.ready(sequence.entries):
-                return False
-            sequence.dress()
-            self._check_length(sequence)
+            if worn := self.wardrobe.ready(sequence.entries):
+                sequence.dress()
+                self._check_length(sequence)
         except UserError as e:
+            if worn:
+                self.wardrobe.unwear(sequence.entries)
             self.end(sequence, "refused", str(e))
             return False
-        return True
+        return worn
 
     def _check_length(self, sequence: Sequence) -> None:
         with nullcontext() if sequence.alone is None else sequence.alone.on():
             context, shared = self.model.context, self.model.shares(sequence.most)
         room = min(context, (self.arena.count - len({p for e in sequence.entries for p in e.given})) * SIDE)
+        if sequence.open:
+            left = max(1, room - sequence.prefix - len(sequence.asked))
+            sequence.sampling = replace(sequence.sampling, max_new_tokens=min(sequence.sampling.max_new_tokens, left))
         if sequence.most > room:
+            more = ", or serve with more --budget-gb" if room < context else ""
             raise UserError(f"A question of {some(len(sequence.asked), 'token')} and an answer of "
                             f"{sequence.sampling.max_new_tokens:,} have no room: {room - sequence.prefix:,} are seen.",
-                            remedy="Ask for less, or let the answer be shorter.")  # fmt: skip
+                            remedy=f"Ask for less, or let the answer be shorter{more}.")  # fmt: skip
         if not shared:  # angles depend on how long it may become
             sequence.root = sequence.root[:16] + sequence.most.to_bytes(4, "little")
 

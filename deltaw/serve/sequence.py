@@ -58,6 +58,8 @@ class Sequence:
     """How many likelier tokens are told with each token's score; None: no scores are."""
     echo: bool = False
     """Whether the tokens that were asked have scores too, all but the first."""
+    open: bool = False
+    """Whether no end was asked for: it may say as much as there is room for."""
     ended: int | None = None
     """The token by which the model ended; it has a score, and is not said."""
     scores: list[Any] = field(default_factory=list)
@@ -89,7 +91,9 @@ class Sequence:
     @property
     def served(self) -> list[tuple[Served, float]]:
         """The adapters that it wears, which are there, with their weights."""
-        return [(entry.served, weight) for entry, weight in self.worn if entry.served is not None]
+        there = [(entry.served, weight) for entry, weight in self.worn if entry.served is not None]
+        assert len(there) == len(self.worn), "what is worn is not there"
+        return there
 
     def dress(self) -> None:
         """Take on what it wears, which is there.
@@ -157,6 +161,7 @@ class Sequence:
         for _ in range(self.missing(count)):
             self.pages.append(arena.take())
         if self.known < self.prefix:
+            arena.pages[self.pages[(self.prefix - 1) // SIDE]] = 0  # what is behind it is multiplied too
             table = torch.tensor(self.pages, dtype=torch.int32)
             for book, (k_PKE, v_PKE) in zip(arena.books, self.before, strict=True):
                 book.write(table, self.known, *(t[self.known :].to(book.pages.dtype) for t in (k_PKE, v_PKE)))

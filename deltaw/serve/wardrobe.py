@@ -87,17 +87,22 @@ class Wardrobe:
         self._forget_unused(entry)
 
     def ready(self, entries: Sequence[Entry]) -> bool:
-        """Whether all of these can be worn now. Those that cannot are read, or wait for room, meanwhile.
+        """Whether all of these can be worn now: then they are, until `unwear`. Else they are read, or wait for room.
 
         Raises:
-            UserError: one is damaged, or together they take more than all the room there is.
+            UserError: one is damaged or cannot be read now, or together they take more than all the room there is.
         """
         self.wear(entries)  # none makes room for another
+        there = False
         try:
-            found = [self._settled(entry) for entry in entries]
+            found = [self._settled(entry) for entry in entries]  # all, so that all are read
+            there = all(found)
+            if sum(self._pages(entry) for entry in {*entries}) > self.arena.count:
+                raise UserError("Together these adapters take more than all there is room for.")
         finally:
-            self.unwear(entries)
-        return all(found)
+            if not there:
+                self.unwear(entries)
+        return there
 
     def fetch(self, entries: Sequence[Entry]) -> None:
         """Begin to read those that somebody waits for, before it is their turn."""
@@ -148,6 +153,9 @@ class Wardrobe:
             return False
         try:
             served = entry.reading.result()
+        except (OSError, MemoryError) as e:  # which may pass
+            entry.reading = None
+            raise UserError(f"The adapter '{entry.name}' cannot be read now.", why=f"{e}.") from None
         except Exception as e:  # whatever is wrong with it, it is the adapter's fault
             return self._failed(entry, str(e))
         if served.size_bytes > self.arena.count * self.arena.page_bytes:
@@ -159,6 +167,12 @@ class Wardrobe:
         entry.digest = served.digest or entry.digest
         self.kept.add(entry)
         return True
+
+    def _pages(self, entry: Entry) -> int:
+        """How many pages it takes the place of, or will once there is room, as soon as that is known."""
+        if entry.reading is None or not entry.reading.done() or entry.reading.exception() is not None:
+            return len(entry.given)
+        return self.arena.pages_for(entry.reading.result().size_bytes)
 
     def _failed(self, entry: Entry, why: str) -> bool:
         entry.fault, entry.reading = why, None

@@ -6,11 +6,12 @@ the rest of the bias.
 
 from __future__ import annotations
 
-import mmap
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import time_ns
 
 import torch
 from torch import Tensor
@@ -63,14 +64,17 @@ def served(read: Callable[[], Adapter], model: Decoder, kept: Path) -> Served:
     Raises:
         UserError: no adapter of this base.
     """
-    if not kept.exists():
+    layers = sum(1 for _ in linears(model))
+    slab = Slab.mapped(kept, layers, model.dtype)
+    if slab is not None:
+        os.utime(kept, ns=(time_ns(), kept.stat().st_mtime_ns))  # it is of use
+    else:
         made = Served.of(read(), model)
         if made.slab is None or made.before:
             return made
         with replacing(kept) as scratch:
             made.slab.save(scratch)
-    slab = Slab.mapped(kept, sum(1 for _ in linears(model)), model.dtype)
-    slab.memory[:: mmap.PAGESIZE].sum()  # from the disk now, and not in the middle of a step
+        slab = Slab.mapped(kept, layers, model.dtype) or made.slab
     return Served(slab)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,11 +16,12 @@ from deltaw.files import foreign
 from deltaw.files.atomic import replacing_folder
 from deltaw.files.runs import check_name
 from deltaw.serve.catalog import BASE, Source, adapters_in
-from deltaw.web.answers import Hub
+from deltaw.web.answers import Hub, UnknownModel
 from deltaw.web.asked import AdapterAsked, LoadAsked, UnloadAsked
 
 WATCH_SECONDS = 2.0
 """How often folders are looked at."""
+LONGEST_NAME = 100
 PARTS = {"adapter.safetensors", foreign.CONFIG, foreign.WEIGHTS}
 """Files that an adapter is uploaded as: ours, or PEFT's two."""
 
@@ -29,11 +31,20 @@ class Shelf:
 
     def __init__(self, hub: Hub, created: int) -> None:
         self.hub, self.catalog, self.created = hub, hub.catalog, created
+        self.coming = set[str]()
+        """Names of what is being uploaded."""
+        self.say: Callable[[str], None] = lambda _: None
+        """Told what changes, a line each."""
 
     async def look(self) -> None:
         """Take in what changed in the folders."""
-        there = await asyncio.to_thread(self.catalog.found, dict(self.catalog.sources))
+        before = dict(self.catalog.sources)
+        there = await asyncio.to_thread(self.catalog.found, before)
         await self._do(partial(self.catalog.update, there))
+        for name in before.keys() | self.catalog.sources.keys():
+            was, now = before.get(name), self.catalog.sources.get(name)
+            if was != now:
+                self.say(f"{'-' if now is None else '+' if was is None else '~'} {name} {now.fault if now else ''}")
 
     async def put(self, name: str, path: Path) -> dict[str, Any]:
         """Let the adapter at a path be known by a name, once it was read whole.
@@ -52,6 +63,7 @@ class Shelf:
         read = partial(source.read, self.catalog.model, self.catalog.fingerprint, self.catalog.kept)
         await asyncio.wrap_future(self.catalog.wardrobe.reader.submit(read))
         await self._do(partial(self.catalog.add, name, source))
+        self.say(f"+ {name} from {found}")
         return self.card(name)
 
     async def upload(self, name: str, parts: list[UploadFile]) -> dict[str, Any]:
@@ -63,18 +75,26 @@ class Shelf:
         if names not in (["adapter.safetensors"], [foreign.CONFIG, foreign.WEIGHTS]):
             raise UserError(f"Files are called {', '.join(sorted(PARTS))}: ours, or PEFT's two.")
         folder = self.catalog.folders[0] / name
+        if name in self.catalog.sources or name in self.coming:
+            raise UserError(f"There is an adapter '{name}' already.", remedy="Take another name, or take it down.")
         if folder.exists():
-            raise UserError(f"There is an adapter '{name}' already.", remedy="Take another name, or delete its files.")
+            raise UserError("Here are files already.", where=str(folder), remedy="Put them up by their path.")
+        self.coming.add(name)
         try:
             await asyncio.to_thread(_store, folder, parts)
             return await self.put(name, folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        finally:
+            self.coming.discard(name)
 
     async def drop(self, name: str) -> None:
         """Know it no longer; whoever talks with it is answered to the end, and its files stay."""
+        if name not in self.catalog.sources:
+            raise UnknownModel(f"There is no persona '{name}'.")
         await self._do(partial(self.catalog.remove, name))
+        self.say(f"- {name}")
 
     def card(self, name: str) -> dict[str, Any]:
         """What there is to say of a persona."""
@@ -135,12 +155,16 @@ def adapter_routes(routes: APIRouter, shelf: Shelf) -> None:
 
 def _check_name(name: str, base: str) -> None:
     check_name(name)
+    if len(name.encode("utf-8", "replace")) > LONGEST_NAME:
+        raise UserError(f"A name has {LONGEST_NAME} letters at most.")
     if name in (BASE, base):
         raise UserError(f"'{name}' is what the base is called.")
 
 
 def _store(folder: Path, parts: list[UploadFile]) -> None:
     with replacing_folder(folder) as scratch:
+        inside = scratch / "adapter" if len(parts) == 1 else scratch  # where it is found again: ours lies as in a run
+        inside.mkdir(exist_ok=True)
         for part in parts:
-            with (scratch / str(part.filename)).open("wb") as file:
+            with (inside / str(part.filename)).open("wb") as file:
                 shutil.copyfileobj(part.file, file)

@@ -120,7 +120,7 @@ class Hub:
             for stream in range(count):
                 sequence = Sequence(
                     tuple(prompt), sampling, ends | {*(asked.stop_token_ids or [])}, worn, stream=stream,
-                    least=min(asked.min_tokens, sampling.max_new_tokens), tops=asked.tops,
+                    least=min(asked.min_tokens, sampling.max_new_tokens), tops=asked.tops, open=asked.most is None,
                     echo=getattr(asked, "echo", False) and asked.tops is not None,
                     grammar=self.grammars.of(*form) if form else None,
                 )  # fmt: skip

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
+import logging
 import re
 from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,11 +18,12 @@ from typing import Any, TypeVar, cast
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from deltaw import __version__
 from deltaw.api.persona import Persona
-from deltaw.errors import UserError
+from deltaw.errors import UserError, nearest
 from deltaw.serve.catalog import BASE
 from deltaw.serve.service import Closed
 from deltaw.web.adapters import WATCH_SECONDS, Shelf, adapter_routes
@@ -32,14 +35,24 @@ from deltaw.web.asked import (
     DetokenizeAsked,
     Prompt,
     TokenizeAsked,
+    turns,
 )
 from deltaw.web.forms import ChatForm, CompletionForm, Form, event
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+FIELDS = CompletionAsked.model_fields.keys() | ChatAsked.model_fields.keys()
 
 
 class Gone(Exception):
     """The client left before its answer was there."""
+
+
+class Answer(JSONResponse):
+    """In ASCII: halves of characters, which a client may send, have no other form."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
 def application(hub: Hub, shelf: Shelf, key: str = "", hosts: list[str] | None = None) -> FastAPI:
@@ -57,7 +70,7 @@ def application(hub: Hub, shelf: Shelf, key: str = "", hosts: list[str] | None =
         if key and not hmac.compare_digest(given, key.encode()):
             raise Unknown
 
-    app = FastAPI(title="deltaw", version=__version__, lifespan=watching, redoc_url=None)
+    app = FastAPI(title="deltaw", version=__version__, lifespan=watching, redoc_url=None, default_response_class=Answer)
     if hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     routes = APIRouter(dependencies=[Depends(known)])
@@ -79,7 +92,10 @@ async def _watch(shelf: Shelf) -> None:
     while True:
         await asyncio.sleep(max(WATCH_SECONDS, 20 * took))
         began = monotonic()
-        await shelf.look()
+        try:
+            await shelf.look()
+        except Exception:
+            log.exception("The folders could not be looked at.")
         took = monotonic() - began
 
 
@@ -108,8 +124,7 @@ def _answering(routes: APIRouter, hub: Hub) -> None:
         if (asked.prompt is None) == (asked.messages is None):
             raise UserError("Give a prompt, or messages.")
         if asked.messages is not None:
-            turns = [{"role": t.role, "content": str(t.content)} for t in asked.messages]
-            ids = tokenizer.encode(tokenizer.chat(turns, prompt=asked.add_generation_prompt))
+            ids = tokenizer.encode(tokenizer.chat(turns(asked.messages), prompt=asked.add_generation_prompt))
         else:
             begin = tokenizer.begin_ids if asked.add_special_tokens else []
             ids = [*begin, *tokenizer.encode(asked.prompt or "")]
@@ -132,7 +147,7 @@ async def _respond(hub: Hub, asked: Asked, prompts: list[list[int]], form: Form,
     async def all_of_it() -> list[Piece]:
         return [piece async for piece in pieces]
 
-    return JSONResponse(form.answer(await _unless_gone(request, all_of_it()), choices))
+    return Answer(form.answer(await _unless_gone(request, all_of_it()), choices))
 
 
 async def _events(
@@ -219,12 +234,15 @@ def _mistakes(app: FastAPI) -> None:
     def handle(kind: type[Exception], told: Callable[[Any], tuple[int, str, str]]) -> None:
         async def answer(_: Request, error: Exception) -> JSONResponse:
             status, text, name = told(error)
-            return JSONResponse(_fault(text, name), status)
+            return Answer(_fault(text, name), status)
 
         app.add_exception_handler(kind, answer)
 
     handle(UserError, lambda e: (400, str(e), "invalid_request_error"))
     handle(RequestValidationError, lambda e: (400, _complaint(e), "invalid_request_error"))
+    handle(UnicodeError, lambda e: (400, f"This is no text: {e}.", "invalid_request_error"))
+    handle(HTTPException, lambda e: (e.status_code, f"{e.detail}: clients take /v1 as the end of their base_url.",
+                                     "invalid_request_error"))  # fmt: skip
     handle(UnknownModel, lambda e: (404, str(e), "model_not_found"))
     handle(Refused, lambda e: (500 if e.own else 400, str(e), "server_error" if e.own else "invalid_request_error"))
     handle(Unknown, lambda _: (401, "This server asks for a key: Authorization: Bearer KEY.", "invalid_api_key"))
@@ -242,7 +260,12 @@ def _complaint(error: RequestValidationError) -> str:
     if first["type"] == "json_invalid":
         return "The body is no JSON."
     where = ".".join(str(part) for part in first["loc"] if part not in ("body", "str", "list"))
-    return f"{where or 'The body'}: {first['msg'][:1].lower()}{first['msg'][1:]}."
+    if not where:
+        return "The body is read as JSON, and as an object of fields: with the header Content-Type: application/json."
+    if first["type"] == "extra_forbidden":
+        return f"There is no field '{where}'. {nearest(where, FIELDS)}"
+    said = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {said[:1].lower()}{said[1:]}."
 
 
 def _prompts(told: Prompt) -> list[str] | list[list[int]]:

@@ -9,10 +9,11 @@ import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
+from deltaw.models.tokenizer import Message
 from deltaw.serve.grammar import Kind
 from deltaw.settings import Seed, Share
 
@@ -21,6 +22,8 @@ Number = Annotated[int, Field(ge=0, le=10**9)]
 Place = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 Few = Annotated[int, Field(ge=0, le=20)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
+"""What clients send though there is none of it."""
 Prompt = str | list[str] | list[Token] | list[list[Token]]
 
 
@@ -84,7 +87,10 @@ class Asked(Body):
     response_format: ResponseFormat | None = None
     structured_outputs: Structured | None = None
     user: str | None = None
-    """Of no effect; OpenAI's clients may send it."""
+    metadata: dict[str, Any] | None = None
+    """Of no effect, as the one before; OpenAI's clients may send them. What follows may ask for nothing only."""
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    store: Literal[False] | None = None
 
     @field_validator("response_format", mode="after")
     @classmethod
@@ -148,6 +154,8 @@ class CompletionAsked(Asked):
     echo: bool = False
     logprobs: Few | None = None
     add_special_tokens: bool = True
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
 
     @property
     def tops(self) -> int | None:
@@ -157,9 +165,14 @@ class CompletionAsked(Asked):
 class Turn(Body):
     """One message of a conversation."""
 
-    role: str
-    content: str | list[dict[str, Any]] | None = None
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[dict[str, Any]] | None
     name: str | None = None
+    refusal: None = None
+    tool_calls: Nothing = None
+    annotations: Nothing = None
+    function_call: None = None
+    audio: None = None
 
     @field_validator("content", mode="after")
     @classmethod
@@ -172,6 +185,12 @@ class Turn(Body):
         return "".join(str(part["text"]) for part in told)
 
 
+def turns(messages: Sequence[Turn]) -> list[Message]:
+    """Messages as templates have them, to which whoever developed is the system."""
+    roles = {"developer": "system"}
+    return [{"role": roles.get(turn.role, turn.role), "content": str(turn.content)} for turn in messages]
+
+
 class ChatAsked(Asked):
     """`POST /v1/chat/completions`."""
 
@@ -179,6 +198,16 @@ class ChatAsked(Asked):
     max_completion_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = None
     logprobs: bool | None = None
     top_logprobs: Few | None = None
+    tools: Nothing = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+
+    @field_validator("top_logprobs", mode="after")
+    @classmethod
+    def _asked_for(cls, told: int | None, info: ValidationInfo) -> int | None:
+        if told and not info.data.get("logprobs"):
+            raise ValueError("it goes with logprobs: true")
+        return told
 
     @property
     def most(self) -> int | None:
@@ -189,9 +218,9 @@ class ChatAsked(Asked):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
-    def turns(self) -> Sequence[dict[str, str]]:
+    def turns(self) -> list[Message]:
         """The messages as templates have them."""
-        return [{"role": turn.role, "content": str(turn.content)} for turn in self.messages]
+        return turns(self.messages)
 
 
 class TokenizeAsked(Body):

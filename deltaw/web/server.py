@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -24,6 +26,7 @@ from deltaw.web.adapters import Shelf
 from deltaw.web.answers import Hub, Post
 from deltaw.web.app import application
 from deltaw.web.metrics import Metrics
+from deltaw.words import some
 
 GIGABYTE = 1 << 30
 
@@ -32,6 +35,10 @@ GIGABYTE = 1 << 30
 def hub_of(base: Base, folders: Sequence[Path], serving: Serving) -> Iterator[tuple[Hub, Shelf]]:
     """A base with the personas of these files and folders, answering until the end of a `with` block."""
     engine = Engine(base.model, int(serving.budget_gb * GIGABYTE), serving.most, serving.chunk)
+    if engine.arena.count < serving.most:
+        least = math.ceil(1000 * serving.most * engine.arena.page_bytes / GIGABYTE) / 1000
+        raise UserError(f"{serving.budget_gb:g} GB have no room for {serving.most} answers at once.",
+                        remedy=f"Take --budget-gb {least} or more, or a smaller --most.")  # fmt: skip
     kept = source.cache() / "served"
     catalog = Catalog(base.model, base.fingerprint, engine.wardrobe, folders, kept)
     catalog.update(catalog.found({}))
@@ -65,12 +72,23 @@ def bound(serving: Serving) -> socket.socket:
                         remedy="Take another --port.") from None  # fmt: skip
 
 
-def listen(app: FastAPI, at: socket.socket, begun: Callable[[uvicorn.Server], None] = lambda _: None) -> None:
-    """Answer until the process is asked to end; then whoever is being answered is, unless it is asked once more."""
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on", timeout_keep_alive=60)
-    server = uvicorn.Server(config)
-    begun(server)
-    server.run(sockets=[at])
+class Listener(uvicorn.Server):
+    """One that is asked to end lets everybody be answered; asked once more, it cuts them; a third time, it is gone."""
+
+    def __init__(self, app: FastAPI, hub: Hub, say: Callable[[str], None]) -> None:
+        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on",
+                                        timeout_keep_alive=60))  # fmt: skip
+        self.hub, self.say = hub, say
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        service = self.hub.service
+        left = len(service.engine.running) + len(service.engine.waiting)
+        if self.should_exit and not service.closed:
+            service.close()
+            self.should_exit = False  # or uvicorn would leave before everybody heard so
+        elif left and not self.should_exit:
+            self.say(f"Ending, once {some(left, 'answer')} under way are whole; asked again, without them.")
+        super().handle_exit(sig, frame)
 
 
 @contextmanager
@@ -78,13 +96,13 @@ def running(base: Base, folders: Sequence[Path], serving: Serving | None = None)
     """A server in a thread, for the length of a `with` block; gives its address."""
     serving = serving or Serving(port=0)
     with hub_of(base, folders, serving) as (hub, shelf):
-        at, servers = bound(serving), list[uvicorn.Server]()
-        thread = threading.Thread(target=listen, args=(web_of(hub, shelf, serving), at, servers.append))
+        at, server = bound(serving), Listener(web_of(hub, shelf, serving), hub, print)
+        thread = threading.Thread(target=server.run, args=([at],))
         thread.start()
         try:
-            while not (servers and servers[0].started) and thread.is_alive():
+            while not server.started and thread.is_alive():
                 time.sleep(0.01)
             yield f"http://{serving.host}:{at.getsockname()[1]}", hub
         finally:
-            servers[0].should_exit = True
+            server.should_exit = True
             thread.join()

@@ -98,6 +98,13 @@ def test_too_few_minutes_are_refused_with_how_many_it_takes(ready, slow):
     assert measure(ready().job, 1).steps > 0
 
 
+def test_a_run_that_is_refused_by_its_plan_leaves_its_name_free(ready, slow):
+    made = ready(minutes=0.1)
+    with pytest.raises(UserError, match="too few"):
+        list(made.events())
+    assert not made.job.run.folder.exists()
+
+
 def test_without_minutes_the_steps_stay(ready, slow):
     plan = measure(ready(epochs=2).job)
     assert plan.steps == 12

@@ -326,3 +326,32 @@ def test_any_order_of_requests(model, personas, served):
     case.settings = settings(max_examples=30, stateful_step_count=25, deadline=None,
                              suppress_health_check=list(HealthCheck))  # fmt: skip
     case.runTest()
+
+
+def test_no_end_is_kept_back_where_there_is_none(model):
+    sequence = Sequence((1, 2, 3), GREEDY, frozenset(), least=4)
+    engine = Engine(model, 8 * MEGABYTE)
+    engine.submit(sequence)
+    run(engine)
+    assert (len(sequence.said), sequence.fault) == (12, "")
+
+
+@pytest.mark.parametrize("name", ["base-0", "prefix_tuning-0"])
+def test_where_no_end_was_asked_for_an_answer_has_what_room_there_is(model, served, name):
+    engine, asked = Engine(model, TIGHT), asking(prompt(0, 300), name, served, Sampling(max_new_tokens=500))
+    asked.open, asked.end_ids = True, frozenset()
+    engine.submit(asked)
+    run(engine)
+    assert not asked.fault
+    assert asked.most == 12 * 32
+    assert len(asked.said) == asked.sampling.max_new_tokens
+
+
+def test_what_another_left_in_a_page_is_not_seen_behind_a_prefix(model):
+    adapter = scramble(Adapter.build(method("prefix_tuning", tokens=5), model).eval(), 0.5)
+    engine = Engine(model, 8 * MEGABYTE)
+    engine.arena.pages.fill_(torch.nan)
+    asked = asking(prompt(3, 20), "p", {"p": Served.of(adapter, model)})
+    engine.submit(asked)
+    run(engine)
+    assert ties(model, adapter, asked) <= 1

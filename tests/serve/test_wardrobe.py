@@ -178,3 +178,55 @@ def test_what_is_worn_otherwise_is_read_as_it_is(name, tiny, tmp_path):
     assert bool(got.before) == (name == "prefix_tuning")
     assert got.size_bytes == sum(t.nbytes for t in adapter.state_dict().values())
     assert not (tmp_path / "a.slab").exists()
+
+
+def test_who_waits_for_an_adapter_that_is_taken_down_gets_it_nevertheless(tiny, made):
+    """Its pages are known by what it wears: they must hold nothing that was computed without it."""
+    engine, adapter = Engine(tiny, 1 << 20, most=1), made(1)
+    entry = add(engine, "x", adapter, tiny)
+    through(engine, asking(entry))
+    busy = Sequence(tuple(prompt(4, 30)), GREEDY, ENDS)
+    waits, again = (asking(entry, length=90) for _ in range(2))
+    engine.submit(busy)
+    engine.submit(waits)
+    engine.step()
+    engine.wardrobe.remove("x")
+    through(engine, again)
+    assert not waits.fault
+    assert ties(tiny, adapter, waits) + ties(tiny, adapter, again) <= 1
+    assert not engine.arena.given
+
+
+def test_a_blend_of_more_than_all_room_is_refused_and_others_are_not_kept_waiting(tiny, engine, made):
+    entries = [add(engine, str(seed), made(seed), tiny) for seed in range(4)]
+    assert len(entries) * SIZE > engine.arena.count
+    blend = Sequence(tuple(prompt(1, 20)), GREEDY, ENDS, tuple((entry, 0.5) for entry in entries))
+    through(engine, blend, other := asking(entries[0]))
+    assert "Together these adapters take more than all there is room for" in blend.fault
+    assert ties(tiny, made(0), other) <= 1
+
+
+def test_a_failure_that_may_pass_fails_only_who_met_it(tiny, engine, made):
+    adapter, faults = made(2), [OSError("No space left on device")]
+
+    def read():
+        if faults:
+            raise faults.pop()
+        return Served.of(adapter, tiny)
+
+    entry = engine.wardrobe.add("x", b"x", read)
+    through(engine, first := asking(entry))
+    assert "cannot be read now. No space left on device" in first.fault
+    through(engine, second := asking(entry))
+    assert ties(tiny, adapter, second) <= 1
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "empty", "zeros"])
+def test_a_laid_file_that_was_damaged_is_laid_anew(damage, tiny, tmp_path, made):
+    kept, adapter = tmp_path / "a.slab", made(1)
+    want = served(lambda: adapter, tiny, kept).slab.memory.clone()
+    whole = kept.read_bytes()
+    kept.write_bytes({"bit": bytes([*whole[:5000], whole[5000] ^ 4, *whole[5001:]]), "cut": whole[: len(whole) // 2],
+                      "empty": b"", "zeros": bytes(len(whole))}[damage])  # fmt: skip
+    assert torch.equal(served(lambda: adapter, tiny, kept).slab.memory, want)
+    assert kept.read_bytes() == whole

@@ -245,10 +245,13 @@ def test_answers_are_held_to_a_form(client):
 
 @pytest.mark.parametrize(("body", "text"), [
     ({"model": "poett"}, "Did you mean 'poet'?"),
-    ({"model": "poet:1+nobody:2"}, "no persona 'nobody:2'"),
-    ({"model": "poet:x"}, "no persona 'poet:x'"),
-    ({"model": "poet:"}, "no persona 'poet:'"),
-    ({"model": "poet:-"}, "no persona 'poet:-'"),
+    ({"model": "poet:1+nobody:2"}, "no persona 'nobody' to blend"),
+    ({"model": "poet:1+base:2"}, "no persona 'base' to blend"),
+    ({"model": "poet:x"}, "'x' is no weight"),
+    ({"model": "poet:"}, "'' is no weight"),
+    ({"model": "poet:-"}, "'-' is no weight"),
+    ({"model": "poet:\u0661"}, "is no weight"),
+    ({"model": "+".join(["poet"] * 18)}, "no persona 'poet+poet' to blend"),
     ({"model": "foreign"}, "another base"),
     ({"model": "broken"}, "damaged"),
     ({"model": "prefix+poet:0.5", "extra_body": None}, None),
@@ -258,7 +261,11 @@ def test_answers_are_held_to_a_form(client):
     ({"temperature": -1}, "temperature"),
     ({"top_p": 0}, "top_p"),
     ({"n": 0}, "n: "),
-    ({"extra_body": {"best_of": 3}}, "best_of: extra inputs"),
+    ({"extra_body": {"max_token": 3}}, "no field 'max_token'. Did you mean 'max_tokens'?"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"top_logprobs": 2}, "top_logprobs: it goes with logprobs: true"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content: field required"),
+    ({"messages": [{"role": "usr", "content": "a"}]}, "messages.0.role"),
     ({"extra_body": {"structured_outputs": {"regex": "("}}}, "unclosed group"),
     ({"extra_body": {"structured_outputs": {"regex": "a", "choice": ["a"]}}}, "one form only"),
     ({"extra_body": {"min_tokens": 9}, "max_tokens": 5}, "more than the answer may have"),
@@ -276,10 +283,23 @@ def test_mistakes_are_told_with_a_status(client, body, text):
         with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as e:
             client.chat.completions.create(**asked, stream=stream)
         assert text in e.value.body["message"]
-        assert e.value.status_code == (404 if "no persona" in text or "mean" in text else 400)
+        assert e.value.status_code == (404 if any(word in text for word in ("persona", "'poet'", "no weight")) else 400)
 
 
 def test_nothing_to_go_on_from_is_a_mistake(client):
     for prompt in ("", [], [[]], [[1], []], [999]):
         with pytest.raises(openai.BadRequestError):
             client.completions.create(model=BASE, prompt=prompt, max_tokens=2)
+
+
+def test_an_answer_is_sent_back_as_it_came_and_what_asks_for_nothing_may_be_sent(client):
+    first = client.chat.completions.create(model="poet", messages=QUESTION, max_tokens=4, tools=[], tool_choice="none",
+                                           logit_bias={}, metadata={"a": "b"}, store=False)  # fmt: skip
+    turns = [*QUESTION, first.choices[0].message, {"role": "developer", "content": "Go on."}]
+    again = client.chat.completions.create(model="poet", messages=turns, max_tokens=4)
+    assert again.usage.prompt_tokens > first.usage.prompt_tokens + first.usage.completion_tokens
+    assert client.completions.create(model="poet", prompt="a", max_tokens=1, best_of=1, suffix="")
+
+
+def test_without_a_number_of_tokens_a_prefix_leaves_room_for_itself(client):
+    assert said(client, "prefix", max_tokens=None, stop=["e"]).finish_reason in ("stop", "length")

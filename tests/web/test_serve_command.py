@@ -81,6 +81,30 @@ def test_the_base_and_its_form_are_those_of_the_first_persona(personas):
     assert "Traceback" not in rest
 
 
+def test_asked_to_end_twice_it_cuts_who_is_being_answered_and_says_so(personas):
+    server = Process(personas)
+    body = {"model": "poet", "prompt": "abc", "max_tokens": 480, "ignore_eos": True, "n": 100, "stream": True}
+    request = urllib.request.Request(server.url + "/v1/completions", json.dumps(body).encode(),
+                                     {"content-type": "application/json"})  # fmt: skip
+    with urllib.request.urlopen(request, timeout=PATIENCE) as f:
+        f.readline()
+        server.process.send_signal(signal.SIGINT)
+        while "Ending, once" not in (line := server.process.stdout.readline().decode()):
+            assert line
+        code, rest = server.end(signal.SIGINT)
+        told = f.read().decode()
+    assert (code, "Traceback" in rest) == (130, False)
+    assert "The server is closing." in told
+
+
+def test_personas_of_peft_alone_name_their_base(personas):
+    config = personas / "more" / "pefted" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "base"}))
+    server = Process(personas, "--personas", "more/pefted")
+    assert server.told[0].startswith("base with 1 persona at")
+    server.end()
+
+
 def test_a_key_from_the_environment_is_asked_for(personas, monkeypatch, capsys):
     server = Process(personas, DELTAW_API_KEY="secret")
     with pytest.raises(urllib.error.HTTPError, match="401"):
@@ -130,7 +154,8 @@ def test_one_talks_with_a_server_as_with_ones_own_personas(personas, monkeypatch
 
 @pytest.mark.parametrize(("arguments", "complaint"), [
     (["--personas", "nothing"], "There is no such file or folder."),
-    (["--personas", "empty"], "There is neither a base nor a persona to serve."),
+    (["--personas", "empty"], "There is no adapter in empty, and no base is named."),
+    (["--base", "base", "--budget-gb", "0.0001"], "have no room for 32 answers at once. remedy Take --budget-gb 0.0"),
     (["--base", "base", "--host", "0.0.0.0"], "there is no key"),
     (["--base", "base", "--port", "99999"], "port"),
     (["--base", "base", "--budget-gb", "0"], "budget_gb"),

@@ -1,9 +1,12 @@
 """A server at work: adapters come and go, clients leave, keys are asked for, what is measured is true; its end."""
 
 import json
+import os
 import shutil
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx2 as httpx
 import openai
@@ -11,6 +14,7 @@ import pytest
 from web.hubs import peft_folder, saved
 
 from deltaw.errors import UserError
+from deltaw.serve.catalog import adapters_in
 from deltaw.settings import Serving
 from deltaw.web.server import bound, running
 
@@ -58,7 +62,7 @@ def test_an_adapter_is_put_up_by_its_path_and_taken_down(shelf, base):
     assert (told.json()["rank"], told.json()["state"]) == (3, "known")
     assert text(http, "two") != text(http, "one")
     assert http.delete("/v1/adapters/two").json()["deleted"]
-    assert http.delete("/v1/adapters/two").status_code == 400
+    assert http.delete("/v1/adapters/two").status_code == 404
     assert http.post("/v1/completions", json={**ASK, "model": "two"}).status_code == 404
     assert (home / "deep" / "two.safetensors").exists()
 
@@ -101,11 +105,13 @@ def foreign_tensors(folder):
                               "max_completion_tokens": 10**10}),
     ("/detokenize", {"tokens": [2**40]}),
     ("/v1/adapters", {"name": "x", "path": "a\0b"}),
+    ("/v1/completions", {**ASK, "model": "base", "structured_outputs": {"regex": "\ud800"}}),
+    ("/tokenize", {"prompt": "\ud800"}),
     ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "a\0b"}),
 ])  # fmt: skip
 def test_numbers_and_paths_that_are_none_are_mistakes_of_who_asks(shelf, route, body):
     http, _, _ = shelf
-    told = http.post(route, json=body)
+    told = http.post(route, content=json.dumps(body), headers={"content-type": "application/json"})
     assert told.status_code == 400, told.text
     assert told.json()["error"]["type"] == "invalid_request_error"
 
@@ -121,10 +127,56 @@ def test_an_adapter_is_uploaded_in_either_form_and_nothing_is_left_of_a_bad_one(
     assert http.post("/v1/adapters/upload", data={"name": "pefted"}, files=files).status_code == 201
     assert text(http, "pefted") != text(http, "up")
     for name, parts in (("bad", [("files", ("adapter.safetensors", b"nothing"))]), ("half", files[:1]),
-                        ("twice", [*files, files[0]]), ("up", files),
+                        ("twice", [*files, files[0]]), ("up", files), ("one", files), ("n" * 101, files),
                         ("sly", [("files", ("../x.safetensors", b""))])):  # fmt: skip
         assert http.post("/v1/adapters/upload", data={"name": name}, files=parts).status_code == 400, name
     assert {p.name for p in home.iterdir()} == {"one.safetensors", "up", "pefted"}
+    assert {name for name, _ in adapters_in(home)} == {"one", "up", "pefted"}
+    http.delete("/v1/adapters/up")
+    again = http.post("/v1/adapters/upload", data={"name": "up"}, files=files)
+    assert (again.status_code, "Here are files already" in again.text) == (400, True)
+
+
+def test_of_uploads_of_one_name_at_once_one_is_taken(shelf, base, tmp_path):
+    http, home, _ = shelf
+    saved(base, tmp_path / "adapter.safetensors", "lora", {"rank": 5}, seed=5)
+    files = [("files", ("adapter.safetensors", (tmp_path / "adapter.safetensors").read_bytes()))]
+    with ThreadPoolExecutor(6) as pool:
+        codes = list(pool.map(lambda _: http.post("/v1/adapters/upload", data={"name": "up"}, files=files).status_code,
+                              range(6)))  # fmt: skip
+    assert sorted(codes) == [201, *[400] * 5]
+    assert text(http, "up") != text(http, "one")
+    assert (home / "up").exists()
+
+
+def test_names_that_are_no_text_stop_neither_the_server_nor_its_eyes(shelf, base):
+    http, home, hub = shelf
+    Path(os.fsdecode(os.fsencode(home) + b"/\xff.safetensors")).write_bytes(b"nothing")
+    folder = peft_folder(home / "odd", base)
+    told = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**told, "base_model_name_or_path": "\ud800"}))
+    peft_folder(home / "lost", base)
+    (home / "lost" / "adapter_config.json").unlink()
+    until(lambda: {"one", "odd", "lost", "?"} <= names(http))
+    assert "adapter_config.json" in http.get("/v1/models/lost").json()["fault"]
+    found = hub.catalog.found
+    hub.catalog.found = lambda _: 1 / 0
+    time.sleep(2.5)
+    hub.catalog.found = found
+    saved(base, home / "late.safetensors", "lora", {"rank": 2}, seed=4)
+    until(lambda: "late" in names(http))
+
+
+def test_a_wrong_route_and_a_body_of_another_kind_are_told_in_the_same_form(shelf):
+    http, _, _ = shelf
+    told = http.post("/chat/completions", json={})
+    assert (told.status_code, "/v1" in told.json()["error"]["message"]) == (404, True)
+    assert http.get("/v1/adapters").status_code == 405
+    body = json.dumps({**ASK, "model": "\ud800"})
+    told = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert (told.status_code, "There is no persona" in told.json()["error"]["message"]) == (404, True)
+    told = http.post("/v1/completions", content='{"model": "one"}', headers={"content-type": "text/plain"})
+    assert (told.status_code, "Content-Type: application/json" in told.json()["error"]["message"]) == (400, True)
 
 
 def test_the_words_of_vllm(shelf, base):
@@ -258,7 +310,7 @@ def test_closing_answers_who_is_being_answered(base, tmp_path, monkeypatch):
         httpx.get(f"{url}/healthz")
 
 
-def test_laid_files_are_kept_between_servers_and_go_with_their_adapter(base, tmp_path, monkeypatch):
+def test_laid_files_are_kept_between_servers_and_go_when_nobody_used_them_for_long(base, tmp_path, monkeypatch):
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
     home = tmp_path / "personas"
     saved(base, home / "one.safetensors", "lora", {"rank": 2})
@@ -274,6 +326,11 @@ def test_laid_files_are_kept_between_servers_and_go_with_their_adapter(base, tmp
     first, laid = once()
     assert len(laid) == 1
     assert once() == (first, laid)
+    (old,) = laid
+    os.utime(old, (1, 1))
+    assert once()[0] == first
     shutil.rmtree(home)
     home.mkdir()
+    assert once()[1].keys() == laid.keys()  # another server may have its folder
+    os.utime(old, (1, 1))
     assert once() == ("", {})
