@@ -164,7 +164,7 @@ def served_step(rows):
 
 def scale(rows):
     fig, ax = plt.subplots(figsize=(6, 2.2))
-    ax.barh([f"{r['adapters']:,} adapters, {r['side'].split(', ')[1]}" for r in rows[::-1]],
+    ax.barh([f"{r['adapters']:,} adapters, {r['side'].split(', ', 1)[1]}" for r in rows[::-1]],
             [r["tokens_per_second"] for r in rows[::-1]], color=OURS)  # fmt: skip
     ax.set_xlabel("tokens/s")
     return fig

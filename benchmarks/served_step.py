@@ -3,9 +3,10 @@
     python benchmarks/served_step.py
 
 Steps of SmolLM2 in bfloat16, as `benchmarks/serving.py` has them: 32 sequences that say one token each behind 160, and
-16 of these beside two prompts of 128; by the base, and by 8 and 64 adapters of rank 16, of
-which each draws one. Each kind of native call is made by itself, all layers' at once, medians of nine; what is not in them is the head, the draw and Python. A kind cannot be
-quicker than its operations at the rate of a large product, nor than its bytes at that of a copy. Needs a quiet machine.
+16 of these beside two prompts of 128; by the base, and by 8 and 64 adapters of rank 16, of which each draws one. Each
+kind of native call is made by itself, all layers' at once, medians of nine; what is not in them is the head, the draw
+and Python. A kind cannot be quicker than its operations at the rate of a large product, nor than its bytes at that of a
+copy. Needs a quiet machine.
 """
 
 import argparse
