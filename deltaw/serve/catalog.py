@@ -92,7 +92,7 @@ class Source:
 
 
 class Catalog:
-    """The personas of one base. Only `found` may be asked by any thread; the rest is between two steps."""
+    """The personas of one base. Only `found` and `worn` may be asked by any thread; the rest is between two steps."""
 
     def __init__(
         self, model: Decoder, fingerprint: str, wardrobe: Wardrobe, folders: Sequence[Path], kept: Path
@@ -150,7 +150,7 @@ class Catalog:
         Raises:
             UserError: there is no such persona; says the nearest.
         """
-        entries = self.wardrobe.entries
+        entries = dict(self.wardrobe.entries)  # the engine's thread may change them meanwhile
         if told in entries:
             return ((entries[told], 1.0),)
         if told == BASE:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -105,6 +106,12 @@ class Shelf:
                 "bytes": served.size_bytes if served else None, "hash": served.digest.hex() if served else None,
                 "shares_batch": served.alone is None if served else None,
                 "state": entry.state, "fault": entry.fault or source.fault or None}  # fmt: skip
+
+    def cards(self) -> Iterator[dict[str, Any]]:
+        """Of all personas; one that goes meanwhile has none."""
+        for name in [*self.catalog.sources]:
+            with suppress(KeyError):
+                yield self.card(name)
 
     def base_card(self) -> dict[str, Any]:
         """What there is to say of the base."""

@@ -187,7 +187,7 @@ def _telling(routes: APIRouter, hub: Hub, shelf: Shelf) -> None:
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The base and its personas."""
-        return {"object": "list", "data": [shelf.base_card(), *(shelf.card(name) for name in [*hub.catalog.sources])]}
+        return {"object": "list", "data": [shelf.base_card(), *shelf.cards()]}
 
     @routes.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
