@@ -82,13 +82,13 @@ class Listener(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         service = self.hub.service
-        left = len(service.engine.running) + len(service.engine.waiting)
-        if self.should_exit and not service.closed:
+        left, first = len(service.engine.running) + len(service.engine.waiting), not self.should_exit
+        if not first and not service.closed:
             service.close()
             self.should_exit = False  # or uvicorn would leave before everybody heard so
-        elif left and not self.should_exit:
-            self.say(f"Ending, once {some(left, 'answer')} under way are whole; asked again, without them.")
         super().handle_exit(sig, frame)
+        if first and left:  # at the end, as it may be asked again before this is said
+            self.say(f"Ending, once {some(left, 'answer')} under way are whole; asked again, without them.")
 
 
 @contextmanager
