@@ -59,13 +59,6 @@ class Calls:
         """Make all calls for so many rows. Angles: cosines and sines, of shape 2 x T x 1 x E, contiguous."""
         ops = (Op * len(self.told))(*self.told)
         by = (Angles * 2)(*(Angles(a[0].data_ptr(), a[1].data_ptr(), a.shape[-1]) for a in angles))
-        told = Program(
-            ctypes.addressof(ops),
-            len(ops),
-            rows,
-            by,
-            paged.Call(**seen),
-            worn.Call(**wear, bf16=1),
-            torch.get_num_threads(),
-        )
+        calls = paged.Call(**seen), worn.Call(**wear, bf16=1)
+        told = Program(ctypes.addressof(ops), len(ops), rows, by, *calls, torch.get_num_threads())
         self.native(ctypes.byref(told))

@@ -37,6 +37,12 @@ class Process:
             self.told.append(line.rstrip())
         self.url = re.search(r"http://\S+", self.told[0])[0]
 
+    def wait(self, beginning):
+        """Until it says a line that begins so."""
+        while not self.told[-1].startswith(beginning):
+            assert select.select([self.process.stdout], [], [], PATIENCE)[0], self.told
+            self.told.append(self.process.stdout.readline().decode())
+
     def get(self, path, body=None):
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"content-type": "application/json"})
@@ -67,9 +73,14 @@ def test_a_process_serves_files_runs_and_folders_and_says_what_it_cannot(persona
     assert (cards["poet"]["state"], cards["broken"]["state"]) == ("known", "known")
     told = server.get("/v1/completions", {"model": "poet", "prompt": "abc", "max_tokens": 3})
     assert told["usage"]["completion_tokens"] == 3
+    late = personas / "more" / "late.safetensors"
+    late.write_bytes((personas / "more" / "chef.safetensors").read_bytes())
+    server.wait("+ late")
+    late.unlink()
+    server.wait("- late")
     code, rest = server.end()
     assert code == 128 + signal.SIGTERM
-    assert "Not served: broken." in rest
+    assert any(line.startswith("Not served: broken.") for line in server.told)
     assert "Traceback" not in rest
 
 
