@@ -1,7 +1,5 @@
 """deltaw (ΔW): fine-tune a language model on your own data with the LoRA family, and talk to the result."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

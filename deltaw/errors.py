@@ -1,7 +1,5 @@
 """The errors a user can meet: each says what happened, where, why, and how to mend it, and has an exit code."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches

@@ -3,8 +3,6 @@
 Nothing here imports torch, so that asking for help is quick.
 """
 
-from __future__ import annotations
-
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import asdict, fields

@@ -1,7 +1,5 @@
 """How numbers read: counted things, durations, sizes (1 GB = 10^9 bytes), counts, shares, sparklines, and safe text."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

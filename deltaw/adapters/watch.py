@@ -3,8 +3,6 @@
 Both need a few rows of data to pass through the model; nothing of the size of the weights is kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A layer's tensor trained whole, as an fp32 copy: full fine-tuning, and embeddings and norms beside other methods."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

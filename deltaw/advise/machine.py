@@ -1,7 +1,5 @@
 """What this machine is: cores, instructions, memory, disk, and how fast it really multiplies."""
 
-from __future__ import annotations
-
 import platform
 import shutil
 import sys

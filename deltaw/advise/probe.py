@@ -4,8 +4,6 @@ One that takes only seconds is run whole. One that takes long is told from two o
 layers are alike, and so are labels.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A conversation in which the answering persona may change at any turn; the base stays loaded."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence

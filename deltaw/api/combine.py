@@ -4,8 +4,6 @@ Whatever lowers to B A can be combined. TIES is Yadav et al. 2023 (arXiv:2306.01
 (arXiv:2311.03099), both on the whole update, not on A and B apart.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Evaluate: a persona on rows with right answers, beside its base if asked."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice

@@ -1,7 +1,5 @@
 """Adapters to and from other tools: PEFT's folder, llama.cpp's GGUF files. What is written is read and compared."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

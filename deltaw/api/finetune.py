@@ -1,7 +1,5 @@
 """Fine-tune: from files and settings to a run folder with an adapter in it, by way of a measured plan."""
 
-from __future__ import annotations
-
 import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing

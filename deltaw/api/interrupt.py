@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM: the first is a wish to stop, asked for at a good moment; the second leaves at once."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Merge: fold an adapter into its base, write a plain model folder, and check what was written."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """What a run begins with: rows read, some held out, encoded; a fresh adapter; and of what all that was made."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 import sys

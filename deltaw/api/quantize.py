@@ -1,7 +1,5 @@
 """Pack a model: its matrices in fewer bits, in a folder that is loaded as it is stored."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Personas of a server elsewhere, asked as OpenAI's clients ask."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing

@@ -3,8 +3,6 @@
 The rows that decide are neither those of training nor those of a test (the authors' code looks at the test set).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -4,8 +4,6 @@ Ctrl-C while modules load ends the process at once: an import that is cut in hal
 in, and fail later in odd ways.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -3,8 +3,6 @@
 Commands are imported when they are called, so that help comes at once.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

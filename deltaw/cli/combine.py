@@ -1,7 +1,5 @@
 """`deltaw combine`: one persona out of several."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`deltaw data check`: what a model would learn from the data, and what is wrong with it."""
 
-from __future__ import annotations
-
 import json as encoding
 import os
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """`deltaw doctor`: what this machine can do."""
 
-from __future__ import annotations
-
 from deltaw.cli.show import facts
 from deltaw.words import size
 

@@ -1,7 +1,5 @@
 """`deltaw export` and `deltaw import`: to other tools, and from them."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`deltaw generate`: answers to given questions, for scripts and pipes."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

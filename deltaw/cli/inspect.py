@@ -1,7 +1,5 @@
 """`deltaw inspect`: what a model, an adapter or a run is."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

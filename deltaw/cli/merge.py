@@ -1,7 +1,5 @@
 """`deltaw merge`: base and adapter as one plain model, checked."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 

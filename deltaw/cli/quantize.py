@@ -1,7 +1,5 @@
 """`deltaw quantize`: a model in fewer bits."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 

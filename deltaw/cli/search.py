@@ -1,7 +1,5 @@
 """`deltaw search`: choose what each layer of a GLoRA supernet trains, within a number of parameters."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`deltaw train`: flags, a configuration file and a method's own settings in, a run folder out."""
 
-from __future__ import annotations
-
 import json as json_text
 from collections.abc import Sequence
 from contextlib import closing

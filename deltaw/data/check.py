@@ -1,7 +1,5 @@
 """What is wrong with data before anything is trained on it: faults, doubles, odd turns, rows too long, leakage."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

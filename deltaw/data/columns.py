@@ -1,7 +1,5 @@
 """Rows of parquet files and of data sets on the Hugging Face hub, one after another, through `datasets` (an extra)."""
 
-from __future__ import annotations
-
 import glob
 from collections.abc import Iterator
 from pathlib import Path

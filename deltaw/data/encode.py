@@ -5,8 +5,6 @@ added is the answer with its end-of-turn token, and the tokenizer's offsets say 
 to mark its answers, and the mark is checked by decoding.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

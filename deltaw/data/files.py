@@ -5,8 +5,6 @@ document after another, divided by lines of `---`; `.parquet`, and `hf:owner/nam
 other name is read as `.jsonl`.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -3,8 +3,6 @@
 What is no JSON is told in words that say what to do: the parser's own name the character it stumbled on.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The text of a data file, in lines or in pieces, and what is said of one that is no UTF-8."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -11,8 +11,6 @@ Beside these keys a row may carry `references` (more right answers) and `facts` 
 `eval` reads, and `system`; a turn may carry `weight`, 0 where it is not to be learnt, as in OpenAI's shape.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

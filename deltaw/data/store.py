@@ -3,8 +3,6 @@
 The file is gone with the process, however that ends. What grows with the data is eight bytes a row.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import tempfile

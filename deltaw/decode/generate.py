@@ -1,7 +1,5 @@
 """The generation loop: prompts in, answers out, token by token. It knows ids, and no conversation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 

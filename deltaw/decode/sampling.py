@@ -3,8 +3,6 @@
 A draw takes one number of the answer's own stream, whatever else is drawn beside it: `kernels/draw.py` says of what.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Annotated

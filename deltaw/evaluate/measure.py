@@ -1,7 +1,5 @@
 """Perplexity of the right answers, grades of the given ones, and how far two models differ on the same rows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Files that are there whole or not at all: written beside, flushed to the disk, renamed. And when the disk is full."""
 
-from __future__ import annotations
-
 import errno
 import glob
 import os

@@ -1,7 +1,5 @@
 """What PEFT and mlx-lm write beside their tensors, checked: done or refused, never passed over."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import field

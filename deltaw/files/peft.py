@@ -6,8 +6,6 @@ A folder of `adapter_config.json` and `adapter_model.safetensors`. What a key of
 or refused, never passed over; and a tensor that finds no layer, or a B that is all zero, is an error.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """Prefixes in the format of PEFT: one matrix of P rows, each with K and V of every layer."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

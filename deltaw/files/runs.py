@@ -7,8 +7,6 @@ manifest.json   fingerprints of base, tokenizer, template and data, and the sett
 MODEL_CARD.md   what was made, from what, and what was measured
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Safetensors files of ours carry a checksum of all they hold: a flipped bit is found before it does anything."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

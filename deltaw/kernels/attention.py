@@ -1,7 +1,5 @@
 """Softmax attention of documents laid one after another (native/attention.cpp): all of them in one call."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Sequence
 from typing import Any, ClassVar

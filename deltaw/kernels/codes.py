@@ -1,7 +1,5 @@
 """Numbers into codes (native/codes.cpp)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Which token is drawn from a row of logits, by one number (native/draw.cpp)."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 from collections.abc import Sequence

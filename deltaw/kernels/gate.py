@@ -1,7 +1,5 @@
 """Gated linear units (Shazeer 2020, arXiv:2002.05202): act(gate) * up, of which only gate and up are kept."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ As glibc is by default, tensors up to 32 MB come from one heap, and what lies be
 ones: memory that a process holds for nothing.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import sys

@@ -1,7 +1,5 @@
 """The native library, and which of the instruction sets it was compiled for is used."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 from functools import lru_cache

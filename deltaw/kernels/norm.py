@@ -1,7 +1,5 @@
 """RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467): x / rms(x) * gain."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

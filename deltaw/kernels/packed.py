@@ -1,7 +1,5 @@
 """Packed matrices (native/packed.cpp): unpacked, and multiplied with few rows as they are read."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple

@@ -1,7 +1,5 @@
 """Keys and values of many sequences in pages, and attention over them (native/paged.cpp; torch is its reference)."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple

@@ -1,7 +1,5 @@
 """Native functions of plain tensors: when there is one, and how it is called."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

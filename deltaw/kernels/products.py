@@ -1,7 +1,5 @@
 """Sums of matrix products in bf16, computed as one (native/products.cpp): c = a1 b1 + a2 b2 + ..., rounded once."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Sequence
 from typing import Any, ClassVar

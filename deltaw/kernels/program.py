@@ -1,7 +1,5 @@
 """Calls of native functions as a list, made once (native/program.cpp): in bf16, where a processor multiplies it."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar

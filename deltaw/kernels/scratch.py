@@ -1,7 +1,5 @@
 """A place for one plain matrix at a time: fresh memory for each may cost more than unpacking it."""
 
-from __future__ import annotations
-
 import math
 import threading
 

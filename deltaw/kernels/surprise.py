@@ -1,7 +1,5 @@
 """How surprising a label is, by its row of logits: log sum exp(z) - z[label], and what that asks of the logits."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Rotary positions (Su et al. 2021, arXiv:2104.09864): pairs of numbers turned by angles; nothing is kept but those."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The techniques there are: one file each. The folder is the registry; the file's name is the technique's name."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from typing import Any

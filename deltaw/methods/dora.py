@@ -1,7 +1,5 @@
 """DoRA: LoRA on the direction of W's rows, whose lengths are trained apart (Liu et al. 2024, arXiv:2402.09353)."""
 
-from __future__ import annotations
-
 from typing import Self
 
 import torch

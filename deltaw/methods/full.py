@@ -1,7 +1,5 @@
 """Plain fine-tuning: every weight is trained, as fp32 copies of the base's. The yardstick for all other methods."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

@@ -4,8 +4,6 @@ Chavan et al. 2023, arXiv:2306.07967; ∘ is elementwise, as in the authors' cod
 a layer is its *path*. A supernet draws one for every layer and pass, so that a search can try them all afterwards.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import field
 from typing import Annotated, ClassVar, Literal, NamedTuple, get_args

@@ -4,8 +4,6 @@ Quantise W - B A, take the strongest directions of what is missing, and again. Q
 other rounding of the same base: it is saved with A and B, and stands in the place of W where the adapter is worn.
 """
 
-from __future__ import annotations
-
 from dataclasses import field
 from typing import Annotated, ClassVar
 

@@ -3,8 +3,6 @@
 Chen et al. 2024 (ICLR), arXiv:2309.12307. Positions are interpolated; outside of training attention is whole.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import replace

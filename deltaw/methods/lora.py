@@ -1,7 +1,5 @@
 """LoRA: W + s B A, with A random and B zero (Hu et al. 2021, arXiv:2106.09685)."""
 
-from __future__ import annotations
-
 from dataclasses import field, replace
 from typing import Annotated, Any, ClassVar, Literal
 

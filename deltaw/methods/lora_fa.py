@@ -3,8 +3,6 @@
 Zhang et al. 2023, arXiv:2308.03303. The projected gradient is that of their later version (huggingface/peft#2468).
 """
 
-from __future__ import annotations
-
 import zlib
 from typing import Annotated, ClassVar, Literal
 

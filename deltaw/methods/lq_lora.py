@@ -3,8 +3,6 @@
 What matters is the mean squared gradient by outputs and by inputs; formats are chosen by an integer programme.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -3,8 +3,6 @@
 arXiv:2311.11501. There is no code of the authors; scales as vectors and B's start are those of pUmpKin-Co/MTL-LoRA.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 import torch

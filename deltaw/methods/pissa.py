@@ -4,8 +4,6 @@ The base stays as it is: what A and B start as is kept beside them, and taken of
 changed base, and what is exported is a plain LoRA of twice the rank on the base as it was.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 import torch

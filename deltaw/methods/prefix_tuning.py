@@ -3,8 +3,6 @@
 They start as those of a real text, since nothing else is near to what the model knows: a fresh prefix *is* that text.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 

@@ -4,8 +4,6 @@ W x + s B A p(x), with p(x) the sums of x over the groups of the base: what B A 
 group, as is the offset of the group. The merged model is as quantised as it was.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Literal, TypeGuard
 
 import torch

@@ -1,7 +1,5 @@
 """QLoRA: LoRA over a base in 4-bit NormalFloat, its scales quantised too (Dettmers et al. 2023, arXiv:2305.14314)."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from deltaw.methods.lora import LoRA

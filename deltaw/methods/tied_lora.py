@@ -3,8 +3,6 @@
 arXiv:2311.09578; what is tied and trained is that of NVIDIA/NeMo's `VeraAdapter`, which is by the first author.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Annotated, ClassVar, Literal

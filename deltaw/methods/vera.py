@@ -3,8 +3,6 @@
 arXiv:2310.11454. Matrices are as large as the largest layer, and smaller ones use a part, as in PEFT.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Annotated, ClassVar
 

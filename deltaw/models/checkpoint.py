@@ -1,7 +1,5 @@
 """A model on disk: a folder of safetensors with a `config.json`, or one GGUF file. Read, and written."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -4,8 +4,6 @@ It owns no trainable parameter: its tensors are buffers, and what is trained bel
 names are those of the Hugging Face checkpoint, without the leading `model.`.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Where and in which type to compute."""
 
-from __future__ import annotations
-
 import torch
 
 from deltaw.errors import explained

@@ -1,7 +1,5 @@
 """What sets model families apart, as data: a family is a row of this table, and the decoder asks the row."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal

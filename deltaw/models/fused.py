@@ -4,8 +4,6 @@ Each says its `Terms`: which technique they are of, and how its weight is stored
 matrix, so that x is read once for them; what goes back to x is summed in place; x is kept only where an A learns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ difference. Three things are stored otherwise: Llama's q and k rows (rotary pair
 added), and Llama 3's stretch of RoPE (a tensor of divisors).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace

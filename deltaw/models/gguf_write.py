@@ -1,7 +1,5 @@
 """Write a model and its tokenizer as one GGUF file, for llama.cpp and what is built on it; the inverse of `gguf.py`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

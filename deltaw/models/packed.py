@@ -4,8 +4,6 @@ Ours are `layers.0.mlp.up_proj.weight.codes` and so on, and config.json names th
 under the matrix's own name, and what they mean beside it.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping

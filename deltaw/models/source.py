@@ -3,8 +3,6 @@
 Nothing is fetched unless a model that is not on this machine is asked for by name.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ The gradient towards the hidden states is computed in the forward pass, while a 
 Liger's fused linear cross entropy, arXiv:2410.10989); with a frozen head nothing else is kept.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

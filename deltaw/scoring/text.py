@@ -1,7 +1,5 @@
 """Metrics over generated answers: what they mean, which of them suit given rows, and their values."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import math

@@ -5,8 +5,6 @@ what was worn, and every token up to its last. So sequences that begin alike sha
 under an old name share none. Pages of nobody are given back to the machine when an adapter takes their room.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import mmap

@@ -1,7 +1,5 @@
 """Which token each sequence says next, and what is told of it: how likely it was, and what was likelier."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence as Row
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Continuous batching (Orca, Yu et al. 2022): in each step every sequence gets a token, or a piece of its prompt."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

@@ -1,7 +1,5 @@
 """A request under way: what was asked and said, what it wears, and which pages are its own."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field

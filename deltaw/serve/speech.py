@@ -1,7 +1,5 @@
 """Tokens as text, piece by piece: whole characters only, and nothing of what may turn out to be a stop string."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from deltaw.models.tokenizer import Tokenizer

@@ -4,8 +4,6 @@ An adapter is known by what it holds. Under its old name another one is another 
 on with it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The model card: what a persona is, what it was made from, and the figures that were measured; none that were not."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

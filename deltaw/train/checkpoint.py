@@ -1,7 +1,5 @@
 """What a run resumes from, bit for bit: the adapter, Adam's moments, the random state and the counters, in one file."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 

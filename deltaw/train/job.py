@@ -1,7 +1,5 @@
 """What one run is told: the model, the adapter, the rows, and how long to go on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

@@ -4,8 +4,6 @@ A step's loss is the sum over its trained tokens divided once by their number, h
 decides a step (weights, moments, random state, counters) is in its checkpoint, so a resumed run goes on bit for bit.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import deque

@@ -1,7 +1,5 @@
 """How much memory the process holds, and held at most."""
 
-from __future__ import annotations
-
 import sys
 from contextlib import suppress
 from pathlib import Path

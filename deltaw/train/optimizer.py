@@ -1,7 +1,5 @@
 """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), and how its rate rises and falls."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Where memory runs short the system writes them to disk, and reads them again whe
 those of AdamW, to the last bit.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import sys

@@ -1,7 +1,5 @@
 """The report: `events.jsonl` told as one self-contained page of HTML, with its plots drawn into it."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What a run leaves on the disk as it goes: checkpoints, the best adapter, the result. A full disk ends no run."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -3,8 +3,6 @@
 And a grid of coloured cells: one value for each kind of layer and each layer.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

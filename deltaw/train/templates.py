@@ -1,7 +1,5 @@
 """The templates beside this file: of the report, its charts and the model card."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Adapters over HTTP: listed, put up by path or by upload, taken down, and followed in the folders they come from."""
 
-from __future__ import annotations
-
 import asyncio
 import shutil
 from collections.abc import Callable, Iterator

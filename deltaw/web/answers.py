@@ -1,7 +1,5 @@
 """From what was asked to sequences, and from tokens to text: between the engine's thread and the event loop."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """The routes: who may ask, what, and what a mistake looks like."""
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import json

@@ -3,8 +3,6 @@
 References: the OpenAI API reference (completions, chat completions); vLLM's sampling parameters.
 """
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """How answers look in JSON: completions and chats, whole and in pieces."""
 
-from __future__ import annotations
-
 import json
 import secrets
 import time

@@ -1,7 +1,5 @@
 """What is measured, in Prometheus's form: per persona what it cost, and of the engine how full it is."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from time import monotonic
 

@@ -1,7 +1,5 @@
 """A server from its parts to its end: the base and the engine, an address, and everybody answered before it closes."""
 
-from __future__ import annotations
-
 import math
 import socket
 import threading

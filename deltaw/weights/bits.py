@@ -3,8 +3,6 @@
 Three bits are stored as two and one, each packed by itself, so that no code lies across a byte's border.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

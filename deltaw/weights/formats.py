@@ -7,8 +7,6 @@ int2 … int8                 whole numbers with scales and offsets in groups of
 fp32, bf16, fp16            plain numbers
 """
 
-from __future__ import annotations
-
 import re
 
 from deltaw.errors import UserError

@@ -4,8 +4,6 @@ What is kept small is |(W - Q) x| over the inputs x that were seen, not |W - Q|.
 largest inputs first, while all others can still make up for them, and groups them so.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

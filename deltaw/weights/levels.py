@@ -1,7 +1,5 @@
 """The values that codes stand for: NormalFloat of any width (Dettmers et al. 2023, arXiv:2305.14314) and FP4."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

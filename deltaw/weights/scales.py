@@ -1,7 +1,5 @@
 """How the scales of blocks are stored: as they are, or quantised once more."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
