@@ -119,7 +119,7 @@ def drift(rows):
     return fig
 
 
-QUOTED = {"vLLM 0.32 (quoted)": {0: 620, 1: 89, 8: 91, 64: 82, 256: 80}, "llama.cpp (quoted)": {0: 116, 1: 67, 8: 39}}
+QUOTED = {"llama.cpp (quoted)": {0: 116, 1: 67, 8: 39}}
 """Of docs/serving.md: tokens/s on another machine, with AMX."""
 
 

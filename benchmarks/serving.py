@@ -2,6 +2,7 @@
 
     make bench-peers
     python benchmarks/serving.py                          # base, 1, 8, 64 and 256 adapters; PEFT with none, 8 and 32
+    benchmarks/peers/vllm.sh && python benchmarks/serving.py --vllm 0 1 8 64 256   # vLLM too
     python benchmarks/serving.py --scale                  # 2,000 of rank 8 on disk, 1 GiB for them and all pages
 
 128 requests of 128 random tokens, each answered by 64, 32 at a time (closed loop, greedy, streamed); random adapters of
@@ -17,16 +18,19 @@ import json
 import os
 import random
 import re
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import beside
+import psutil
 
 REQUESTS, AT_ONCE, ASKED, SAID, RANK = 128, 32, 128, 64, 16
 VOCABULARY = range(100, 49152)
@@ -84,6 +88,36 @@ def served(personas, budget_gb=1.0):
             p.terminate()
 
 
+@contextmanager
+def vllm_served(personas, path):
+    """vLLM for CPUs, as its handbook starts it; gives its port and the process that holds the model."""
+    home, port = Path(".venv-vllm").absolute(), 8123
+    command = [home / "bin/vllm", "serve", path, "--served-model-name", "base", "--dtype", "bfloat16", "--port", port,
+               "--max-model-len", 1024, "--max-num-seqs", AT_ONCE, "--no-enable-prefix-caching"]  # fmt: skip
+    if personas:
+        command += ["--enable-lora", "--max-lora-rank", RANK, "--max-loras", min(AT_ONCE, len(personas)),
+                    "--max-cpu-loras", max(64, len(personas)), "--lora-modules",
+                    *(f"{folder.name}={folder}" for folder in personas)]  # fmt: skip
+    cores = f"0-{len(os.sched_getaffinity(0)) - 1}"
+    more = {"LD_PRELOAD": f"libtcmalloc_minimal.so.4:{home}/lib/libiomp5.so", "HF_HUB_OFFLINE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
+    # In a group of its own: it has children, which are to end too.
+    with tempfile.TemporaryFile("w+") as told, subprocess.Popen(
+        [*map(str, command)], stdout=told, stderr=told, env={**os.environ, **more}, start_new_session=True
+    ) as p:  # fmt: skip
+        try:
+            for _ in range(600):
+                with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                    break
+                if p.poll() is not None:
+                    told.seek(0)
+                    sys.exit(told.read()[-3000:])
+                time.sleep(1)
+            yield port, max(psutil.Process(p.pid).children(recursive=True), key=lambda each: each.memory_info().rss)
+        finally:
+            os.killpg(p.pid, signal.SIGTERM)
+
+
 async def answered(port, name, ids):
     """One request; gives when its first token came and when its last did, and how many there were."""
     body = json.dumps({"model": name, "prompt": ids, "max_tokens": SAID, "temperature": 0, "stream": True,
@@ -129,10 +163,11 @@ class Watched:
             self.most = max(self.most, 1024 * int(re.search(r"Anonymous:\s+(\d+)", told)[1]))
 
 
-def ours(folder, count, runs, power=False, budget_gb=1.0, total=None):
-    """Runs of one server; the first is not counted."""
+def ours(folder, count, runs, power=False, total=None, path=None):
+    """Runs of one server, vLLM's if `path` is a model's; the first is not counted."""
     names = [f"a{i:04d}" for i in range(count)] or ["base"]
-    with served([folder] if total else [folder / name for name in names if count], budget_gb) as (port, process):
+    folders = [folder] if total else [folder / name for name in names if count]
+    with vllm_served(folders, path) if path else served(folders) as (port, process):
         watched, found = Watched(process.pid), []
         if count and not total:
             asyncio.run(load(port, [(name, [1] * 8) for name in names]))
@@ -186,6 +221,8 @@ def measured(args, folder):
     made(folder, max([*args.adapters, 32]), RANK, path)
     for count in args.adapters:
         yield {"side": "deltaw", "adapters": count, **ours(folder, count, args.runs)}
+    for count in args.vllm:
+        yield {"side": "vLLM", "adapters": count, **ours(folder, count, args.runs, path=path)}
     for count in args.peft:
         yield {"side": "PEFT", "adapters": count, **beside.alone(__file__, "peft", folder, count, path)}
 
@@ -194,6 +231,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", nargs="*", type=int, default=OURS, help="default: %(default)s")
     parser.add_argument("--peft", nargs="*", type=int, default=THEIRS, help="default: %(default)s")
+    parser.add_argument("--vllm", nargs="*", type=int, default=(), help="after benchmarks/peers/vllm.sh; default: none")
     parser.add_argument("--scale", action="store_true", help="2,000 adapters")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where adapters are made and kept; default: nowhere")
