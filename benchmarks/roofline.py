@@ -57,10 +57,7 @@ def cases(dtype):
     import torch.nn.functional as F
 
     from deltaw.kernels.attention import attend
-    from deltaw.kernels.gate import gated
-    from deltaw.kernels.norm import rms_norm
-    from deltaw.kernels.surprise import surprise
-    from deltaw.kernels.turn import rotate
+    from deltaw.kernels.rows import gated, rms_norm, rotate, surprise
     from deltaw.models.seen import Documents
     from deltaw.weights.formats import parse
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deltaw.kernels.library import function
-from deltaw.kernels.plain import LANES, PLAIN
+from deltaw.kernels.library import LANES, PLAIN, function
 
 TENSORS = ("q", "k", "v", "out", "lse", "dout", "dq", "dk", "dv", "spans")
 

@@ -8,8 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from deltaw.kernels.library import function
-from deltaw.kernels.plain import PLAIN
+from deltaw.kernels.library import PLAIN, function
 
 COLD = 1e-3
 """Below this temperature only the likeliest token has any probability left."""

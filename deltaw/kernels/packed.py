@@ -1,17 +1,20 @@
-"""Packed matrices (native/packed.cpp): unpacked, and multiplied with few rows as they are read."""
+"""Packed matrices (native/packed.cpp, native/codes.cpp): numbers into codes and back; few rows multiplied as read."""
 
 import ctypes
+import math
+import threading
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deltaw.kernels.library import function
-from deltaw.kernels.plain import LANES
+from deltaw.kernels.library import LANES, function
 
 FEW = 8
 """Rows up to which reading the codes takes longer than the products do."""
+WIDTHS = {4: 2, 8: 3, 16: 4, 256: 8}
+"""Bits of a code, by how many levels there are."""
 KINDS = {None: 0, torch.float32: 1, torch.float16: 2, torch.uint8: 3}
 
 TENSORS = ("codes", "levels", "scale", "offset", "nested", "most", "mean")
@@ -77,3 +80,37 @@ def native(layout: Layout) -> Native | None:
     """What reads a matrix that lies so; None: there is no native code for it."""
     fits = layout.shape[1] > 0 == layout.shape[1] % LANES == layout.block % LANES
     return Native(layout) if fits and layout.codes.device.type == "cpu" and function("unpack") is not None else None
+
+
+
+def nearest(values: Tensor, levels: Tensor) -> Tensor:
+    """Which of the ascending levels is nearest to each value, as uint8; of two that are as near, the lower."""
+    edges = (levels[1:] + levels[:-1]) / 2
+    call, width = function("nearest"), WIDTHS.get(len(levels))
+    if call is None or width is None or values.device.type != "cpu" or values.dtype != torch.float32:
+        return torch.bucketize(values, edges).to(torch.uint8)
+    values = values.contiguous()
+    codes = torch.empty(values.shape, dtype=torch.uint8)
+    edges = torch.nn.functional.pad(edges.contiguous(), (0, max(1, LANES - len(edges))))
+    threads = torch.get_num_threads()
+    call(values.data_ptr(), values.numel(), edges.data_ptr(), width, codes.data_ptr(), threads)
+    return codes
+
+
+class Scratch(threading.local):
+    """A place for one plain matrix at a time: fresh memory for each may cost more than unpacking it.
+
+    One buffer for each thread, as large as the largest matrix so far.
+    """
+
+    held = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Memory for a matrix, until the next is asked for."""
+        size = math.prod(shape) * dtype.itemsize
+        if len(self.held) < size:
+            self.held = torch.empty(size, dtype=torch.uint8)
+        return self.held[:size].view(dtype).view(shape)
+
+
+SCRATCH = Scratch()

@@ -7,8 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from deltaw.kernels.library import function
-from deltaw.kernels.plain import LANES, PLAIN
+from deltaw.kernels.library import LANES, PLAIN, function
 
 SIDE = 32
 """Tokens of a page."""

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltaw.kernels.library import function
-from deltaw.kernels.plain import PLAIN
+from deltaw.kernels.library import PLAIN, function
 from deltaw.kernels.products import Product, summed
 
 LAYOUT = "panels-summed"

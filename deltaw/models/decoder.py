@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deltaw.errors import UserError
-from deltaw.kernels.gate import gated
 from deltaw.kernels.products import times
-from deltaw.kernels.turn import rotate
+from deltaw.kernels.rows import gated, rotate
 from deltaw.models.config import ModelConfig
 from deltaw.models.fused import together
 from deltaw.models.rope import Dynamic

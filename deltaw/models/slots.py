@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaw.kernels.norm import rms_norm
+from deltaw.kernels.rows import rms_norm
 from deltaw.models.rope import Rope
 from deltaw.models.seen import Score, Seen
 from deltaw.weights import Weight

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from deltaw.data.batch import IGNORED, Batch
 from deltaw.kernels.products import summed
-from deltaw.kernels.surprise import surprise
+from deltaw.kernels.rows import surprise
 from deltaw.models.decoder import Decoder
 
 CHUNK_TOKENS = 256

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.kernels.library import function
-from deltaw.kernels.plain import LANES
+from deltaw.kernels.library import LANES, function
 from deltaw.kernels.program import Calls
 from deltaw.kernels.worn import Wear
 from deltaw.models.decoder import Decoder

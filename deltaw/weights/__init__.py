@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from deltaw.kernels.packed import FEW, Layout, Native, native
-from deltaw.kernels.plain import PLAIN
+from deltaw.kernels.library import PLAIN
+from deltaw.kernels.packed import FEW, SCRATCH, Layout, Native, native
 from deltaw.kernels.products import Product, summed
-from deltaw.kernels.scratch import SCRATCH
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What plain numbers may be stored as."""

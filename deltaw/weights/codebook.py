@@ -12,9 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from deltaw.kernels.codes import nearest
-from deltaw.kernels.packed import Layout
-from deltaw.kernels.plain import LANES
+from deltaw.kernels.library import LANES
+from deltaw.kernels.packed import Layout, nearest
 from deltaw.weights import PACKED_AT_ONCE, Format, Packed
 from deltaw.weights.bits import pack, stored_bytes, unpack
 from deltaw.weights.levels import fp4, normal

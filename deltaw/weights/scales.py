@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.kernels.codes import nearest
+from deltaw.kernels.packed import nearest
 from deltaw.weights import TYPES
 from deltaw.weights.bits import pack, stored_bytes, unpack
 from deltaw.weights.levels import dynamic

@@ -17,9 +17,7 @@ from hypothesis import strategies as st
 
 from deltaw.errors import UserError
 from deltaw.kernels import library
-from deltaw.kernels.codes import WIDTHS, nearest
-from deltaw.kernels.packed import FEW
-from deltaw.kernels.scratch import SCRATCH
+from deltaw.kernels.packed import FEW, SCRATCH, WIDTHS, nearest
 from deltaw.weights.formats import parse
 from deltaw.weights.levels import dynamic, fp4, normal
 

@@ -5,11 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from deltaw.kernels import library
-from deltaw.kernels.gate import gated
-from deltaw.kernels.norm import rms_norm
-from deltaw.kernels.plain import plainly
-from deltaw.kernels.surprise import surprise
-from deltaw.kernels.turn import rotate
+from deltaw.kernels.library import plainly
+from deltaw.kernels.rows import gated, rms_norm, rotate, surprise
 from deltaw.models.rope import Rope
 
 OFF = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
@@ -42,9 +39,8 @@ def compare(ours, theirs, inputs, dtype, times=1.0):
 
 def native(monkeypatch):
     """Fail where torch would do the work."""
-    for module in ("norm", "gate", "turn", "surprise"):
-        monkeypatch.setattr(f"deltaw.kernels.{module}.plainly",
-                            lambda *told: plainly(*told) or pytest.fail(f"no native code for {told[0]}"))  # fmt: skip
+    monkeypatch.setattr("deltaw.kernels.rows.plainly",
+                        lambda *told: plainly(*told) or pytest.fail(f"no native code for {told[0]}"))  # fmt: skip
 
 
 @both_types

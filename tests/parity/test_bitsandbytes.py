@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from deltaw.errors import UserError
-from deltaw.kernels.codes import nearest
+from deltaw.kernels.packed import nearest
 from deltaw.models import checkpoint
 from deltaw.weights.formats import parse
 from deltaw.weights.levels import dynamic, fp4, normal
