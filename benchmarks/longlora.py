@@ -24,6 +24,7 @@ from deltaw.adapters.adapter import Adapter
 from deltaw.api.persona import load_base
 from deltaw.data.batch import lay
 from deltaw.data.encode import Encoded
+from deltaw.kernels.memory import peak_bytes
 from deltaw.methods import method
 from deltaw.models.config import ModelConfig
 from deltaw.models.decoder import Decoder
@@ -31,7 +32,6 @@ from deltaw.models.rope import Rope
 from deltaw.models.slots import Linear
 from deltaw.scoring.loss import batch_loss
 from deltaw.settings import Training
-from deltaw.train.memory import peak_bytes
 from deltaw.train.optimizer import adamw, rate
 
 DATA = Path(os.environ.get("DELTAW_DATA", "../shared/data"))

@@ -90,10 +90,9 @@ def stepped(model, adapter, rows, count, recompute=False):
     """Median seconds of a step on these rows, all in one micro-batch, and the most memory of the process."""
     from deltaw.data.batch import lay
     from deltaw.data.encode import Encoded
-    from deltaw.kernels.heap import frugal
+    from deltaw.kernels.memory import frugal, peak_bytes
     from deltaw.scoring.loss import batch_loss
     from deltaw.settings import Training
-    from deltaw.train.memory import peak_bytes
     from deltaw.train.optimizer import adamw
 
     batch, optimizer = lay([Encoded(tuple(ids), (True,) * len(ids)) for ids in rows]), adamw(adapter, Training())
@@ -114,14 +113,13 @@ def large():
     import torch
 
     from deltaw.adapters.adapter import Adapter
-    from deltaw.kernels.heap import frugal
+    from deltaw.kernels.memory import frugal, peak_bytes
     from deltaw.methods import method
     from deltaw.models import checkpoint
     from deltaw.models.config import ModelConfig
     from deltaw.models.decoder import Decoder
     from deltaw.models.rope import Rope
     from deltaw.models.slots import Linear
-    from deltaw.train.memory import peak_bytes
     from deltaw.weights.formats import parse
 
     c = ModelConfig(vocab=32000, width=1536, layers=32, heads=12, kv_heads=2, head_width=128, hidden=8960, context=2048,

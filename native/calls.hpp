@@ -6,7 +6,7 @@
 
 #include "lanes.hpp"
 
-// As deltaw/kernels/paged.py lays it out.
+// As deltaw/kernels/attention.py lays it out.
 struct Paged {
   const void *q, *k, *v;  // tokens x heads x size, tokens x kv_heads x size: sequences one after another
   void *out, *pages;

@@ -36,7 +36,7 @@ print(held("VmHWM") - before)
 """
 EARLY = """
 import sys, torch, psutil
-from deltaw.kernels.heap import frugal
+from deltaw.kernels.memory import frugal
 held = lambda: psutil.Process().memory_info().rss
 torch.ones(24 << 18)  # 24 MB, and freed: glibc now keeps all that is smaller
 before, last = held(), []
@@ -74,7 +74,7 @@ def test_memory_that_is_free_is_given_back_at_once_when_asked_to():
 
 
 def test_a_peak_is_not_that_of_the_process_that_began_this_one():
-    child = "import torch; from deltaw.train.memory import peak_bytes; print(peak_bytes(torch.device('cpu')))"
+    child = "import torch; from deltaw.kernels.memory import peak_bytes; print(peak_bytes(torch.device('cpu')))"
     begun = f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
     parent = f"import subprocess, sys; held = b'x' * (2 << 30); {begun}"
     said = subprocess.run([sys.executable, "-c", parent], check=True, text=True, stdout=subprocess.PIPE).stdout

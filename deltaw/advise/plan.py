@@ -23,13 +23,12 @@ from deltaw.data.batch import Batch, micro_batches, per_epoch, steps
 from deltaw.decode.generate import complete
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError, WillNotFit, explained
-from deltaw.kernels.heap import frugal
+from deltaw.kernels.memory import frugal, held_bytes, peak_bytes, resident_bytes
 from deltaw.models.checkpoint import read_json
 from deltaw.scoring.loss import batch_loss
 from deltaw.settings import Count, complaint
 from deltaw.train.checkpoint import get_random, set_random
 from deltaw.train.job import SAMPLE_TOKENS, Job
-from deltaw.train.memory import held_bytes, peak_bytes, resident_bytes
 from deltaw.train.saving import SAVE_SECONDS
 
 SPREAD = 0.15

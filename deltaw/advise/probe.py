@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from deltaw.data.batch import IGNORED, Batch
+from deltaw.kernels.memory import peak_bytes
 from deltaw.models.seen import Documents, Span
 from deltaw.scoring.loss import batch_loss, cross_entropy
 from deltaw.train.job import Job
-from deltaw.train.memory import peak_bytes
 
 LONG_SECONDS = 6.0
 """A micro-step that would take longer is never run whole to measure it."""

@@ -24,9 +24,9 @@ from deltaw.errors import Diverged, Interrupted, UserError, WillNotFit, explaine
 from deltaw.files import runs
 from deltaw.files.runs import Run
 from deltaw.kernels.library import instruction_set
+from deltaw.kernels.memory import is_full
 from deltaw.models.checkpoint import count
 from deltaw.settings import Training, build, names, plain
-from deltaw.train import memory
 from deltaw.train.card import write_card
 from deltaw.train.events import Event, Finished, Planned, Started, Warned
 from deltaw.train.job import Job
@@ -107,7 +107,7 @@ class Prepared:
         try:
             yield from self._recorded()
         except RuntimeError as e:
-            if not memory.is_full(e):
+            if not is_full(e):
                 raise
             also = "" if self.job.recompute else ", or take --gradient-checkpointing on"
             raise WillNotFit(f"The memory of {self.job.model.device} was full.", where=str(self.job.run.folder),

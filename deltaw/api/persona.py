@@ -17,14 +17,13 @@ from deltaw.decode.generate import Answer, complete, stream
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError, WillNotFit
 from deltaw.files import adapters, runs
-from deltaw.kernels.heap import frugal
 from deltaw.kernels.library import instruction_set
+from deltaw.kernels.memory import frugal, is_full
 from deltaw.models import checkpoint, source
 from deltaw.models.decoder import Decoder
 from deltaw.models.device import choose_device, choose_dtype
 from deltaw.models.tokenizer import Message, Tokenizer
 from deltaw.settings import build
-from deltaw.train.memory import is_full
 from deltaw.weights.formats import parse
 
 BASE = "base"

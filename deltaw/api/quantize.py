@@ -15,7 +15,7 @@ from deltaw.api.persona import Persona, load_base
 from deltaw.data.batch import Batch
 from deltaw.errors import UserError, located
 from deltaw.files.atomic import replacing_folder
-from deltaw.kernels.heap import frugal
+from deltaw.kernels.memory import frugal
 from deltaw.models import checkpoint, source
 from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Linear, filled

@@ -84,7 +84,6 @@ def function(name: str) -> Any:
     return found
 
 
-
 def plainly(name: str, *tensors: Tensor) -> Any:
     """A native function for tensors that lie whole in memory and are all of one plain type; None: torch does its work.
 

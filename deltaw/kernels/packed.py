@@ -82,7 +82,6 @@ def native(layout: Layout) -> Native | None:
     return Native(layout) if fits and layout.codes.device.type == "cpu" and function("unpack") is not None else None
 
 
-
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
     """Which of the ascending levels is nearest to each value, as uint8; of two that are as near, the lower."""
     edges = (levels[1:] + levels[:-1]) / 2

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from deltaw.kernels import paged, worn
+from deltaw.kernels import worn
+from deltaw.kernels.attention import Paged
 from deltaw.kernels.library import function
 
 KINDS = ("norm", "product", "add", "turn", "paged", "gated", "wear")
@@ -35,7 +36,7 @@ class Program(ctypes.Structure):
 
     _fields_: ClassVar[Sequence[tuple[str, Any]]] = [
         ("ops", ctypes.c_void_p), ("count", ctypes.c_int64), ("rows", ctypes.c_int64), ("angles", Angles * 2),
-        ("paged", paged.Call), ("worn", worn.Call), ("threads", ctypes.c_int32),
+        ("paged", Paged), ("worn", worn.Call), ("threads", ctypes.c_int32),
     ]  # fmt: skip
 
 
@@ -57,6 +58,6 @@ class Calls:
         """Make all calls for so many rows. Angles: cosines and sines, of shape 2 x T x 1 x E, contiguous."""
         ops = (Op * len(self.told))(*self.told)
         by = (Angles * 2)(*(Angles(a[0].data_ptr(), a[1].data_ptr(), a.shape[-1]) for a in angles))
-        calls = paged.Call(**seen), worn.Call(**wear, bf16=1)
+        calls = Paged(**seen), worn.Call(**wear, bf16=1)
         told = Program(ctypes.addressof(ops), len(ops), rows, by, *calls, torch.get_num_threads())
         self.native(ctypes.byref(told))

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from deltaw.kernels.paged import SIDE, Book
+from deltaw.kernels.attention import SIDE, Book
 from deltaw.models.decoder import Decoder
 
 

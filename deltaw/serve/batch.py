@@ -8,7 +8,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from deltaw.kernels.paged import Book, Run
+from deltaw.kernels.attention import Book, Run
 from deltaw.models.seen import Score, attention, causal
 
 

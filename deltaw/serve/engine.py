@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import UserError
-from deltaw.kernels.paged import SIDE, Run
+from deltaw.kernels.attention import SIDE, Run
 from deltaw.kernels.worn import Rows, Wear
 from deltaw.models.decoder import Decoder
 from deltaw.serve.arena import Arena

@@ -12,7 +12,7 @@ from torch import Tensor
 from deltaw.adapters.adapter import Adapter
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
-from deltaw.kernels.paged import SIDE
+from deltaw.kernels.attention import SIDE
 from deltaw.models.slots import Before
 from deltaw.serve.arena import Arena, names
 from deltaw.serve.wardrobe import Entry

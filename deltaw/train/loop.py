@@ -17,13 +17,12 @@ from deltaw.decode.generate import complete
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import Diverged, UserError
 from deltaw.files.atomic import sweep
-from deltaw.kernels.heap import frugal
+from deltaw.kernels.memory import frugal, held_bytes, peak_bytes
 from deltaw.scoring.loss import batch_loss
 from deltaw.train import checkpoint
 from deltaw.train.checkpoint import Progress
 from deltaw.train.events import Evaluated, Event, Finished, Sampled, Stepped, Warned
 from deltaw.train.job import SAMPLE_TOKENS, Job
-from deltaw.train.memory import held_bytes, peak_bytes
 from deltaw.train.optimizer import adamw, rate
 from deltaw.train.saving import Saver
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.kernels import library
-from deltaw.kernels.paged import SIDE, Book, Run
+from deltaw.kernels.attention import SIDE, Book, Run
 
 OFF = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2}
 

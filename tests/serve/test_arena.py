@@ -4,7 +4,7 @@ import psutil
 import pytest
 import torch
 
-from deltaw.kernels.paged import SIDE
+from deltaw.kernels.attention import SIDE
 from deltaw.serve.arena import Arena, Full, names
 
 
