@@ -1,7 +1,7 @@
 // Packed matrices: unpacked into plain numbers, and multiplied with a few rows as they are read.
 //
 // w = levels[code] * scale (+ offset), with one scale (and offset) for a block of numbers. Codes lie row after row, the
-// first in the highest bits of a byte; three bits are a plane of two and a plane of one (deltaw/weights/bits.py).
+// first in the highest bits of a byte; three bits are a plane of two and a plane of one (deltaw/kernels/packed.py).
 // Compiled once for every instruction set (CMakeLists.txt); what is unpacked is the same to the last bit on each.
 
 #include <cstdint>

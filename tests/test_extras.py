@@ -16,7 +16,7 @@ from deltaw.models import checkpoint
 from deltaw.models.slots import Linear
 from deltaw.settings import Training
 from deltaw.train.optimizer import adamw
-from deltaw.weights.dense import Dense
+from deltaw.weights import Dense
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

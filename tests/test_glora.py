@@ -16,7 +16,7 @@ from deltaw.methods.glora import CHOICES, LARGEST, General, Path, drawn, read_pa
 from deltaw.models import checkpoint
 from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Linear
-from deltaw.weights.dense import Dense
+from deltaw.weights import Dense
 
 OUT, IN, R, T = 6, 5, 3, 4
 PATHS = [Path(*choices) for choices in itertools.product(*CHOICES)]

@@ -23,7 +23,7 @@ from deltaw.models.decoder import Decoder
 from deltaw.models.rope import Rope
 from deltaw.models.seen import Documents
 from deltaw.models.slots import Linear
-from deltaw.weights.dense import Dense
+from deltaw.weights import Dense
 
 SMOLLM2 = ModelConfig(vocab=49152, width=576, layers=30, heads=9, kv_heads=3, head_width=64, hidden=1536, context=8192,
                       rope=Rope(width=64, theta=1e5), tied=True)  # fmt: skip

@@ -20,7 +20,7 @@ from deltaw.methods import method
 from deltaw.models import checkpoint
 from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Linear
-from deltaw.weights.dense import Dense
+from deltaw.weights import Dense
 
 T, D, HIDDEN, LAYERS = 24, 32, 64, 2
 

@@ -14,7 +14,7 @@ from deltaw.data.encode import Encoded
 from deltaw.methods import method
 from deltaw.models import checkpoint
 from deltaw.scoring.loss import CHUNK_TOKENS, batch_loss, cross_entropy
-from deltaw.weights.dense import Dense
+from deltaw.weights import Dense
 
 D, V = 16, 37
 

@@ -12,7 +12,7 @@ from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Linear
 from deltaw.settings import Training
 from deltaw.train.optimizer import adamw
-from deltaw.weights.dense import Dense
+from deltaw.weights import Dense
 
 
 def one(i=30, o=20, **chosen):

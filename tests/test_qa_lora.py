@@ -15,13 +15,13 @@ from deltaw.api.merge import moved
 from deltaw.api.persona import Base, Persona
 from deltaw.errors import UserError
 from deltaw.files import adapters
+from deltaw.kernels.packed import unpack
 from deltaw.methods import method
 from deltaw.methods.qa_lora import Pooled
 from deltaw.models import checkpoint
 from deltaw.models.gguf import half_split
 from deltaw.models.slots import Linear
 from deltaw.models.tokenizer import Tokenizer
-from deltaw.weights.bits import unpack
 from deltaw.weights.formats import parse
 from deltaw.weights.grid import Grid, Gridded
 

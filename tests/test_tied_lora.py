@@ -19,7 +19,7 @@ from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Linear
 from deltaw.settings import Training
 from deltaw.train.optimizer import adamw
-from deltaw.weights.dense import Dense
+from deltaw.weights import Dense
 
 
 def count(layers, **chosen):

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaw.errors import UserError
-from deltaw.weights.bits import PLANES, pack, stored_bytes, unpack
+from deltaw.kernels.packed import PLANES, pack, stored_bytes, unpack
+from deltaw.weights.codebook import Double, Plain, TwoLevel
 from deltaw.weights.formats import parse
 from deltaw.weights.grid import Grid
-from deltaw.weights.scales import Double, Plain, TwoLevel
 
 
 @given(st.sampled_from(sorted(PLANES)), st.lists(st.integers(0, 255), max_size=70))

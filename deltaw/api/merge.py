@@ -22,8 +22,7 @@ from deltaw.files.runs import Run
 from deltaw.models import checkpoint
 from deltaw.models.decoder import Decoder
 from deltaw.models.slots import CannotMerge, Linear
-from deltaw.weights import Packed
-from deltaw.weights.dense import Dense
+from deltaw.weights import Dense, Packed
 
 CHECK_ROWS, CHECK_TOKENS = 32, 512
 SHAPE = ("width", "layers", "heads", "kv_heads", "head_width", "hidden", "vocab")

@@ -24,8 +24,7 @@ from deltaw.models.slots import Linear
 from deltaw.models.tokenizer import Tokenizer
 from deltaw.settings import settings
 from deltaw.weights import Format
-from deltaw.weights.codebook import Codebook
-from deltaw.weights.scales import TwoLevel
+from deltaw.weights.codebook import Codebook, TwoLevel
 
 SAMPLE = 16
 """One of so many rows of a matrix tells what a format does to it."""

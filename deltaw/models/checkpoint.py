@@ -21,8 +21,7 @@ from deltaw.models.config import ModelConfig
 from deltaw.models.decoder import Decoder
 from deltaw.models.gguf import GGUF
 from deltaw.models.slots import Embedding, Linear, RMSNorm
-from deltaw.weights import Format, Packed, Weight
-from deltaw.weights.dense import Dense
+from deltaw.weights import Dense, Format, Packed, Weight
 from deltaw.words import some
 
 FORMS = "A model is a folder with config.json and *.safetensors, or one GGUF file."

@@ -20,8 +20,7 @@ from deltaw.models.fused import together
 from deltaw.models.rope import Dynamic
 from deltaw.models.seen import Score, Seen
 from deltaw.models.slots import Attend, Embedding, Linear, Positions, RMSNorm, Slot
-from deltaw.weights import Weight
-from deltaw.weights.dense import Dense
+from deltaw.weights import Dense, Weight
 
 
 def _linear(o: int, i: int, bias: bool) -> Linear:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deltaw.errors import UserError
+from deltaw.kernels.packed import unpack
 from deltaw.models import checkpoint
 from deltaw.models.config import ModelConfig
 from deltaw.models.decoder import Decoder
@@ -20,7 +21,6 @@ from deltaw.models.gguf import GGUF, SIZES, interleaved, names
 from deltaw.models.rope import Llama3, plain
 from deltaw.models.slots import Linear
 from deltaw.models.tokenizer import Tokenizer
-from deltaw.weights.bits import unpack
 from deltaw.weights.grid import Gridded
 
 GRID = "Q4_1"

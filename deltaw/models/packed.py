@@ -16,10 +16,8 @@ from torch import Tensor
 
 from deltaw.errors import UserError
 from deltaw.weights import Format, Packed
-from deltaw.weights.codebook import Codebook
+from deltaw.weights.codebook import Codebook, Double, Plain, dynamic
 from deltaw.weights.formats import parse
-from deltaw.weights.levels import dynamic
-from deltaw.weights.scales import Double, Plain
 
 KEY, OURS, THEIRS = "quantization_config", "deltaw", "bitsandbytes"
 STATE = "quant_state.bitsandbytes__"

@@ -15,7 +15,7 @@ from deltaw.models.slots import Linear, RMSNorm
 from deltaw.serve.arena import Arena
 from deltaw.serve.batch import Pieces
 from deltaw.serve.wearing import linears
-from deltaw.weights.dense import Dense
+from deltaw.weights import Dense
 
 
 class Layers:

@@ -1,4 +1,4 @@
-"""How a frozen weight is stored: a format is a file here that knows how to multiply, unpack and pack again.
+"""How a frozen weight is stored: a format knows how to multiply, unpack and pack again; the plain one is here.
 
 Shape legend (whole package): B batch, T tokens, S tokens seen, V vocabulary, D model width, H query heads, K key/value
 heads, E head width, I in-features, O out-features, R rank, G groups, N rows with a label, or blocks of a matrix.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from deltaw.kernels.library import PLAIN
 from deltaw.kernels.packed import FEW, SCRATCH, Layout, Native, native
-from deltaw.kernels.products import Product, summed
+from deltaw.kernels.products import Product, summed, times
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What plain numbers may be stored as."""
@@ -155,3 +156,44 @@ class FrozenMatmul(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor, None]:
         return summed([(dy_TO, ctx.weight.lent())]), None
+
+
+@dataclass(frozen=True)
+class Plainly(Format):
+    """Numbers of this type; whatever they are multiplied with has another one, maybe."""
+
+    kind: str
+
+    def pack(self, w_OI: Tensor, dtype: torch.dtype) -> Dense:
+        return Dense(w_OI.detach().to(TYPES[self.kind], copy=True), dtype)  # whatever happens to the other then
+
+    def load(self, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> Dense:  # noqa: ARG002 (w says it)
+        return Dense(kept["w_OI"], dtype)
+
+    def stored_bytes(self, o: int, i: int) -> int:
+        return TYPES[self.kind].itemsize * o * i
+
+    def __str__(self) -> str:
+        return self.kind
+
+
+class Dense(Weight):
+    """A plain O x I tensor; `dtype`: the type it is multiplied in, if another."""
+
+    w_OI: Tensor
+    stands = True
+
+    def __init__(self, w_OI: Tensor, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.shape, self.dtype = (w_OI.shape[0], w_OI.shape[1]), dtype or w_OI.dtype
+        self.register_buffer("w_OI", w_OI)
+
+    def dense(self) -> Tensor:
+        w_OI = self.w_OI
+        return w_OI if w_OI.dtype == self.dtype else w_OI.to(self.dtype)
+
+    def product(self, x_TI: Tensor, *also: Product) -> Tensor:
+        return super().product(x_TI, *also) if also else times(x_TI, self.dense())
+
+    def repack(self, w_OI: Tensor) -> Dense:
+        return Dense(w_OI.to(self.w_OI.dtype), self.dtype)

@@ -10,11 +10,9 @@ fp32, bf16, fp16            plain numbers
 import re
 
 from deltaw.errors import UserError
-from deltaw.weights import Format
-from deltaw.weights.codebook import Codebook
-from deltaw.weights.dense import Plainly
+from deltaw.weights import Format, Plainly
+from deltaw.weights.codebook import Codebook, Double, Plain, Scales, TwoLevel
 from deltaw.weights.grid import Grid
-from deltaw.weights.scales import Double, Plain, Scales, TwoLevel
 
 CODES = r"(nf|fp)([2348])(?:-b(\d+))?(?:-(dq)|-s([2348])\.(fp32|bf16|fp16)\.(\d+))?"
 WHOLE = r"int([2348])(?:-g(\d+))?(-actorder)?(-moved)?"

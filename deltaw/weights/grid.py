@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import UserError
-from deltaw.kernels.packed import FEW, Layout
+from deltaw.kernels.packed import FEW, Layout, pack, stored_bytes, unpack
 from deltaw.kernels.products import Product
 from deltaw.weights import PACKED_AT_ONCE, Format, Packed, Weight
-from deltaw.weights.bits import pack, stored_bytes, unpack
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from deltaw.adapters.adapter import Adapter
 from deltaw.methods import method
 from deltaw.models.fused import joined, together
 from deltaw.models.slots import Delta, Linear, Slot, Terms
-from deltaw.weights.dense import Dense
+from deltaw.weights import Dense
 from deltaw.weights.formats import parse
 
 FORMS = ["fp32", "nf4", "nf3-dq", "int4-g32"]

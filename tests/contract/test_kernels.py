@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from deltaw.errors import UserError
 from deltaw.kernels import library
 from deltaw.kernels.packed import FEW, SCRATCH, WIDTHS, nearest
+from deltaw.weights.codebook import dynamic, fp4, normal
 from deltaw.weights.formats import parse
-from deltaw.weights.levels import dynamic, fp4, normal
 
 FORMATS = ["nf4", "nf4-dq", "nf4-b48", "nf4-b128", "fp4", "fp4-dq", "nf3", "nf3-dq", "nf2", "nf8", "nf8-dq",
            "nf3-b32-s4.fp16.64", "nf2-b16-s2.bf16.16", "nf8-b64-s8.fp32.256", "int2-g32", "int3-g64", "int4-g32",

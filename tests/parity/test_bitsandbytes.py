@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from deltaw.errors import UserError
 from deltaw.kernels.packed import nearest
 from deltaw.models import checkpoint
+from deltaw.weights.codebook import dynamic, fp4, normal
 from deltaw.weights.formats import parse
-from deltaw.weights.levels import dynamic, fp4, normal
 
 SQUARE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_attention_heads": 2,
           "num_key_value_heads": 2}  # fmt: skip
