@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.data import jsons, lines
+from deltaw.data import jsons
 from deltaw.data.files import read, split_weight, stream
 from deltaw.data.rows import ROLES, Example
 from deltaw.errors import UserError
@@ -238,7 +238,7 @@ def test_a_table_may_have_a_history(tmp_path):
 
 
 def test_a_fault_near_the_beginning_of_a_list_is_told_before_the_rest_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(lines, "PIECE", 100)
+    monkeypatch.setattr(jsons, "PIECE", 100)
     (tmp_path / "rows.json").write_text('[{"text": "a"},\n{"text": b},\n' + '{"text": "c"},\n' * 9999 + "]")
     chunks = []
     real = jsons.pieces
@@ -256,7 +256,7 @@ def test_a_list_is_read_the_same_whatever_is_read_at_once(texts, chunk, ascii, t
     file = tmp_path_factory.getbasetemp() / "chunks.json"
     file.write_text(json.dumps([{"text": text} for text in texts], ensure_ascii=ascii, indent=1), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lines, "PIECE", chunk)
+        patch.setattr(jsons, "PIECE", chunk)
         patch.setattr(jsons, "PIECE", chunk)
         got = read(file)
     assert [row.text for row in got] == texts
@@ -436,7 +436,7 @@ def test_no_content_of_a_file_ends_in_anything_but_rows_or_a_refusal(content, su
 )
 def test_rows_are_read_one_after_another_in_constant_memory(name, begin, between, end, tmp_path, monkeypatch):
     """Of a file of 30 MB less than 3 are ever held, be it a list without line breaks."""
-    monkeypatch.setattr(lines, "PIECE", 1 << 17)
+    monkeypatch.setattr(jsons, "PIECE", 1 << 17)
     monkeypatch.setattr(jsons, "PIECE", 1 << 17)
     file = tmp_path / name
     with file.open("w") as f:

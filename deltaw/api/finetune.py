@@ -27,13 +27,12 @@ from deltaw.kernels.library import instruction_set
 from deltaw.kernels.memory import is_full
 from deltaw.models.checkpoint import count
 from deltaw.settings import Training, build, names, plain
-from deltaw.train.card import write_card
+from deltaw.train.checkpoint import guarded
 from deltaw.train.events import Event, Finished, Planned, Started, Warned
 from deltaw.train.job import Job
 from deltaw.train.loop import DISK_FULL, Trainer
 from deltaw.train.record import EventFile, TensorBoard
-from deltaw.train.report import write_report
-from deltaw.train.saving import guarded
+from deltaw.train.report import write_card, write_report
 from deltaw.train.view import view
 from deltaw.words import size
 

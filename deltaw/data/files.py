@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.data import columns, jsons
-from deltaw.data.jsons import Placed
-from deltaw.data.lines import lines
+from deltaw.data.jsons import Placed, lines
 from deltaw.data.rows import KNOWN, SHAPES, Example, example
 from deltaw.errors import UserError
 from deltaw.words import some

@@ -1,6 +1,7 @@
-"""The values of JSON files, each with its place: one object a line, or a list of them, of which one is held at a time.
+"""The text of data files, and the values of JSON ones, each with its place: no more is held at a time than one needs.
 
-What is no JSON is told in words that say what to do: the parser's own name the character it stumbled on.
+JSON is one object a line, or a list of them. What is no JSON is told in words that say what to do: the parser's own
+name the character it stumbled on.
 """
 
 import json
@@ -12,10 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from deltaw.data.lines import PIECE, lines, pieces
 from deltaw.data.rows import shape_of
 from deltaw.errors import UserError, explained, located
 
+ENDED = re.compile(r"[^\r]*\r|[^\r]+")
+PIECE = 1 << 20
+"""Characters that are read at once."""
 Placed = tuple[Any, str]
 """A value, and where it stands."""
 BLANK = re.compile(r"[ \t\r\n]*")
@@ -29,6 +32,46 @@ SLIPS = {
     "}": TRAILING,
 }
 """What people write that is no JSON, by the character at which the parser stops."""
+
+
+def lines(path: Path) -> Iterator[str]:
+    """The file's lines, with their ends: line feeds, carriage returns, both. JSON strings may hold other line breaks.
+
+    Raises:
+        UserError: the file cannot be read, or a line is no UTF-8.
+    """
+    with (explained("The data file cannot be read.", OSError, where=path, why="{error.strerror}.",
+                    remedy="A path counts from the folder in which the command is given."),
+          path.open("rb") as file):  # fmt: skip
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = f"{text[:-2]}\n" if text.endswith("\r\n") else text
+                yield from ENDED.findall(text) if "\r" in text else (text,)
+            except UnicodeDecodeError:
+                raise UserError("This is not UTF-8 text.", where=f"{path}:{number}", why=_encoding(line),
+                                remedy="Save the file as plain UTF-8 text.") from None  # fmt: skip
+
+
+def pieces(path: Path) -> Iterator[str]:
+    """The file's text in pieces of `PIECE` characters; errors as of `lines`."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            while text := file.read(PIECE):
+                yield text
+    except (OSError, UnicodeDecodeError):
+        for _ in lines(path):  # says what is wrong, and in which line
+            pass
+        raise
+
+
+def _encoding(line: bytes) -> str:
+    """What the bytes of a line that is no UTF-8 probably are."""
+    if line.startswith(b"\x1f\x8b"):
+        return "It is compressed by gzip."
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")) or line.count(0) > len(line) // 4:
+        return "It looks like UTF-16."
+    return "It looks like an 8-bit encoding such as Latin-1 or Windows-1252."
 
 
 def each(path: Path) -> Iterator[Placed | UserError]:

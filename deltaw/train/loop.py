@@ -20,11 +20,10 @@ from deltaw.files.atomic import sweep
 from deltaw.kernels.memory import frugal, held_bytes, peak_bytes
 from deltaw.scoring.loss import batch_loss
 from deltaw.train import checkpoint
-from deltaw.train.checkpoint import Progress
+from deltaw.train.checkpoint import Progress, Saver
 from deltaw.train.events import Evaluated, Event, Finished, Sampled, Stepped, Warned
 from deltaw.train.job import SAMPLE_TOKENS, Job
 from deltaw.train.optimizer import adamw, rate
-from deltaw.train.saving import Saver
 
 DISK_FULL = "disk full"
 """Why a run ended whose adapter could not be written; resuming it tries again."""

@@ -1,4 +1,8 @@
-"""The report: `events.jsonl` told as one self-contained page of HTML, with its plots drawn into it."""
+"""What people read of a run: `events.jsonl` told as one self-contained page of HTML, and the model card.
+
+The report has its plots drawn into it. The card says what a persona is, what it was made from, and the figures that
+were measured; none that were not.
+"""
 
 import json
 import math
@@ -10,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from deltaw import __version__
 from deltaw.errors import explained
 from deltaw.files.atomic import write_text
 from deltaw.train import svg
@@ -23,6 +28,8 @@ REASONS = {
     "interrupted": ("Interrupted", "warn"),
     "diverged": ("Diverged", "bad"),
 }
+SHOWN_SETTINGS = ("targets", "rank", "alpha", "rslora", "dropout", "modules_to_save", "learning_rate", "schedule",
+                  "epochs", "steps", "minutes", "batch_rows", "max_tokens", "train_on", "seed", "dtype")  # fmt: skip
 
 
 def write_report(run_folder: Path) -> Path:
@@ -125,3 +132,26 @@ def _rate(value: float | None) -> str:
 
 def _off(actual: float | None, predicted: float | None) -> str:
     return NONE if not actual or not predicted else f"{actual / predicted - 1:+.1%}"
+
+
+def write_card(folder: Path) -> Path:
+    """Write `MODEL_CARD.md` into a run's folder, in the form that the Hugging Face hub reads."""
+    run = fold(read(folder / "events.jsonl"))
+    config = yaml.safe_load(_whole(folder / "config.yaml")) or {}
+    manifest = json.loads(_whole(folder / "manifest.json") or "{}")
+    base, method = Path(run.started["base"]), run.started["method"]
+    called = base.name if base.is_absolute() else run.started["base"]
+    head = {"base_model": called, "library_name": "deltaw", "pipeline_tag": "text-generation",
+            "tags": ["deltaw", method]}  # fmt: skip
+    text = rendered(
+        "card.md", name=folder.name, version=__version__, head=yaml.safe_dump(head, sort_keys=False).strip(),
+        base=called, fingerprint=manifest.get("base", "unknown"), run=run, started=run.started, finished=run.finished,
+        best=run.best(), files=[(Path(file).name, sha) for file, sha in manifest.get("data", {}).items()],
+        settings={key: config[key] for key in SHOWN_SETTINGS if config.get(key) not in (None, "", False)},
+    )  # fmt: skip
+    write_text(folder / "MODEL_CARD.md", text.encode(errors="replace").decode())
+    return folder / "MODEL_CARD.md"
+
+
+def _whole(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""

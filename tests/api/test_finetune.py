@@ -29,7 +29,7 @@ from deltaw.data.store import Rows
 from deltaw.errors import Interrupted, UserError, WillNotFit
 from deltaw.files.runs import Run
 from deltaw.settings import Training
-from deltaw.train import saving
+from deltaw.train import checkpoint
 from deltaw.train.events import Evaluated, Sampled, Started, Stepped
 
 QUICK = {"method": "full", "learning_rate": 0.01, "evaluations": 2}
@@ -86,7 +86,7 @@ def test_an_adapter_that_could_not_be_written_is_no_persona(tiny_path, tmp_path,
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(saving.adapters, "save", full)
+    monkeypatch.setattr(checkpoint.adapters, "save", full)
     with pytest.raises(WillNotFit, match="The disk is full: the adapter could not be written") as e:
         deltaw.finetune(rows_file, listen=[], **told(tiny_path, tmp_path, steps=1))
     assert "deltaw train --resume run" in e.value.remedy

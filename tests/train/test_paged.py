@@ -12,8 +12,8 @@ from small import end, losses, prepared, told
 
 from deltaw.advise import plan
 from deltaw.errors import UserError, WillNotFit
-from deltaw.train import paged
-from deltaw.train.paged import MOMENTS, PagedAdamW
+from deltaw.train import optimizer
+from deltaw.train.optimizer import MOMENTS, PagedAdamW
 
 
 def pair(count=3):
@@ -75,7 +75,7 @@ def test_a_full_disk_is_said_before_the_first_step(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(paged.os, "posix_fallocate", full)
+    monkeypatch.setattr(optimizer.os, "posix_fallocate", full)
     with pytest.raises(WillNotFit, match="No space left"):
         PagedAdamW(pair()[0], tmp_path)
 
