@@ -48,7 +48,9 @@ COMMANDS = {
     "inspect": "Say what a model, an adapter or a run is.",
     "doctor": "Say what this machine can do.",
 }
-HOMES = {"export": "deltaw.cli.exchange:export", "import": "deltaw.cli.exchange:bring"}
+HOMES = {"export": "deltaw.cli.exchange:export", "import": "deltaw.cli.exchange:bring",
+         "generate": "deltaw.cli.chat:generate", "quantize": "deltaw.cli.merge:quantize",
+         "search": "deltaw.cli.combine:search", "doctor": "deltaw.cli.inspect:doctor"}  # fmt: skip
 """Where a command is that is not in a file of its name."""
 
 

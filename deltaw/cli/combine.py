@@ -1,5 +1,9 @@
-"""`deltaw combine`: one persona out of several."""
+"""`deltaw combine` and `deltaw search`: personas made of what was trained: of several, or of a GLoRA supernet.
 
+The one adds them up, each times its weight; the other chooses what each layer trains, within a number of parameters.
+"""
+
+import hashlib
 import math
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +11,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from deltaw.api.combine import Combination, write
+from deltaw.api.search import Search
+from deltaw.api.search import search as candidates
 from deltaw.cli.show import Flat, busy, facts
 from deltaw.errors import UserError
 from deltaw.settings import Machine, plain
@@ -62,3 +68,55 @@ def weighed(said: str) -> tuple[str, float]:
     if not math.isfinite(weight) or abs(weight) > 1000:
         raise UserError(f"'{tail}' is no weight.", where=said, remedy=f"For example: {name}:0.5")
     return name, weight
+
+
+def search(run: str, file: Path, /, *, out: Annotated[str, Parameter(name=["--out", "-o"])],
+           chosen: Flat[Search] = None, base: str | None = None, runs: Path = Path("runs"),
+           machine: Flat[Machine] = None, json: bool = False) -> None:  # fmt: skip
+    """Find the best paths through a supernet within a budget, and keep them as a run; it goes on where it was stopped.
+
+    Parameters
+    ----------
+    run
+        A run of --method glora --supernet: its name or folder, or its adapter file.
+    file
+        Rows that decide: not those it was trained on, and not those it will be tested on.
+    out
+        Name of the run that is made.
+    base
+        The base model, if it is not where the adapter was trained on it.
+    runs
+        Folder of the run folders.
+    json
+        Print one JSON object.
+    """
+    from deltaw.api.evaluate import rows_of
+    from deltaw.api.merge import home
+    from deltaw.api.persona import load, locate
+    from deltaw.api.search import write
+    from deltaw.files.runs import Run, digest, fresh
+
+    made, chosen = fresh(out, runs, "-o."), chosen or Search()
+    name, path = locate(run, runs)
+    folder = home(path)
+    rows = digest(file)
+    if Run(folder).manifest.exists() and rows in Run(folder).read_manifest().get("data", {}).values():
+        raise UserError("These rows were trained on, or chose what was kept.", where=str(file),
+                        remedy="Give rows of their own.")  # fmt: skip
+    log = folder / f"search-{hashlib.sha256((rows + digest(path)).encode()).hexdigest()[:12]}.jsonl"
+    found = []
+    with busy(json) as say:
+        persona = load(str(path), runs, base, **plain(machine or Machine()), say=say)
+        for each in candidates(persona, rows_of(file, persona), chosen, log):
+            found.append(each)
+            best = min(found, key=lambda m: m.perplexity)
+            say(f"{len(found)} of {chosen.evaluations}: best perplexity {best.perplexity:.4g}")
+        adapter = write(persona, best.paths, made)
+    begun = min(found[: chosen.population], key=lambda m: m.perplexity)
+    facts("Search", {
+        "paths of": f"{name}, {len(found)} of them measured on {file}",
+        "first": f"{begun.perplexity:.4g}, the best of {min(len(found), chosen.population)} at random",
+        "best": f"{best.perplexity:.4g}, {best.parameters:,} of {chosen.budget:,} numbers",
+        "written": f"{adapter} ({size(adapter.stat().st_size)})", "measured": str(log),
+    }, json, {"file": str(adapter), "perplexity": best.perplexity, "parameters": best.parameters,
+              "first": begun.perplexity, "evaluations": len(found), "log": str(log)})  # fmt: skip
