@@ -14,9 +14,8 @@ from pathlib import Path
 
 from deltaw.api.exchange import export, requantised
 from deltaw.api.finetune import finetune
-from deltaw.api.merge import merge
+from deltaw.api.merge import merge, quantize
 from deltaw.api.persona import Persona, load, load_base
-from deltaw.api.quantize import quantize
 from deltaw.data import files as reading
 from deltaw.data.batch import micro_batches
 from deltaw.data.encode import encode_all

@@ -14,7 +14,7 @@ LAYER = 4 * (2 * 1024 * 1024 + 2 * 256 * 1024 + 3 * 4096 * 1024)
 """Bytes of the plain matrices of one layer."""
 HELD = """
 import sys, torch
-from deltaw.api.quantize import quantize
+from deltaw.api.merge import quantize
 from deltaw.api.persona import load_base
 from pathlib import Path
 

@@ -56,9 +56,8 @@ def chat(*runs: str, base: str | None = None, url: str | None = None,
     folder
         Folder of the run folders.
     """
-    from deltaw.api.chat import Chat
+    from deltaw.api.chat import Chat, personas_of
     from deltaw.api.persona import load_all, load_any
-    from deltaw.api.remote import personas_of
 
     alone = runs[0] if len(runs) == 1 else base if not runs else None
     with busy() as say:

@@ -78,7 +78,7 @@ def quantize(model: str, /, *, format: str = "nf4-dq", out: Path | None = None, 
     json
         Print one JSON object.
     """
-    from deltaw.api.quantize import quantize as quantised
+    from deltaw.api.merge import quantize as quantised
 
     with busy(json) as say:
         done = quantised(model, format, out or Path(f"{Path(model).stem}-{format}"), calibrate, say)

@@ -1,8 +1,13 @@
-"""An adapter on disk: one safetensors file whose header says the method, its settings and the base it was made for."""
+"""An adapter on disk: one safetensors file whose header says the method, its settings and the base it was made for.
+
+Safetensors files of ours carry a checksum of all they hold: a flipped bit is found before it does anything.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +23,12 @@ from deltaw.adapters.adapter import Adapter
 from deltaw.adapters.protocol import Method
 from deltaw.errors import Diverged, UserError, explained
 from deltaw.files.atomic import replacing
-from deltaw.files.sealed import read_said, read_tensors, sealed
 from deltaw.methods import method, name_of
 from deltaw.models import checkpoint
 from deltaw.models.decoder import Decoder
 from deltaw.settings import plain
 
-FORMAT, KEY = 1, "deltaw"
+FORMAT, KEY, SEAL = 1, "deltaw", "sha256"
 UNLIKE = "Its tensors are not those that its header says."
 
 
@@ -158,3 +162,40 @@ def refuse_nan(tensors: dict[str, Tensor]) -> None:
     for name, t in tensors.items():
         if t.is_floating_point() and not bool(t.isfinite().all()):
             raise Diverged(f"'{name}' holds values that are no numbers: nothing was written.")
+
+
+def sealed(key: str, said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The metadata of a file: what is said of its tensors, under one key, with their checksum."""
+    plain = json.loads(json.dumps(said))
+    return {key: json.dumps({**plain, SEAL: _digest(plain, tensors)})}
+
+
+def read_said(file: Any, key: str) -> dict[str, Any] | None:
+    """What an open file says of its tensors; None: it is no file of this kind.
+
+    Raises:
+        ValueError, TypeError: it is damaged.
+    """
+    text = (file.metadata() or {}).get(key)
+    return None if text is None else {k: v for k, v in dict(json.loads(text)).items() if k != SEAL}
+
+
+def read_tensors(file: Any, key: str) -> dict[str, Tensor]:
+    """The tensors of an open file.
+
+    Raises:
+        ValueError: they are not those that were written.
+    """
+    found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    said = json.loads(file.metadata()[key])
+    if said.pop(SEAL, None) not in (None, _digest(said, found)):
+        raise ValueError("Its checksum does not fit: it is not what was written.")
+    return found
+
+
+def _digest(said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    h = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name, t in sorted(tensors.items()):
+        h.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
+        h.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()

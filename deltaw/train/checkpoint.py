@@ -16,9 +16,9 @@ from torch import Tensor
 from deltaw.adapters.adapter import Adapter
 from deltaw.errors import explained
 from deltaw.files import adapters
+from deltaw.files.adapters import read_said, read_tensors, sealed
 from deltaw.files.atomic import disk_is_full, replacing
 from deltaw.files.runs import Run
-from deltaw.files.sealed import read_said, read_tensors, sealed
 from deltaw.settings import plain
 from deltaw.train.events import Event, Saved, Warned
 from deltaw.train.job import Job

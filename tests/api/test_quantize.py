@@ -11,9 +11,8 @@ from small import ROW, write_rows
 
 from deltaw.api.exchange import export, requantised
 from deltaw.api.finetune import finetune
-from deltaw.api.merge import folded, merge
+from deltaw.api.merge import folded, merge, quantize
 from deltaw.api.persona import load, load_base
-from deltaw.api.quantize import quantize
 from deltaw.cli.app import run
 from deltaw.errors import UserError
 from deltaw.files import adapters

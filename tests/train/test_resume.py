@@ -16,8 +16,8 @@ from small import ROOT, end, gone_on, losses, prepared, stopping_at, told, write
 from deltaw.api.finetune import prepare, resume
 from deltaw.errors import Interrupted, UserError
 from deltaw.files import adapters
+from deltaw.files.adapters import sealed
 from deltaw.files.runs import Run
-from deltaw.files.sealed import sealed
 from deltaw.train import checkpoint
 from deltaw.train.events import Evaluated, Planned, Warned
 
