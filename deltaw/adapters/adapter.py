@@ -1,7 +1,5 @@
 """An adapter: the deltas of one method on one model. It owns what is trained; the model never does."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -27,7 +25,7 @@ class Adapter(nn.Module):
         """Slots that were merged into: what stood there before, and what was put in its place."""
 
     @classmethod
-    def build(cls, method: Method, model: nn.Module, seed: int = 0) -> Adapter:
+    def build(cls, method: Method, model: nn.Module, seed: int = 0) -> "Adapter":
         """Make a fresh adapter of `method` for `model`; the same seed gives the same adapter.
 
         Raises:
@@ -41,7 +39,7 @@ class Adapter(nn.Module):
             self._slots[site.name] = site.slot
         return self
 
-    def like(self, method: Method, deltas: Mapping[str, Delta]) -> Adapter:
+    def like(self, method: Method, deltas: Mapping[str, Delta]) -> "Adapter":
         """An adapter of another method at the same slots."""
         other = Adapter(method)
         other.deltas.update({name.replace(".", "/"): delta for name, delta in deltas.items()})
@@ -74,7 +72,7 @@ class Adapter(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     @contextmanager
-    def on(self) -> Iterator[Adapter]:
+    def on(self) -> "Iterator[Adapter]":
         """Wear this adapter for the length of a `with` block; what was worn before comes back afterwards."""
         with filled(self.items()):
             yield self

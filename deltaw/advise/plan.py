@@ -6,8 +6,6 @@ is what the process held at most in the longest micro-step, or, where that was n
 backward pass, counted; and what is not there yet, Adam's moments.
 """
 
-from __future__ import annotations
-
 import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -60,7 +58,7 @@ class Plan:
     notices: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, path: Path) -> Plan:
+    def read(cls, path: Path) -> "Plan":
         """The plan that a run was begun with.
 
         Raises:
@@ -89,7 +87,7 @@ class Work:
     seconds: tuple[float, ...]
 
     @classmethod
-    def through(cls, costs: dict[float, Cost]) -> Work:
+    def through(cls, costs: dict[float, Cost]) -> "Work":
         """The line through measured points; more work never takes less."""
         points = sorted(costs)
         return cls(tuple(points), tuple(np.maximum.accumulate([costs[p].seconds for p in points]).tolist()))

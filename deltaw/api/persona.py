@@ -1,7 +1,5 @@
 """One base model that wears any number of adapters: load it once, switch by pointer writes, ask."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
@@ -166,7 +164,7 @@ class Persona:
         turns = addressed(self.system, conversation)
         return self.base.tokenizer.encode(self.base.tokenizer.chat(turns, prompt=True))
 
-    def wearing(self, name: str, path: Path) -> Persona:
+    def wearing(self, name: str, path: Path) -> "Persona":
         """The same base with the adapter of another file.
 
         Raises:

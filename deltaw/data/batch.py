@@ -1,7 +1,5 @@
 """Which rows make a step, and how they are laid flat: no padding, and what several rows begin with is computed once."""
 
-from __future__ import annotations
-
 import random
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +38,7 @@ class Batch:
         """Pairs of a token and one it sees: what attention costs grow with."""
         return sum((n := s.stop - s.start) * (n + 1) // 2 + n * (s.stem_stop - s.stem_start) for s in self.seen.spans)
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
         ids_T, at_T, labels_T = self.ids_T.to(device), self.at_T.to(device), self.labels_T.to(device)
         return replace(self, ids_T=ids_T, at_T=at_T, labels_T=labels_T)

@@ -1,7 +1,5 @@
 """Keys and values of the tokens so far, of sequences of unequal length. It is an argument, never a layer's state."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -33,11 +31,11 @@ class Cache:
         self.used = self.before + int(self.lengths_B.max())
         self.masks: dict[int, Tensor] = {}
 
-    def prefill(self) -> Prefill:
+    def prefill(self) -> "Prefill":
         """What the prompts see, remembering every layer's keys and values."""
         return Prefill(self, 0)
 
-    def next(self) -> Step:
+    def next(self) -> "Step":
         """What one more token of every sequence sees; makes room for it."""
         self.lengths_B = self.lengths_B + 1
         self.used = self.before + int(self.lengths_B.max())
@@ -70,7 +68,7 @@ class Prefill:
     def __init__(self, cache: Cache, index: int) -> None:
         self.cache, self.index, self.prompts = cache, index, cache.prompts
 
-    def layer(self, index: int) -> Prefill:
+    def layer(self, index: int) -> "Prefill":
         return Prefill(self.cache, index)
 
     def lengths(self, at_T: Tensor) -> Tensor:
@@ -80,7 +78,7 @@ class Prefill:
             length_T[row] = planned + self.cache.before
         return length_T
 
-    def after(self, k_PKE: Tensor, v_PKE: Tensor) -> Prefill:
+    def after(self, k_PKE: Tensor, v_PKE: Tensor) -> "Prefill":
         self.cache.k_LBKSE[self.index, :, :, : len(k_PKE)] = k_PKE.transpose(0, 1)
         self.cache.v_LBKSE[self.index, :, :, : len(v_PKE)] = v_PKE.transpose(0, 1)
         self.prompts = self.prompts.after(k_PKE, v_PKE)
@@ -100,13 +98,13 @@ class Step:
     def __init__(self, cache: Cache, index: int) -> None:
         self.cache, self.index = cache, index
 
-    def layer(self, index: int) -> Step:
+    def layer(self, index: int) -> "Step":
         return Step(self.cache, index)
 
     def lengths(self, at_T: Tensor) -> Tensor:  # noqa: ARG002 (they were planned)
         return self.cache.planned_B + self.cache.before
 
-    def after(self, k_PKE: Tensor, v_PKE: Tensor) -> Step:  # noqa: ARG002 (the cache has them)
+    def after(self, k_PKE: Tensor, v_PKE: Tensor) -> "Step":  # noqa: ARG002 (the cache has them)
         return self
 
     def attend(self, q_BHE: Tensor, k_BKE: Tensor, v_BKE: Tensor, score: Score) -> Tensor:

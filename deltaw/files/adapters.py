@@ -3,8 +3,6 @@
 Safetensors files of ours carry a checksum of all they hold: a flipped bit is found before it does anything.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -48,7 +46,7 @@ class Header:
     format: int = FORMAT
 
     @classmethod
-    def of(cls, adapter: Adapter, base: str, fingerprint: str, system: str = "", base_format: str = "") -> Header:
+    def of(cls, adapter: Adapter, base: str, fingerprint: str, system: str = "", base_format: str = "") -> "Header":
         """The header of an adapter made for the base of this name and fingerprint."""
         return cls(name_of(adapter.method), plain(adapter.method), base, fingerprint, base_format, system)
 

@@ -4,8 +4,6 @@ Ollama's templates are Go's, a chat template is Jinja: so the latter is rendered
 and after each turn, and put together again. What cannot be put together again is refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +28,7 @@ class Turns:
     after_answer: str
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Turns:
+    def of(cls, tokenizer: Tokenizer) -> "Turns":
         """Take a model's template apart.
 
         Raises:

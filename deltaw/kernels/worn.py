@@ -3,8 +3,6 @@
 An adapter is one piece of memory: a directory, and for each layer A, B, gain and bias, read where they lie.
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 from collections.abc import Sequence
@@ -47,7 +45,7 @@ class Slab:
         self.directory = memory[: layers * FIELDS * 8].view(torch.int64).view(layers, FIELDS).tolist()
 
     @classmethod
-    def of(cls, changes: Sequence[Change | None], dtype: torch.dtype) -> Slab:
+    def of(cls, changes: Sequence[Change | None], dtype: torch.dtype) -> "Slab":
         """Lay changes of all layers, in order, into memory of their own."""
         size, rows, parts = _up(len(changes) * FIELDS * 8), list[list[int]](), list[tuple[int, Tensor]]()
         for change in changes:
@@ -64,7 +62,7 @@ class Slab:
         return cls(memory, len(changes), dtype)
 
     @classmethod
-    def mapped(cls, path: Path, layers: int, dtype: torch.dtype) -> Slab | None:
+    def mapped(cls, path: Path, layers: int, dtype: torch.dtype) -> "Slab | None":
         """One that was saved: its memory is the file's, read from the disk now; None: it is damaged, or not there."""
         if not path.exists() or path.stat().st_size <= ALIGNED:
             return None

@@ -1,7 +1,5 @@
 """What a decoder needs to know of itself, read from a Hugging Face `config.json` or GGUF metadata."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,7 +44,7 @@ class ModelConfig:
     mlp_bias: bool = False
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], where: str) -> ModelConfig:
+    def from_hf(cls, config: Mapping[str, Any], where: str) -> "ModelConfig":
         """Read a parsed `config.json`.
 
         Raises:
@@ -88,7 +86,7 @@ class ModelConfig:
                             where=where)  # fmt: skip
 
     @classmethod
-    def _read(cls, family: Family, config: Mapping[str, Any], where: str) -> ModelConfig:
+    def _read(cls, family: Family, config: Mapping[str, Any], where: str) -> "ModelConfig":
         config = {**family.defaults, **config}
         heads, width = int(config["num_attention_heads"]), int(config["hidden_size"])
         head_width = int(config.get("head_dim") or width // heads)

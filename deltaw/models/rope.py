@@ -4,8 +4,6 @@ What a configuration calls RoPE scaling stretches the angles so that longer text
 fields are the configuration's keys.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -113,7 +111,7 @@ class Rope:
     scaling: Linear | Dynamic | Llama3 | Yarn | None = None
 
     @classmethod
-    def from_hf(cls, rope: Mapping[str, Any], head_width: int, context: int, where: str) -> Rope:
+    def from_hf(cls, rope: Mapping[str, Any], head_width: int, context: int, where: str) -> "Rope":
         """Read what a configuration calls `rope_parameters`, or `rope_scaling` with a theta.
 
         Raises:

@@ -6,8 +6,6 @@ prompt, a template) may share them as a *stem*: causal attention makes those hid
 once, and the gradients of all documents meet there by themselves.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -22,10 +20,18 @@ PIECE = 512
 """Tokens that are attended from together where they see a window only."""
 
 
+class Score(NamedTuple):
+    """How a layer scores what a token sees: q k' * scale, bent below `cap`, in the last `window` tokens (0: in all)."""
+
+    scale: float
+    cap: float = 0.0
+    window: int = 0
+
+
 class Seen(Protocol):
     """What attention needs to know of the tokens around each token."""
 
-    def layer(self, index: int) -> Seen:
+    def layer(self, index: int) -> "Seen":
         """What the layer of this index works with: the same, but where something is remembered per layer."""
         ...
 
@@ -33,21 +39,13 @@ class Seen(Protocol):
         """How long the document of each token is, or is going to be."""
         ...
 
-    def after(self, k_PKE: Tensor, v_PKE: Tensor) -> Seen:
+    def after(self, k_PKE: Tensor, v_PKE: Tensor) -> "Seen":
         """The same, but every document sees these keys and values before its first token."""
         ...
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, score: Score) -> Tensor:
         """Softmax attention of every token over those it sees; the result has the shape of `q_THE`."""
         ...
-
-
-class Score(NamedTuple):
-    """How a layer scores what a token sees: q k' * scale, bent below `cap`, in the last `window` tokens (0: in all)."""
-
-    scale: float
-    cap: float = 0.0
-    window: int = 0
 
 
 class Span(NamedTuple):
@@ -68,12 +66,12 @@ class Documents:
     """Keys and values that every document sees before its first token."""
 
     @classmethod
-    def of_lengths(cls, *lengths: int) -> Documents:
+    def of_lengths(cls, *lengths: int) -> "Documents":
         """Documents of these lengths in a row, with no stems."""
         ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
         return cls(tuple(Span(end - n, end) for n, end in zip(lengths, ends, strict=True)))
 
-    def layer(self, index: int) -> Documents:  # noqa: ARG002 (nothing is remembered)
+    def layer(self, index: int) -> "Documents":  # noqa: ARG002 (nothing is remembered)
         return self
 
     def lengths(self, at_T: Tensor) -> Tensor:
@@ -82,7 +80,7 @@ class Documents:
             length_T[span.start : span.stop] = at_T[span.stop - 1] + 1
         return length_T
 
-    def after(self, k_PKE: Tensor, v_PKE: Tensor) -> Documents:
+    def after(self, k_PKE: Tensor, v_PKE: Tensor) -> "Documents":
         return Documents(self.spans, (k_PKE, v_PKE))
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, score: Score) -> Tensor:

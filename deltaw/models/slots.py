@@ -1,7 +1,5 @@
 """A layer has a slot; a delta fills it. The contract between the frozen model and whatever adapts it."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -78,7 +76,7 @@ class Delta(nn.Module):
         """
         raise CannotMerge(f"{type(self).__name__} at {type(slot).__name__}")
 
-    def terms(self, slot: Linear) -> Terms | None:  # noqa: ARG002 (the contract's argument; some deltas need it)
+    def terms(self, slot: "Linear") -> Terms | None:  # noqa: ARG002 (the contract's argument; some deltas need it)
         """Give what `forward` does now at a linear layer, if it is of this form; None: it is not."""
         return None
 

@@ -3,8 +3,6 @@
 Templates come with the model, so they run in Jinja's sandbox: they can format, and nothing else.
 """
 
-from __future__ import annotations
-
 import datetime
 import functools
 import json
@@ -37,7 +35,7 @@ class Tokenizer:
         self.fast.no_padding()
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
+    def load(cls, path: Path) -> "Tokenizer":
         """Read the tokenizer of a model folder, or the one inside a GGUF file.
 
         Raises:

@@ -1,7 +1,5 @@
 """A run on the terminal: a live area where there is a terminal, and one line for each event where there is none."""
 
-from __future__ import annotations
-
 import math
 
 from rich.box import ROUNDED
@@ -28,7 +26,7 @@ REASONS = {
 }
 
 
-def view(console: Console) -> LiveView | PlainView:
+def view(console: Console) -> "LiveView | PlainView":
     """The view that suits the console: live on a capable terminal, plain lines in a file or a pipe."""
     capable = console.is_terminal and not console.is_dumb_terminal and not console.options.ascii_only
     return LiveView(console) if capable else PlainView(console)

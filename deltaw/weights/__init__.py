@@ -4,8 +4,6 @@ Shape legend (whole package): B batch, T tokens, S tokens seen, V vocabulary, D 
 heads, E head width, I in-features, O out-features, R rank, G groups, N rows with a label, or blocks of a matrix.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,11 +27,11 @@ class Format(ABC):
     """A recipe by which a matrix is stored, and what it needs."""
 
     @abstractmethod
-    def pack(self, w_OI: Tensor, dtype: torch.dtype) -> Weight:
+    def pack(self, w_OI: Tensor, dtype: torch.dtype) -> "Weight":
         """Store a matrix; it is multiplied with, and unpacked, in `dtype`."""
 
     @abstractmethod
-    def load(self, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> Weight:
+    def load(self, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> "Weight":
         """A weight of tensors that were kept of one."""
 
     @abstractmethod
@@ -57,7 +55,7 @@ class Weight(nn.Module):
         """Unpack to a plain matrix W_OI."""
         raise NotImplementedError
 
-    def repack(self, w_OI: Tensor) -> Weight:
+    def repack(self, w_OI: Tensor) -> "Weight":
         """Store another matrix in this very format."""
         raise NotImplementedError
 
@@ -164,10 +162,10 @@ class Plainly(Format):
 
     kind: str
 
-    def pack(self, w_OI: Tensor, dtype: torch.dtype) -> Dense:
+    def pack(self, w_OI: Tensor, dtype: torch.dtype) -> "Dense":
         return Dense(w_OI.detach().to(TYPES[self.kind], copy=True), dtype)  # whatever happens to the other then
 
-    def load(self, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> Dense:  # noqa: ARG002 (w says it)
+    def load(self, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> "Dense":  # noqa: ARG002 (w says it)
         return Dense(kept["w_OI"], dtype)
 
     def stored_bytes(self, o: int, i: int) -> int:
@@ -195,5 +193,5 @@ class Dense(Weight):
     def product(self, x_TI: Tensor, *also: Product) -> Tensor:
         return super().product(x_TI, *also) if also else times(x_TI, self.dense())
 
-    def repack(self, w_OI: Tensor) -> Dense:
+    def repack(self, w_OI: Tensor) -> "Dense":
         return Dense(w_OI.to(self.w_OI.dtype), self.dtype)

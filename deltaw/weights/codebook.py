@@ -5,8 +5,6 @@ Levels are the values that codes stand for: NormalFloat of any width (Dettmers e
 The scales of blocks are stored as they are, or quantised once more.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -166,7 +164,7 @@ class Codebook(Format):
     scales: Scales = field(default_factory=Plain)
     fp4: bool = False
 
-    def pack(self, w_OI: Tensor, dtype: torch.dtype) -> Coded:
+    def pack(self, w_OI: Tensor, dtype: torch.dtype) -> "Coded":
         flat, count = w_OI.detach().flatten(), w_OI.numel()
         most = torch.cat([blocks.abs().amax(1) for blocks in self._blocks(flat)])
         kept = self.scales.store(most)
@@ -199,7 +197,7 @@ class Codebook(Format):
         block = "" if self.block == 64 else f"-b{self.block}"
         return f"{'fp' if self.fp4 else 'nf'}{self.width}{block}{self.scales}"
 
-    def load(self, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> Coded:
+    def load(self, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> "Coded":
         return Coded(self, shape, dtype, kept)
 
     def levels(self, device: torch.device) -> Tensor:

@@ -4,8 +4,6 @@ As llama.cpp's Q4_1 and torch's int4 product have it. That offsets are floating-
 zero points round away all that is smaller than half a step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -30,7 +28,7 @@ class Grid(Format):
     ordered: bool = False
     moved: bool = False
 
-    def pack(self, w_OI: Tensor, dtype: torch.dtype, order: Tensor | None = None) -> Gridded:
+    def pack(self, w_OI: Tensor, dtype: torch.dtype, order: Tensor | None = None) -> "Gridded":
         if self.ordered and order is None and not w_OI.is_meta:
             raise UserError("Which inputs matter is told by rows, and there are none.",
                             remedy=f"deltaw quantize MODEL --format {self} --calibrate rows.jsonl")  # fmt: skip
@@ -49,7 +47,7 @@ class Grid(Format):
         return steps.round().clamp(0, (1 << self.width) - 1)
 
     def coded(self, groups_OGI: Tensor, scale_OG: Tensor, offset_OG: Tensor, dtype: torch.dtype,
-              order: Tensor | None = None) -> Gridded:  # fmt: skip
+              order: Tensor | None = None) -> "Gridded":  # fmt: skip
         """The nearest whole numbers by these scales and offsets; `order`: which input each column of groups is."""
         o, g, i = groups_OGI.shape
         rows = max(1, PACKED_AT_ONCE // max(1, g * i))
@@ -79,7 +77,7 @@ class Grid(Format):
     def __str__(self) -> str:
         return f"int{self.width}-g{self.group}{'-actorder' * self.ordered}{'-moved' * self.moved}"
 
-    def load(self, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> Gridded:
+    def load(self, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> "Gridded":
         return Ordered(self, shape, dtype, kept) if self.ordered else Gridded(self, shape, dtype, kept)
 
 
@@ -100,7 +98,7 @@ class Gridded(Packed):
         w_OGI.mul_(self.scale.float()[..., None]).add_(self.offset.float()[..., None])
         return w_OGI.view(o, i).to(self.dtype)
 
-    def shifted(self, by_OG: Tensor) -> Gridded:
+    def shifted(self, by_OG: Tensor) -> "Gridded":
         """The same codes and scales with every group's offset moved, and held in fp32: nothing is rounded again."""
         moved = self.offset.float() + by_OG.to(self.offset.device)
         return type(self)(replace(self.form, moved=True), self.shape, self.dtype, {**self.kept, "offset": moved})
