@@ -11,7 +11,7 @@ from small import ROW, TRAIN, write_rows
 
 from deltaw.api.finetune import called
 from deltaw.cli.app import run
-from deltaw.data import columns
+from deltaw.data import files
 from deltaw.data.files import read
 from deltaw.errors import UserError
 
@@ -72,15 +72,15 @@ def read_hub(name):
     ("hf:owner/bees/english@test", {"path": "owner/bees", "name": "english", "split": "test"}),
     ("hf:bees", {"path": "bees", "name": None, "split": "train"})])  # fmt: skip
 def test_a_name_says_owner_configuration_and_split(name, asked):
-    assert columns._asked(name) == asked
+    assert files._asked(name) == asked
 
 
 def test_turns_that_are_stored_column_by_column_are_turns():
     """As `datasets` hands out what was declared a sequence of structs."""
     stored = {"from": ["human", "gpt"], "value": ["Who?", "Hob."]}
-    assert columns._turns(stored) == [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Hob."}]
+    assert files._turns(stored) == [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Hob."}]
     for other in ({"a": 1}, {"tags": ["a", "b"], "scores": [1]}, {}, None, 5, ["a"]):
-        assert columns._turns(other) == other
+        assert files._turns(other) == other
 
 
 def test_columns_that_hold_no_texts_are_faults_of_their_rows(tmp_path):

@@ -17,8 +17,7 @@ from deltaw.adapters.adapter import Adapter
 from deltaw.data.batch import lay
 from deltaw.data.encode import Encoded
 from deltaw.decode import generate as loop
-from deltaw.decode.cache import Cache
-from deltaw.decode.generate import Answer, complete, generate, stream
+from deltaw.decode.generate import Answer, Cache, complete, generate, stream
 from deltaw.decode.sampling import Sampling, penalised, picks
 from deltaw.errors import UserError
 from deltaw.kernels.draw import Draw, likely

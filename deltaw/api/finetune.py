@@ -19,7 +19,7 @@ from deltaw.api.interrupt import interruptible
 from deltaw.api.persona import Base, Persona, load_base
 from deltaw.api.prepare import EncodedData, Loaded, begun, load, manifest, packed_by_layer, packing, question
 from deltaw.data.batch import per_epoch, rows_per_step
-from deltaw.data.columns import HUB
+from deltaw.data.files import HUB
 from deltaw.errors import Diverged, Interrupted, UserError, WillNotFit, explained, nearest
 from deltaw.files import runs
 from deltaw.files.runs import Run

@@ -1,20 +1,131 @@
-"""The generation loop: prompts in, answers out, token by token. It knows ids, and no conversation."""
+"""The generation loop: prompts in, answers out, token by token. It knows ids, and no conversation.
+
+Keys and values of the tokens so far, of sequences of unequal length, lie in a cache: an argument, no layer's state.
+"""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from deltaw.data.batch import lay
 from deltaw.data.encode import Encoded
-from deltaw.decode.cache import Cache
 from deltaw.decode.sampling import Sampling, picks
 from deltaw.errors import UserError
 from deltaw.models.decoder import Decoder
+from deltaw.models.seen import Documents, Score, attention_batch
 from deltaw.models.tokenizer import Tokenizer
 
 BATCH = 32
 """Prompts that are answered together."""
+
+
+class Cache:
+    """Room for B prompts and `rooms[b]` more tokens of each, in every layer: 2 * layers * B * S * K * E values.
+
+    What the model wears may put `before` tokens before the first; S counts them, lengths do not.
+    """
+
+    def __init__(self, model: Decoder, prompts: Documents, rooms: Sequence[int]) -> None:
+        config, device = model.config, model.device
+        self.prompts, self.before = prompts, model.before
+        # A sequence's tokens in the flat row: its stem's, then its own. A span that others stem from is no sequence.
+        stems = {(s.stem_start, s.stem_stop) for s in prompts.spans if s.stem_stop > s.stem_start}
+        self.rows = [torch.tensor([*range(s.stem_start, s.stem_stop), *range(s.start, s.stop)], device=device)
+                     for s in prompts.spans if (s.start, s.stop) not in stems]  # fmt: skip
+        self.lengths_B = torch.tensor([len(row) for row in self.rows], device=device)
+        self.planned_B = self.lengths_B + torch.tensor(rooms, device=device)
+        most = self.before + int(self.planned_B.max())
+        shape = (config.layers, len(self.rows), config.kv_heads, most, config.head_width)
+        self.k_LBKSE = torch.zeros(shape, dtype=model.dtype, device=device)
+        self.v_LBKSE = torch.zeros(shape, dtype=model.dtype, device=device)
+        self.used = self.before + int(self.lengths_B.max())
+        self.masks: dict[int, Tensor] = {}
+
+    def prefill(self) -> "Prefill":
+        """What the prompts see, remembering every layer's keys and values."""
+        return Prefill(self, 0)
+
+    def next(self) -> "Step":
+        """What one more token of every sequence sees; makes room for it."""
+        self.lengths_B = self.lengths_B + 1
+        self.used = self.before + int(self.lengths_B.max())
+        self.masks = {}
+        return Step(self, 0)
+
+    def mask(self, window: int) -> Tensor:
+        """What is added to the scores of every sequence's last token, of shape B x 1 x 1 x S."""
+        if window not in self.masks:
+            at_S = torch.arange(self.used, device=self.lengths_B.device)
+            length_B1 = self.before + self.lengths_B[:, None]
+            seen_BS = (at_S < length_B1) & (at_S >= length_B1 - (window or self.used))
+            hidden_BS = torch.zeros(seen_BS.shape, dtype=self.k_LBKSE.dtype, device=at_S.device)
+            self.masks[window] = hidden_BS.masked_fill_(~seen_BS, float("-inf"))[:, None, None]
+        return self.masks[window]
+
+    def keep(self, alive_B: Tensor) -> None:
+        """Forget the other sequences."""
+        self.k_LBKSE, self.v_LBKSE = self.k_LBKSE[:, alive_B], self.v_LBKSE[:, alive_B]
+        self.lengths_B, self.planned_B = self.lengths_B[alive_B], self.planned_B[alive_B]
+
+    def last_tokens(self) -> Tensor:
+        """Index in the flat row of every prompt's last token."""
+        return torch.stack([row[-1] for row in self.rows])
+
+
+class Prefill:
+    """Prompts laid flat; one layer's view."""
+
+    def __init__(self, cache: Cache, index: int) -> None:
+        self.cache, self.index, self.prompts = cache, index, cache.prompts
+
+    def layer(self, index: int) -> "Prefill":
+        return Prefill(self.cache, index)
+
+    def lengths(self, at_T: Tensor) -> Tensor:
+        """As they are going to be, so that angles that depend on them are the same for all tokens of a sequence."""
+        length_T = torch.zeros_like(at_T)
+        for row, planned in zip(self.cache.rows, self.cache.planned_B, strict=True):
+            length_T[row] = planned + self.cache.before
+        return length_T
+
+    def after(self, k_PKE: Tensor, v_PKE: Tensor) -> "Prefill":
+        self.cache.k_LBKSE[self.index, :, :, : len(k_PKE)] = k_PKE.transpose(0, 1)
+        self.cache.v_LBKSE[self.index, :, :, : len(v_PKE)] = v_PKE.transpose(0, 1)
+        self.prompts = self.prompts.after(k_PKE, v_PKE)
+        return self
+
+    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, score: Score) -> Tensor:
+        first = self.cache.before
+        for b, row in enumerate(self.cache.rows):
+            self.cache.k_LBKSE[self.index, b, :, first : first + len(row)] = k_TKE[row].transpose(0, 1)
+            self.cache.v_LBKSE[self.index, b, :, first : first + len(row)] = v_TKE[row].transpose(0, 1)
+        return self.prompts.attend(q_THE, k_TKE, v_TKE, score)
+
+
+class Step:
+    """One new token of every sequence; one layer's view."""
+
+    def __init__(self, cache: Cache, index: int) -> None:
+        self.cache, self.index = cache, index
+
+    def layer(self, index: int) -> "Step":
+        return Step(self.cache, index)
+
+    def lengths(self, at_T: Tensor) -> Tensor:  # noqa: ARG002 (they were planned)
+        return self.cache.planned_B + self.cache.before
+
+    def after(self, k_PKE: Tensor, v_PKE: Tensor) -> "Step":  # noqa: ARG002 (the cache has them)
+        return self
+
+    def attend(self, q_BHE: Tensor, k_BKE: Tensor, v_BKE: Tensor, score: Score) -> Tensor:
+        cache, each_B = self.cache, torch.arange(len(q_BHE), device=q_BHE.device)
+        last_B = cache.before + cache.lengths_B - 1
+        cache.k_LBKSE[self.index, each_B, :, last_B] = k_BKE
+        cache.v_LBKSE[self.index, each_B, :, last_B] = v_BKE
+        k_BKSE, v_BKSE = cache.k_LBKSE[self.index, :, :, : cache.used], cache.v_LBKSE[self.index, :, :, : cache.used]
+        return attention_batch(q_BHE[:, :, None], k_BKSE, v_BKSE, cache.mask(score.window), score)[:, :, 0]
 
 
 @dataclass(frozen=True)
