@@ -76,10 +76,11 @@ def asked(names, seed, power=False):
 
 
 @contextmanager
-def served(personas, budget_gb=1.0):
+def served(personas, budget_gb=1.0, more=()):
     """A server in a process of its own; gives its port and its process."""
     command = [sys.executable, "-m", "deltaw.cli", "serve", "--base", "smollm2-135m", "--port", "0",
-               "--budget-gb", str(budget_gb), "--most", str(AT_ONCE), "--personas", *map(str, personas)]  # fmt: skip
+               "--budget-gb", str(budget_gb), "--most", str(AT_ONCE), *more,
+               "--personas", *map(str, personas)]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as p:
         port = int(re.search(r"http://[\d.]+:(\d+)", p.stdout.readline())[1])
         try:

@@ -129,6 +129,19 @@ class Serving:
     chunk: Count = 256
     """Tokens of prompts that a step computes at most, beside a token of each answer."""
 
+    keys: Path | None = None
+    """A file of keys that `deltaw key` made: who may ask whom, and how much."""
+    first_token_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
+    """Who would wait longer for an answer to begin is told to come again, and when (0: all may wait for ever)."""
+    request_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    """How long an answer may take."""
+    body_mb: Annotated[float, Field(gt=0, le=10**6)] = 8.0
+    """The largest request, in MB."""
+    upload_mb: Annotated[float, Field(gt=0, le=10**6)] = 1024.0
+    """The largest adapter that may be uploaded, in MB."""
+    share_prefixes: bool = False
+    """Let keys use the beginnings of each other's prompts, if they are the same: faster, but time may tell of them."""
+
     @property
     def alone(self) -> bool:
         """Whether only this machine can ask."""
@@ -138,6 +151,22 @@ class Serving:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+@settings
+class Rights:
+    """What a key is for."""
+
+    personas: tuple[str, ...] | None = None
+    """Whom it may talk with, `base` among them or not; others are not there for it. By default: all."""
+    requests_per_minute: Count | None = None
+    """How many requests it may send. By default: any number."""
+    tokens_per_minute: Count | None = None
+    """How many tokens it may ask and be told. By default: any number."""
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    """Whose turn comes before that of others: lower ones."""
+    manage: bool = False
+    """Whether it may put adapters up and down, and read what is measured and where files lie."""
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:

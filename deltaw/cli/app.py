@@ -36,6 +36,7 @@ COMMANDS = {
     "train": "Fine-tune a model on your data.",
     "chat": "Talk with what you trained, and switch personas as you go.",
     "serve": "Let many personas answer over HTTP, as OpenAI's clients ask.",
+    "key": "Make a key for the server, with personas and limits of its own.",
     "generate": "Answer questions given on the command line, or one a line.",
     "eval": "Measure a persona, beside its base if you like.",
     "merge": "Write base and adapter as one plain model, and check it.",
@@ -50,7 +51,8 @@ COMMANDS = {
 }
 HOMES = {"export": "deltaw.cli.exchange:export", "import": "deltaw.cli.exchange:bring",
          "generate": "deltaw.cli.chat:generate", "quantize": "deltaw.cli.merge:quantize",
-         "search": "deltaw.cli.combine:search", "doctor": "deltaw.cli.inspect:doctor"}  # fmt: skip
+         "search": "deltaw.cli.combine:search", "doctor": "deltaw.cli.inspect:doctor",
+         "key": "deltaw.cli.serve:key"}  # fmt: skip
 """Where a command is that is not in a file of its name."""
 
 

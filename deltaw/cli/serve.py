@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import secrets
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import yaml
 from cyclopts import Parameter
 from rich.console import Console
 
 from deltaw.cli.show import Flat, busy
 from deltaw.errors import UserError
-from deltaw.settings import KEY, Machine, Serving, plain
+from deltaw.files.atomic import write_text
+from deltaw.files.runs import check_name
+from deltaw.settings import KEY, Machine, Rights, Serving, plain, read_yaml
+from deltaw.web.keys import hashed
 from deltaw.words import some
 
 if TYPE_CHECKING:
@@ -42,7 +48,8 @@ def serve(*, base: str | None = None, base_format: str = "",
     if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
         raise UserError(f"The server needs {', '.join(missing)}.", remedy="pip install 'deltaw[serve]'")
     from deltaw.api.persona import load_base
-    from deltaw.web.server import Listener, bound, hub_of, web_of
+    from deltaw.web.app import application
+    from deltaw.web.server import Listener, bound, hub_of
 
     serving, folders = serving or Serving(), [Path("runs")] if personas is None else personas
     serving = replace(serving, key=serving.key or os.environ.get(KEY, ""))
@@ -63,7 +70,29 @@ def serve(*, base: str | None = None, base_format: str = "",
             console = Console(highlight=False, soft_wrap=True)
             _tell(console, shelf, url)
             shelf.say = partial(console.print, markup=False)
-            Listener(web_of(hub, shelf, serving), hub, shelf.say).run([at])
+            Listener(application(hub, shelf, serving), hub, shelf.say).run([at])
+
+
+def key(name: str, /, *, file: Path = Path("keys.yaml"), rights: Flat[Rights] = None) -> None:
+    """Make a key and print it, once; `deltaw serve --keys FILE` lets in who brings it.
+
+    Parameters
+    ----------
+    name
+        Who it is for; in what is measured, too.
+    file
+        Where a hash of it and what it is for are written, beside those of others. A server takes changes at once.
+    """
+    check_name(name)
+    told = read_yaml(file) if file.exists() else {}
+    if name in told:
+        raise UserError(f"There is a key '{name}' already.", where=str(file), remedy="Delete its entry first.")
+    drawn = f"dw-{secrets.token_urlsafe(32)}"
+    told[name] = {"sha256": hashed(drawn)} | {
+        field: value for field, value in plain(rights or Rights()).items() if value
+    }
+    write_text(file, yaml.safe_dump(told, sort_keys=False))
+    sys.stdout.write(f"{drawn}\n")
 
 
 def _trained_on(folders: list[Path]) -> tuple[str, str]:

@@ -28,7 +28,7 @@ CHANGES = {
 """Keys under which an adapter is no plain LoRA, and what they say."""
 MOVED = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Ways to begin that changed the base: the tensors are no LoRA of the base as it was."""
-Alpha = Annotated[float, Field(gt=0, le=1e6)]
+Alpha = Annotated[float, Field(gt=0, le=1e6, strict=True)]
 
 
 @pydantic_dataclass(kw_only=True)
@@ -69,7 +69,7 @@ def understood(folder: Path) -> tuple[Said, dict[str, Tensor]]:
     if "fine_tune_type" in told or "lora_parameters" in told:
         return _from_mlx(told, folder)
     _refuse(told, folder)
-    if unsaid := next((key for key in ("r", "lora_alpha") if told.get(key) is None), None):
+    if unsaid := next((key for key in ("peft_type", "r", "lora_alpha") if told.get(key) is None), None):
         raise UserError(f"{CONFIG} does not say {unsaid}.", where=str(folder), remedy="Write it in, if you know it.")
     return _said(told, folder), _tensors(folder / WEIGHTS)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import time
+
+import torch
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.errors import UserError, nearest
@@ -78,9 +80,11 @@ class Source:
         return replace(got, digest=bytes.fromhex(digest))
 
     def _adapter(self, model: Decoder, fingerprint: str) -> Adapter:
-        if self.path.is_file():
-            return adapters.load(self.path, model, fingerprint)
-        return peft.read(self.path, model)
+        own = self.path.is_file()
+        adapter = adapters.load(self.path, model, fingerprint) if own else peft.read(self.path, model)
+        if odd := next((name for name, t in adapter.state_dict().items() if not torch.isfinite(t).all()), None):
+            raise UserError(f"'{odd}' has values that are no numbers.")
+        return adapter
 
     def _digest(self) -> str:
         """Of what the files hold, whatever they are called."""
@@ -144,23 +148,24 @@ class Catalog:
         self.wardrobe.remove(name)
         del self.sources[name]
 
-    def worn(self, told: str) -> Worn:
+    def worn(self, told: str, sees: Callable[[str], bool] = lambda _: True) -> Worn:
         """What a name means: a persona, `base`, or several with weights, `poet:0.7+chef:0.3`.
 
         Raises:
-            UserError: there is no such persona; says the nearest.
+            UserError: there is no such persona, or not for who `sees` others only; says the nearest.
         """
         entries = dict(self.wardrobe.entries)  # the engine's thread may change them meanwhile
-        if told in entries:
+        if told in entries and sees(told):
             return ((entries[told], 1.0),)
-        if told == BASE:
+        if told == BASE and sees(BASE):
             return ()
+        entries = {name: entry for name, entry in entries.items() if sees(name)}
         blend = list[tuple[Entry, float]]()
         for part in told.split("+", MOST_BLENDED):
             name, weighed, weight = (word.strip() for word in part.partition(":"))
             if name not in entries:
                 raise UserError(f"There is no persona '{name}'" + (" to blend" * (told != name)) + ".",
-                                remedy=nearest(name, [BASE, *entries][told != name :]))  # fmt: skip
+                                remedy=nearest(name, [*filter(sees, [BASE] * (told == name)), *entries]))  # fmt: skip
             if weighed and not re.fullmatch(r"-?(\d{1,3}\.?|\d{0,3}\.\d{1,6})", weight, re.ASCII):
                 raise UserError(f"'{weight}' is no weight.", remedy=f"Say '{name}:0.5'.")
             blend.append((entries[name], float(weight) if weighed else 1.0))

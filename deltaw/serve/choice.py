@@ -17,15 +17,17 @@ class Score(NamedTuple):
     tops: list[tuple[int, float]]
 
 
-def choose(sequences: Row[Sequence], logits_NV: Tensor) -> list[int]:
-    """The next token of each sequence; -1: what was computed for it is no number."""
-    rows = [logits_V if s.free else _allowed(s, logits_V) for s, logits_V in zip(sequences, logits_NV, strict=True)]
-    chosen = picks(rows, [s.sampling for s in sequences], [s.draws for s in sequences], [s.asked for s in sequences],
-                   [s.said for s in sequences])  # fmt: skip
+def choose(rows: Row[tuple[Sequence, Tensor, Tensor]]) -> list[int]:
+    """The next token of each sequence, by its logits as they are and as they are `allowed`; -1: they are no numbers."""
+    sequences = [sequence for sequence, _, _ in rows]
+    chosen = picks([logits_V for _, _, logits_V in rows], [s.sampling for s in sequences], [s.draws for s in sequences],
+                   [s.asked for s in sequences], [s.said for s in sequences])  # fmt: skip
     told = [n for n, each in enumerate(sequences) if each.tops is not None and chosen[n] >= 0]
-    ids, tops = [chosen[n] for n in told], [sequences[n].tops or 0 for n in told]
-    for n, score in zip(told, scores(logits_NV[told], ids, tops), strict=True):
-        sequences[n].scores.append(score)
+    if told:
+        logits_NV = torch.stack([rows[n][1] for n in told])
+        found = scores(logits_NV, [chosen[n] for n in told], [sequences[n].tops or 0 for n in told])
+        for n, score in zip(told, found, strict=True):
+            sequences[n].scores.append(score)
     return chosen
 
 
@@ -40,8 +42,10 @@ def scores(logits_NV: Tensor, ids: Row[int], tops: Row[int]) -> list[Score]:
             for n, (p, most) in enumerate(zip(own, tops, strict=True))]  # fmt: skip
 
 
-def _allowed(sequence: Sequence, logits_V: Tensor) -> Tensor:
+def allowed(sequence: Sequence, logits_V: Tensor) -> Tensor:
     """Logits of which only those are left that the sequence may say."""
+    if sequence.free:
+        return logits_V
     if sequence.grammar is not None:
         logits_V = logits_V.masked_fill(~sequence.grammar.allowed(), -torch.inf)
     if len(sequence.said) < sequence.least:

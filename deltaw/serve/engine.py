@@ -1,10 +1,12 @@
 """Continuous batching (Orca, Yu et al. 2022): in each step every sequence gets a token, or a piece of its prompt."""
 
-from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from itertools import chain, groupby, islice
+from itertools import chain, groupby
+from time import monotonic
 from typing import Any
 
 import torch
@@ -16,13 +18,15 @@ from deltaw.kernels.worn import Rows, Wear
 from deltaw.models.decoder import Decoder
 from deltaw.serve.arena import Arena
 from deltaw.serve.batch import Pieces
-from deltaw.serve.choice import choose, scores
+from deltaw.serve.choice import allowed, choose, scores
 from deltaw.serve.layers import Layers
+from deltaw.serve.order import SAID, STARVED_SECONDS, Order
 from deltaw.serve.sequence import End, Sequence
 from deltaw.serve.wardrobe import Wardrobe
 from deltaw.serve.wearing import Floor
 from deltaw.words import some
 
+log = logging.getLogger(__name__)
 Piece = tuple[Sequence, int]
 """A sequence and how many of its tokens a step computes."""
 
@@ -35,64 +39,55 @@ class Engine:
         self.wardrobe = Wardrobe(self.arena)
         self.layers = Layers.of(model, self.arena, chunk + most)
         self.most, self.chunk = most, chunk
-        self.waiting = deque[Sequence]()
+        self.waiting = Order(self.arena, most)
         self.running: list[Sequence] = []
         self.stepped: Callable[[int], None] = lambda _: None
         """Told after each step how many distinct adapters were worn in it."""
 
     def submit(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
-        self.waiting.append(sequence)
+        self.waiting.enter(sequence)
 
     def end(self, sequence: Sequence, why: End, fault: str = "") -> None:
         """Let go of a sequence that runs or waits; its pages are free at once."""
         if sequence in self.running:
             self._stop(sequence)
         else:
-            self.waiting.remove(sequence)
+            self.waiting.take(sequence)
+        self.waiting.gone(sequence)
         sequence.fault = fault
         sequence.heard(why)
 
     @torch.inference_mode()
     def step(self) -> bool:
         """Compute one step; returns whether there was anything to compute."""
-        planned = self.plan()
+        began, planned = monotonic(), self.plan()
         planned.sort(key=lambda piece: (id(piece[0].alone), piece[0].root))
+        said = sum(sequence.pending == 1 for sequence, _ in planned)
+        read = sum(count for _, count in planned) - said
         for _, pieces in groupby(planned, key=lambda piece: id(piece[0].alone)):
-            self.forward(list(pieces))
+            self._compute(list(pieces))
         if planned:
             self.stepped(len({entry for sequence, _ in planned for entry in sequence.entries}))
+        if read >= self.chunk or said + bool(read) >= self.most:
+            self.waiting.computed(read + SAID * said, monotonic() - began)
         return bool(planned)
 
     def plan(self) -> list[Piece]:
-        """Who computes how many tokens, with pages for them: those that run, the oldest first, then who waits."""
-        planned, left = list[Piece](), self.chunk
-        for sequence in list(self.running):
-            if sequence not in self.running:
-                continue  # it was sent back to wait
-            count = 1 if sequence.pending == 1 else min(sequence.pending, left)
-            if count and self._room(sequence, count):
-                planned.append((sequence, count))
-                left -= count if sequence.pending > 1 else 0
-        for sequence in list(self.waiting):
-            if not left or len(self.running) == self.most:
+        """Who computes how many tokens, with pages for them: one of each answer, and of prompts as their turns come."""
+        planned, left = dict[Sequence, int](), self.chunk
+        for sequence in [each for each in self.running if each.pending == 1]:
+            if sequence in self.running and self._room(sequence, 1):  # or it was sent back to wait
+                planned[sequence] = 1
+        for sequence in self.waiting.turns([each for each in self.running if each.pending > 1]):
+            if not left or (count := self._part(sequence, left) if sequence not in planned else 0) is None:
                 break
-            if not self._ready(sequence):
-                continue  # others need not wait for its adapter
-            sequence.begin(self.arena)
-            count = min(sequence.pending, left)
-            if not self._freed(sequence.missing(count)):
-                sequence.leave(self.arena)
-                self.wardrobe.unwear(sequence.entries)
-                break
-            self.waiting.remove(sequence)
-            self.running.append(sequence)
-            sequence.extend(self.arena, count)
-            planned.append((sequence, count))
-            left -= count
-        for sequence in islice(self.waiting, self.most):
+            if count:
+                planned[sequence] = count
+                left -= count
+        for sequence in self.waiting.next(self.most):
             self.wardrobe.fetch(sequence.entries)
-        return planned
+        return [piece for piece in planned.items() if piece[0] in self.running]
 
     def check_integrity(self) -> None:
         """Raise an AssertionError unless every page and every adapter is where it should be."""
@@ -101,6 +96,7 @@ class Engine:
         held = [page for sequence in self.running for page in sequence.pages]
         assert sum(self.arena.held.values()) == len(held), "pages are held by nobody who runs"
         assert not any(sequence.pages for sequence in self.waiting), "who waits has pages"
+        self.waiting.check(self.running)
         users = [entry for sequence in self.running for entry in sequence.entries]
         assert all(entry.users == users.count(entry) for entry in self.wardrobe.kept), "adapters are worn by nobody"
 
@@ -111,6 +107,8 @@ class Engine:
             if worn := self.wardrobe.ready(sequence.entries):
                 sequence.dress()
                 self._check_length(sequence)
+            elif sequence.passed is None and all(entry.state in ("ready", "waiting") for entry in sequence.entries):
+                sequence.passed = monotonic()
         except UserError as e:
             if worn:
                 self.wardrobe.unwear(sequence.entries)
@@ -133,6 +131,42 @@ class Engine:
         if not shared:  # angles depend on how long it may become
             sequence.root = sequence.root[:16] + sequence.most.to_bytes(4, "little")
 
+    def _place(self, sequence: Sequence) -> bool:
+        """Whether one more may run. If not, who has most of the places gives one to whoever has less than a share."""
+        if len(self.running) < self.most:
+            return True
+        share = self.most / len(self.waiting.tenants.there)
+        places = Counter(each.tenant for each in self.running if share < self.most)  # one tenant has all of them
+        most, taken = (places.most_common(1) or [("", 0)])[0]
+        if taken <= share or places[sequence.tenant] + 1 > share:
+            return False
+        self._send_back([each for each in self.running if each.tenant == most][-1])
+        return True
+
+    def _part(self, sequence: Sequence, most: int) -> int | None:
+        """How many tokens of a prompt are computed in this step; None: nobody else's are, so that it has room soon."""
+        if sequence in self.running:
+            count = min(sequence.pending, most)
+            return count if self._room(sequence, count) else 0
+        if not self._place(sequence):
+            return 0
+        if not self._ready(sequence):
+            starved = sequence.passed is not None and monotonic() - sequence.passed > STARVED_SECONDS
+            if not starved or not self.running:
+                return 0  # others need not wait for its adapter
+            self._send_back(self.running[-1])
+            return None
+        sequence.begin(self.arena)
+        count = min(sequence.pending, most)
+        if not self._freed(sequence.missing(count)):
+            sequence.leave(self.arena)
+            self.wardrobe.unwear(sequence.entries)
+            return None
+        self.waiting.begin(sequence)
+        self.running.append(sequence)
+        sequence.extend(self.arena, count)
+        return count
+
     def _freed(self, pages: int) -> bool:
         """Whether there are so many pages, once adapters that nobody wears are forgotten."""
         while self.arena.available < pages:
@@ -143,21 +177,42 @@ class Engine:
     def _room(self, sequence: Sequence, count: int) -> bool:
         """Take the pages that are missing; where there are none, the youngest waits, and is computed anew later."""
         while not self._freed(sequence.missing(count)):
-            youngest = self.running[-1]
-            self._stop(youngest)
-            self.waiting.appendleft(youngest)
+            youngest = max(self.running, key=lambda each: (each.priority, self.running.index(each)))
+            self._send_back(youngest)
             if youngest is sequence:
                 return False
         sequence.extend(self.arena, count)
         return True
+
+    def _send_back(self, sequence: Sequence) -> None:
+        self._stop(sequence)
+        self.waiting.put(sequence)
 
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.wardrobe.unwear(sequence.entries)
         sequence.leave(self.arena)
 
-    def forward(self, pieces: list[Piece]) -> None:
-        """Compute some tokens of sequences, and say the next of those whose last token is among them."""
+    def _compute(self, pieces: list[Piece]) -> None:
+        """Compute some tokens of sequences. If that fails, halves of them, until who makes it fail ends alone."""
+        try:
+            due, logits_NV = self.forward(pieces)
+        except Exception as e:
+            log.exception("A step of %d sequences failed.", len(pieces))
+            if len(pieces) == 1:
+                return self.end(pieces[0][0], "error", f"It could not be computed: {e}.")
+            self._compute(pieces[: len(pieces) // 2])
+            return self._compute(pieces[len(pieces) // 2 :])
+        self._score(pieces, logits_NV[len(due) :])
+        for sequence, count in pieces:
+            sequence.advance(self.arena, count)
+        return self._choose(due, logits_NV)
+
+    def forward(self, pieces: list[Piece]) -> tuple[list[Sequence], Tensor]:
+        """Compute some tokens of sequences.
+
+        Returns: those whose last token is among them; the logits after each of these, then after tokens to be scored.
+        """
         runs, ids, places, at = list[Run](), list[int](), list[int](), 0
         for sequence, count in pieces:
             runs.append(Run(at, at + count, sequence.known))
@@ -175,15 +230,28 @@ class Engine:
             with self._worn(pieces, runs):
                 h_TD = self.model.hidden(torch.tensor(ids), torch.tensor(places), seen)
                 logits_NV = self.model.logits(h_TD[ends])
-        self._score(pieces, logits_NV[len(due) :])
-        for sequence, count in pieces:
-            sequence.advance(self.arena, count)
-        sequences = [pieces[i][0] for i in due]
-        for sequence, token in zip(sequences, choose(sequences, logits_NV[: len(due)]), strict=True):
-            if token < 0:
-                self.end(sequence, "error", "What was computed is no number: the adapter's values are too large.")
-            else:
+        return [pieces[i][0] for i in due], logits_NV
+
+    def _choose(self, sequences: list[Sequence], logits_NV: Tensor) -> None:
+        """Say the next token of each; what makes that fail is one's own."""
+        rows = list[tuple[Sequence, Tensor, Tensor]]()
+        for sequence, logits_V in zip(sequences, logits_NV, strict=False):
+            with self._own(sequence):
+                rows.append((sequence, logits_V, allowed(sequence, logits_V)))
+        for (sequence, *_), token in zip(rows, choose(rows), strict=True):
+            with self._own(sequence):
+                if token < 0:
+                    raise ValueError("what was computed is no number, the adapter's values are too large")
                 self._say(sequence, token)
+
+    @contextmanager
+    def _own(self, sequence: Sequence) -> Iterator[None]:
+        """What fails here ends only this sequence."""
+        try:
+            yield
+        except Exception as e:
+            log.exception("A sequence failed.")
+            self.end(sequence, "error", f"It could not be computed: {e}.")
 
     def _score(self, pieces: list[Piece], logits_NV: Tensor) -> None:
         """Score tokens that were asked, by the logits of those before them."""
@@ -215,6 +283,7 @@ class Engine:
             sequence.ended = token
             return self.end(sequence, "stop")
         sequence.said.append(token)
+        self.waiting.charge(sequence, SAID)
         sequence.heard(token)
         more = sequence.grammar is None or sequence.grammar.take(token)
         if not more or len(sequence.said) == sequence.sampling.max_new_tokens:

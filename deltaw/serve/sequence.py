@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from time import monotonic
 from typing import Any, Literal, Protocol
 
@@ -18,9 +19,9 @@ from deltaw.serve.arena import Arena, names
 from deltaw.serve.wardrobe import Entry
 from deltaw.serve.wearing import Served
 
-End = Literal["stop", "length", "abort", "refused", "error"]
+End = Literal["stop", "length", "abort", "refused", "error", "late"]
 """Why nothing more is said: the model ended, there was no more room, nobody listens, what was asked cannot be answered,
-or it could not be computed."""
+it could not be computed, or not in time."""
 PREFIX = -1
 """Stands for a token of a persona's prefix."""
 
@@ -74,9 +75,20 @@ class Sequence:
     before: tuple[Before, ...] = ()
     alone: Adapter | None = None
     """What it wears that shares no batch."""
+    tenant: str = ""
+    """Who asks, if that is told apart."""
+    secret: str = ""
+    """Pages are shared only with those who have the same."""
+    priority: int = 0
+    urgency: int = 0
+    """Lower ones come first: of a tenant among all, and of a request among its tenant's."""
+    expected: int = 0
+    """Tokens that are expected of it before it has begun."""
     since: float = field(default_factory=monotonic)
     begun: float | None = None
-    """When it was asked, and when it was begun first, in seconds."""
+    passed: float | None = None
+    """When it was asked, when it was begun first, and when others went before it as it lacked room for what it wears;
+    in seconds."""
 
     def __post_init__(self) -> None:
         self.draws.manual_seed(self.sampling.seed * 1_000_003 + self.stream)  # as an answer of `decode.generate`
@@ -85,6 +97,11 @@ class Sequence:
     def entries(self) -> list[Entry]:
         """The adapters that it wears."""
         return [entry for entry, _ in self.worn]
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """What they are called."""
+        return tuple(entry.name for entry in self.entries)
 
     @property
     def served(self) -> list[tuple[Served, float]]:
@@ -106,7 +123,7 @@ class Sequence:
         if any(weight != 1 for served, weight in self.served if served in whole):
             raise UserError("Only what is added to layers has a weight: no prefix, and nothing that is worn by itself.")
         self.before, self.alone = next((served.before for served in whole), ()), alone
-        told = [(entry.digest, weight) for entry, weight in self.worn]
+        told = self.secret, [(entry.digest, weight) for entry, weight in self.worn]
         self.root = hashlib.blake2b(repr(told).encode(), digest_size=16).digest()
 
     @property

@@ -7,6 +7,8 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from math import inf
+from time import monotonic
 from typing import TypeVar
 
 import torch
@@ -17,6 +19,8 @@ from deltaw.serve.sequence import Sequence
 T = TypeVar("T")
 IDLE_SECONDS = 0.005
 """How long an engine that has nothing to compute waits for an adapter that is being read."""
+STUCK_SECONDS = 60.0
+"""An engine whose step takes longer is not well."""
 log = logging.getLogger(__name__)
 
 
@@ -28,7 +32,7 @@ class Service:
     """Steps as long as there is anything to compute. Close it, or use it as a context."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.closed = engine, False
+        self.engine, self.closed, self.beat = engine, False, monotonic()
         self.inbox = queue.SimpleQueue[Callable[[], None]]()
         self.threads = torch.get_num_threads()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -39,6 +43,13 @@ class Service:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def status(self) -> str:
+        """Whether it is `ok`, or else `stopped` or `stuck`."""
+        if self.closed or not self.thread.is_alive():
+            return "stopped"
+        return "stuck" if monotonic() - self.beat > STUCK_SECONDS else "ok"
 
     def do(self, work: Callable[[], T]) -> Future[T]:
         """Let the engine's thread do this between two steps.
@@ -84,12 +95,14 @@ class Service:
         torch.get_num_threads()  # and has understood once it is asked
         busy = False
         while not self.closed:
+            self.beat = inf
             self._listen(busy)
+            self.beat = monotonic()
             try:
                 busy = self.engine.step()
             except Exception as e:
                 log.exception("A step failed.")
-                for sequence in list(self.engine.running) or list(self.engine.waiting)[:1]:
+                for sequence in list(self.engine.running) or self.engine.waiting.next(1):
                     self.engine.end(sequence, "error", f"It could not be computed: {e}.")
         for sequence in [*self.engine.running, *self.engine.waiting]:
             self.engine.end(sequence, "abort", "The server is closing.")

@@ -34,6 +34,8 @@ class Entry:
     read: Read
     served: Served | None = None
     given: list[int] = field(default_factory=list)
+    size_bytes: int = 0
+    """What it took when it was there last."""
     users: int = 0
     used: int = 0
     """When it was asked for last, in no unit."""
@@ -162,7 +164,7 @@ class Wardrobe:
             if not self.evict():
                 return False
         entry.served, entry.given, entry.reading = served, given, None
-        entry.digest = served.digest or entry.digest
+        entry.digest, entry.size_bytes = served.digest or entry.digest, served.size_bytes
         self.kept.add(entry)
         return True
 

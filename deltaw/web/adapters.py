@@ -2,7 +2,7 @@
 
 import asyncio
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from deltaw.files.runs import check_name
 from deltaw.serve.catalog import BASE, Source, adapters_in
 from deltaw.web.answers import Hub, UnknownModel
 from deltaw.web.asked import AdapterAsked, LoadAsked, UnloadAsked
+from deltaw.web.keys import Tenant
 
 WATCH_SECONDS = 2.0
 """How often folders are looked at."""
@@ -96,29 +97,30 @@ class Shelf:
         self.say(f"- {name}")
 
     def card(self, name: str) -> dict[str, Any]:
-        """What there is to say of a persona."""
+        """What there is to say of a persona, or of the base."""
+        told = {"id": name, "object": "model", "created": self.created, "owned_by": "deltaw"}
+        if name == self.hub.name:
+            return {**told, "root": str(self.hub.base.path), "parent": None, "base": name, "method": None, "rank": None,
+                    "system": "", "hash": self.hub.base.fingerprint, "state": "ready",
+                    "max_model_len": self.hub.base.model.context}  # fmt: skip
         source, entry = self.catalog.sources[name], self.catalog.wardrobe.entries[name]
         served = entry.served
-        return {**self._card(name), "root": str(source.path), "parent": self.hub.name, "base": source.base,
+        return {**told, "root": str(source.path), "parent": self.hub.name, "base": source.base,
                 "method": source.method, "rank": source.rank, "system": source.system,
                 "bytes": served.size_bytes if served else None, "hash": served.digest.hex() if served else None,
                 "shares_batch": served.alone is None if served else None,
                 "state": entry.state, "fault": entry.fault or source.fault or None}  # fmt: skip
 
-    def cards(self) -> Iterator[dict[str, Any]]:
-        """Of all personas; one that goes meanwhile has none."""
-        for name in [*self.catalog.sources]:
+    def cards(self, tenant: Tenant, names: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Of the base and all personas, or of these, as far as a tenant sees them, and of none that goes meanwhile.
+
+        Where files lie, and what is wrong with them, is for who manages the server.
+        """
+        for name in [self.hub.name, *self.catalog.sources] if names is None else names:
             with suppress(KeyError):
-                yield self.card(name)
-
-    def base_card(self) -> dict[str, Any]:
-        """What there is to say of the base."""
-        return {**self._card(self.hub.name), "root": str(self.hub.base.path), "parent": None, "base": self.hub.name,
-                "method": None, "rank": None, "system": "", "hash": self.hub.base.fingerprint, "state": "ready",
-                "max_model_len": self.hub.base.model.context}  # fmt: skip
-
-    def _card(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self.created, "owned_by": "deltaw"}
+                if tenant.sees(BASE if name == self.hub.name else name):
+                    card = self.card(name)
+                    yield card if tenant.rights.manage else {**card, "root": card["id"], "fault": None}
 
     async def _do(self, work: Any) -> Any:
         return await asyncio.wrap_future(self.hub.service.do(work))

@@ -7,17 +7,20 @@ from collections.abc import Sequence as Row
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from time import monotonic
 
 from deltaw.api.persona import Base
 from deltaw.errors import UserError
-from deltaw.serve.catalog import Catalog
+from deltaw.serve.catalog import BASE, Catalog
 from deltaw.serve.choice import Score
 from deltaw.serve.grammar import Grammars
 from deltaw.serve.sequence import End, Sequence
 from deltaw.serve.service import Closed, Service
 from deltaw.serve.speech import Speech
+from deltaw.settings import Serving
 from deltaw.web.asked import Asked
+from deltaw.web.keys import Tenant
 from deltaw.web.metrics import Metrics
 
 MOST_ANSWERS = 1024
@@ -25,11 +28,11 @@ MOST_ANSWERS = 1024
 
 
 class Refused(Exception):
-    """What was asked cannot be answered; `own`: the fault is ours."""
+    """What was asked cannot be answered; `status`: of HTTP, from 500 on the fault is ours."""
 
-    def __init__(self, why: str, own: bool = False) -> None:
+    def __init__(self, why: str, status: int = 400) -> None:
         super().__init__(why)
-        self.own = own
+        self.status, self.kind = status, "invalid_request_error" if status < 500 else "server_error"
 
 
 @dataclass(eq=False)
@@ -94,15 +97,18 @@ class Hub:
     grammars: Grammars
     metrics: Metrics
     post: Post
+    serving: Serving
+    ending: bool = False
+    """Whether only those are answered who have asked already."""
 
-    def choices(self, asked: Asked, prompts: Row[Row[int]]) -> list[Choice]:
+    def choices(self, asked: Asked, prompts: Row[Row[int]], tenant: Tenant) -> list[Choice]:
         """The answers that are asked for, not begun yet.
 
         Raises:
             UserError: the persona is not known, or the form of the answer is none.
         """
         try:
-            worn = self.catalog.worn(asked.model if asked.model != self.name else "base")
+            worn = self.catalog.worn(asked.model if asked.model != self.name else BASE, tenant.sees)
         except UserError as e:
             raise UnknownModel(str(e)) from None
         count, stops = asked.n or 1, asked.stops
@@ -120,7 +126,9 @@ class Hub:
                     tuple(prompt), sampling, ends | {*(asked.stop_token_ids or [])}, worn, stream=stream,
                     least=min(asked.min_tokens, sampling.max_new_tokens), tops=asked.tops, open=asked.most is None,
                     echo=getattr(asked, "echo", False) and asked.tops is not None,
-                    grammar=self.grammars.of(*form) if form else None,
+                    grammar=self.grammars.of(*form) if form else None, tenant=tenant.name,
+                    priority=tenant.rights.priority, urgency=asked.priority,
+                    secret="" if self.serving.share_prefixes else tenant.name,
                 )  # fmt: skip
                 made.append(
                     Choice(len(made), sequence, Speech(self.base.tokenizer, () if sequence.least else stops), stops)
@@ -136,13 +144,20 @@ class Hub:
         if asked.min_tokens > (asked.most or asked.min_tokens):
             raise UserError(f"min_tokens = {asked.min_tokens} is more than the answer may have: {asked.most}.")
 
-    async def answered(self, asked: Asked, choices: Row[Choice]) -> AsyncIterator[Piece]:
+    async def answered(self, asked: Asked, choices: Row[Choice], tenant: Tenant) -> AsyncIterator[Piece]:
         """All answers as they come, each ended by a piece with a `finish`. Left early, they are given up.
 
         Raises:
-            Refused: one cannot be answered.
+            Refused: one cannot be answered, or not in time.
+            TooMuch: the tenant has asked and was told as much as it may.
+            Busy: the first would begin too late.
         """
-        heard = asyncio.Queue[tuple[Choice, int | End]]()
+        heard, sequences = asyncio.Queue[tuple[Choice, int | End]](), [choice.sequence for choice in choices]
+        tenant.ask(sum(len(sequence.asked) for sequence in sequences if not sequence.stream))
+        self.service.engine.waiting.admit(sequences, self.serving.first_token_seconds or inf)
+        late = asyncio.get_running_loop().call_later(
+            self.serving.request_seconds, heard.put_nowait, (choices[0], "late")
+        )
         for choice in choices:
             choice.sequence.heard = partial(self.post.tell, heard, choice)
             self.service.submit(choice.sequence)
@@ -150,11 +165,15 @@ class Hub:
         try:
             while left:
                 choice, what = await heard.get()
+                if what == "late":
+                    raise Refused(f"This took longer than {self.serving.request_seconds:g} s.", 504)
                 if choice.finish is None and (piece := self._piece(asked, choice, what)) is not None:
                     left -= piece.finish is not None
                     yield piece
         finally:
+            late.cancel()
             for choice in choices:
+                tenant.told(len(choice.sequence.said))
                 if choice.finish is None:
                     choice.finish = "abort"
                     self.metrics.ended(asked.model, choice.sequence, choice.first, "abort")
@@ -167,7 +186,7 @@ class Hub:
         if what in ("error", "refused", "abort"):
             choice.finish = str(what)
             self.metrics.ended(asked.model, sequence, choice.first, str(what))
-            raise Refused(sequence.fault or "The server is closing.", own=what != "refused")
+            raise Refused(sequence.fault or "The server is closing.", 400 if what == "refused" else 500)
         finish = what if isinstance(what, str) else None
         if finish is None:
             choice.first = choice.first or monotonic()

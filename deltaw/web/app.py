@@ -1,12 +1,10 @@
-"""The routes: who may ask, what, and what a mistake looks like."""
+"""The routes: what may be asked, and how it is answered."""
 
 import asyncio
-import hmac
-import json
 import logging
 import re
 from base64 import b64encode
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from importlib.resources import files
@@ -14,47 +12,32 @@ from time import monotonic
 from typing import Any, TypeVar, cast
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from deltaw import __version__
 from deltaw.api.persona import Persona
-from deltaw.errors import UserError, nearest
+from deltaw.errors import UserError
 from deltaw.serve.catalog import BASE
-from deltaw.serve.service import Closed
+from deltaw.settings import Serving
 from deltaw.web.adapters import WATCH_SECONDS, Shelf, adapter_routes
 from deltaw.web.answers import Choice, Hub, Piece, Refused, UnknownModel
-from deltaw.web.asked import (
-    Asked,
-    ChatAsked,
-    CompletionAsked,
-    DetokenizeAsked,
-    Prompt,
-    TokenizeAsked,
-    turns,
-)
+from deltaw.web.asked import Asked, ChatAsked, CompletionAsked, DetokenizeAsked, Prompt, TokenizeAsked, turns
+from deltaw.web.door import Door, manages, tenant_of
 from deltaw.web.forms import ChatForm, CompletionForm, Form, event
+from deltaw.web.keys import Keys
+from deltaw.web.mistakes import Answer, Gone, fault, mistakes
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-FIELDS = CompletionAsked.model_fields.keys() | ChatAsked.model_fields.keys()
 
 
-class Gone(Exception):
-    """The client left before its answer was there."""
+def application(hub: Hub, shelf: Shelf, serving: Serving) -> FastAPI:
+    """The server. At addresses that only this machine has, it answers only to their names.
 
-
-class Answer(JSONResponse):
-    """In ASCII: halves of characters, which a client may send, have no other form."""
-
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
-
-
-def application(hub: Hub, shelf: Shelf, key: str = "", hosts: list[str] | None = None) -> FastAPI:
-    """The server. With a `key`, only who brings it is answered; `hosts`: the names it answers to, if not all."""
+    Raises:
+        UserError: the file of keys cannot be read.
+    """
 
     @asynccontextmanager
     async def watching(_: FastAPI) -> AsyncIterator[None]:
@@ -63,26 +46,19 @@ def application(hub: Hub, shelf: Shelf, key: str = "", hosts: list[str] | None =
         yield
         watch.cancel()
 
-    async def known(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if key and not hmac.compare_digest(given, key.encode()):
-            raise Unknown
-
     app = FastAPI(title="deltaw", version=__version__, lifespan=watching, redoc_url=None, default_response_class=Answer)
-    if hosts:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
-    routes = APIRouter(dependencies=[Depends(known)])
+    app.add_middleware(Door, keys=Keys(serving.keys, serving.key), serving=serving)
+    if serving.alone:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", serving.host])
+    routes, managing = APIRouter(), APIRouter(dependencies=[Depends(manages)])
     _answering(routes, hub)
-    _telling(routes, hub, shelf)
-    adapter_routes(routes, shelf)
+    _telling(routes, managing, hub, shelf)
+    adapter_routes(managing, shelf)
     app.include_router(routes)
+    app.include_router(managing)
     _open(app, hub)
-    _mistakes(app)
+    mistakes(app)
     return app
-
-
-class Unknown(Exception):
-    """No key, or a wrong one."""
 
 
 async def _watch(shelf: Shelf) -> None:
@@ -112,7 +88,7 @@ def _answering(routes: APIRouter, hub: Hub) -> None:
     @routes.post("/v1/chat/completions")
     async def chat(asked: ChatAsked, request: Request) -> Response:
         """Answer a conversation. One without a system prompt gets the persona's own."""
-        source = hub.catalog.sources.get(asked.model)
+        source = hub.catalog.sources.get(asked.model) if tenant_of(request).sees(asked.model) else None
         prompt = Persona(asked.model, hub.base, system=source.system if source else "").prompt(asked.turns)
         return await _respond(hub, asked, [prompt], ChatForm(asked.model, tokenizer), request)
 
@@ -135,8 +111,9 @@ def _answering(routes: APIRouter, hub: Hub) -> None:
 
 
 async def _respond(hub: Hub, asked: Asked, prompts: list[list[int]], form: Form, request: Request) -> Response:
-    choices = await asyncio.to_thread(hub.choices, asked, prompts)  # a grammar may take its time
-    pieces = hub.answered(asked, choices)
+    tenant = tenant_of(request)
+    choices = await asyncio.to_thread(hub.choices, asked, prompts, tenant)  # a grammar may take its time
+    pieces = hub.answered(asked, choices, tenant)
     if asked.stream:
         first = await _unless_gone(request, anext(pieces))  # so that what cannot be answered has a status of its own
         return StreamingResponse(_events(asked, form, choices, first, pieces), media_type="text/event-stream",
@@ -158,7 +135,7 @@ async def _events(
         if asked.stream_options is not None and asked.stream_options.include_usage:
             yield event(form.usage_chunk(choices))
     except Refused as e:
-        yield event(_fault(str(e), "server_error" if e.own else "invalid_request_error"))
+        yield event(fault(str(e), e.kind))
     yield event("[DONE]")
 
 
@@ -181,22 +158,21 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _telling(routes: APIRouter, hub: Hub, shelf: Shelf) -> None:
+def _telling(routes: APIRouter, managing: APIRouter, hub: Hub, shelf: Shelf) -> None:
     @routes.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models(request: Request) -> dict[str, Any]:
         """The base and its personas."""
-        return {"object": "list", "data": [shelf.base_card(), *shelf.cards()]}
+        return {"object": "list", "data": list(shelf.cards(tenant_of(request)))}
 
     @routes.get("/v1/models/{name}")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: str, request: Request) -> dict[str, Any]:
         """One of them."""
-        if name in (BASE, hub.name):
-            return shelf.base_card()
-        if name not in hub.catalog.sources:
+        cards = shelf.cards(tenant_of(request), [hub.name if name == BASE else name])
+        if (card := next(cards, None)) is None:
             raise UnknownModel(f"There is no persona '{name}'.")
-        return shelf.card(name)
+        return card
 
-    @routes.get("/metrics")
+    @managing.get("/metrics")
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(hub.metrics.text(), media_type="text/plain; version=0.0.4")
@@ -221,49 +197,11 @@ def _open(app: FastAPI, hub: Hub) -> None:
         """Whether the process answers."""
         return {"status": "ok"}
 
-    @app.get("/readyz", responses={503: {"description": "The engine has stopped."}})
+    @app.get("/readyz", responses={503: {"description": "Nothing is answered, and why."}})
     async def ready() -> JSONResponse:
         """Whether questions are answered."""
-        well = hub.service.thread.is_alive() and not hub.service.closed
-        return JSONResponse({"status": "ok" if well else "stopped"}, 200 if well else 503)
-
-
-def _mistakes(app: FastAPI) -> None:
-    def handle(kind: type[Exception], told: Callable[[Any], tuple[int, str, str]]) -> None:
-        async def answer(_: Request, error: Exception) -> JSONResponse:
-            status, text, name = told(error)
-            return Answer(_fault(text, name), status)
-
-        app.add_exception_handler(kind, answer)
-
-    handle(UserError, lambda e: (400, str(e), "invalid_request_error"))
-    handle(RequestValidationError, lambda e: (400, _complaint(e), "invalid_request_error"))
-    handle(UnicodeError, lambda e: (400, f"This is no text: {e}.", "invalid_request_error"))
-    handle(HTTPException, lambda e: (e.status_code, f"{e.detail}: clients take /v1 as the end of their base_url.",
-                                     "invalid_request_error"))  # fmt: skip
-    handle(UnknownModel, lambda e: (404, str(e), "model_not_found"))
-    handle(Refused, lambda e: (500 if e.own else 400, str(e), "server_error" if e.own else "invalid_request_error"))
-    handle(Unknown, lambda _: (401, "This server asks for a key: Authorization: Bearer KEY.", "invalid_api_key"))
-    handle(Gone, lambda _: (499, "The client left.", "client_closed_request"))
-    handle(Closed, lambda e: (503, str(e), "server_error"))
-
-
-def _fault(text: str, name: str) -> dict[str, Any]:
-    return {"error": {"message": text, "type": name, "param": None, "code": name}}
-
-
-def _complaint(error: RequestValidationError) -> str:
-    """What is wrong with a body, in a sentence: the field, and why."""
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return "The body is no JSON."
-    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "str", "list"))
-    if not where:
-        return "The body is read as JSON, and as an object of fields: with the header Content-Type: application/json."
-    if first["type"] == "extra_forbidden":
-        return f"There is no field '{where}'. {nearest(where, FIELDS)}"
-    said = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {said[:1].lower()}{said[1:]}."
+        status = "ending" if hub.ending else hub.service.status
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
 
 def _prompts(told: Prompt) -> list[str] | list[list[int]]:

@@ -80,6 +80,8 @@ class Asked(Body):
     repetition_penalty: Annotated[float, Field(ge=1, le=100)] | None = None
     ignore_eos: bool = False
     min_tokens: Number = 0
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    """Lower ones come first, among those of one key."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None

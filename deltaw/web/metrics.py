@@ -25,6 +25,8 @@ class Metrics(Collector):
         self.requests = Counter("deltaw_requests", "Answers that ended, by why.", [*each, "finish"], registry=own)
         self.asked = Counter("deltaw_prompt_tokens", "Tokens of prompts.", each, registry=own)
         self.said = Counter("deltaw_answer_tokens", "Tokens that were said.", each, registry=own)
+        self.keys = Counter("deltaw_key_requests", "Answers that ended, by key.", ["key"], registry=own)
+        self.tokens = Counter("deltaw_key_tokens", "Tokens of prompts and answers, by key.", ["key"], registry=own)
         self.queued = Summary("deltaw_queue_seconds", "Until an answer was begun.", each, registry=own)
         self.first = Summary("deltaw_first_token_seconds", "Until its first token.", each, registry=own)
         self.firsts = Histogram(
@@ -42,6 +44,8 @@ class Metrics(Collector):
         self.requests.labels(persona, finish).inc()
         self.asked.labels(persona).inc(len(sequence.asked))
         self.said.labels(persona).inc(len(sequence.said))
+        self.keys.labels(sequence.tenant).inc()
+        self.tokens.labels(sequence.tenant).inc(len(sequence.asked) + len(sequence.said))
         self.queued.labels(persona).observe((sequence.begun or monotonic()) - sequence.since)
         if first is not None:
             self.first.labels(persona).observe(first - sequence.since)

@@ -44,14 +44,8 @@ def hub_of(base: Base, folders: Sequence[Path], serving: Serving) -> Iterator[tu
     name = (Path(base.name).name or base.path.resolve().name) if Path(base.name).exists() else base.name
     with Service(engine) as service:
         hub = Hub(base, name or BASE, service, catalog, Grammars(base.tokenizer, base.model.config.vocab),
-                  Metrics(engine), Post())  # fmt: skip
+                  Metrics(engine), Post(), serving)  # fmt: skip
         yield hub, Shelf(hub, int(time.time()))
-
-
-def web_of(hub: Hub, shelf: Shelf, serving: Serving) -> FastAPI:
-    """The routes of a hub."""
-    hosts = ["127.0.0.1", "localhost", serving.host] if serving.alone else None
-    return application(hub, shelf, serving.key, hosts)
 
 
 def bound(serving: Serving) -> socket.socket:
@@ -60,9 +54,9 @@ def bound(serving: Serving) -> socket.socket:
     Raises:
         UserError: nobody but this machine should ask without a key, or the address cannot be had.
     """
-    if not serving.alone and not serving.key:
+    if not serving.alone and not serving.key and not serving.keys:
         raise UserError(f"At {serving.host} everybody could ask, and there is no key.",
-                        remedy="Set DELTAW_API_KEY, or leave --host out.")  # fmt: skip
+                        remedy="Set DELTAW_API_KEY, take --keys, or leave --host out.")  # fmt: skip
     try:
         return socket.create_server((serving.host, serving.port))
     except OSError as e:
@@ -81,6 +75,7 @@ class Listener(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         service = self.hub.service
         left, first = len(service.engine.running) + len(service.engine.waiting), not self.should_exit
+        self.hub.ending = True
         if not first and not service.closed:
             service.close()
             self.should_exit = False  # or uvicorn would leave before everybody heard so
@@ -94,7 +89,7 @@ def running(base: Base, folders: Sequence[Path], serving: Serving | None = None)
     """A server in a thread, for the length of a `with` block; gives its address."""
     serving = serving or Serving(port=0)
     with hub_of(base, folders, serving) as (hub, shelf):
-        at, server = bound(serving), Listener(web_of(hub, shelf, serving), hub, print)
+        at, server = bound(serving), Listener(application(hub, shelf, serving), hub, print)
         thread = threading.Thread(target=server.run, args=([at],))
         thread.start()
         try:

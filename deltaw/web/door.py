@@ -1,0 +1,58 @@
+"""Who comes in: only who brings a key where one is asked for, and with no more than a request may be."""
+
+from fastapi import Request
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deltaw.settings import Serving
+from deltaw.web.keys import Keys, Tenant
+from deltaw.web.mistakes import Answer, fault
+
+OPEN = {"/", "/health", "/healthz", "/readyz", "/docs", "/openapi.json"}
+"""Routes that ask for no key: they say nothing of anybody."""
+ASKS = "This server asks for a key: Authorization: Bearer KEY."
+
+
+class Door:
+    """Who comes in: only who brings a key where one is asked for, and with no more than a request may be."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, serving: Serving) -> None:
+        self.app, self.keys, self.serving = app, keys, serving
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let one in, or say why not, before anything of its body is read."""
+        if scope["type"] == "http":
+            told = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+            tenant = self.keys.of(told.removeprefix("Bearer "))
+            if tenant is None and scope["path"] not in OPEN:
+                return await Answer(fault(ASKS, "invalid_api_key"), 401)(scope, receive, send)
+            scope.setdefault("state", {})["tenant"] = tenant
+            upload = scope["path"].endswith("/upload")
+            receive = _counted(receive, 1e6 * (self.serving.upload_mb if upload else self.serving.body_mb))
+        return await self.app(scope, receive, send)
+
+
+def tenant_of(request: Request) -> Tenant:
+    """Who asks."""
+    tenant: Tenant = request.state.tenant
+    return tenant
+
+
+def manages(request: Request) -> None:
+    """Only who may manage comes here."""
+    if not tenant_of(request).rights.manage:
+        raise HTTPException(403, "This key may not manage the server.")
+
+
+def _counted(receive: Receive, most: float) -> Receive:
+    left = most
+
+    async def counted() -> Message:
+        nonlocal left
+        message = await receive()
+        left -= len(message.get("body", b""))
+        if left < 0:
+            raise HTTPException(413, f"This is more than a request may be: {most / 1e6:g} MB.")
+        return message
+
+    return counted

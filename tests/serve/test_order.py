@@ -1,0 +1,285 @@
+"""Whose turn is next: shares, priorities, what adapters cost, places, and who is told to come again."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from oracles import scramble
+from serve.test_engine import ENDS, GREEDY, prompt, ties
+
+from deltaw.adapters.adapter import Adapter
+from deltaw.methods import method
+from deltaw.serve import engine as engines
+from deltaw.serve import order as orders
+from deltaw.serve.engine import Engine
+from deltaw.serve.order import SAID, STARVED_SECONDS, Busy
+from deltaw.serve.sequence import Sequence
+from deltaw.serve.wardrobe import Entry
+from deltaw.serve.wearing import Served
+
+MEGABYTE = 1 << 20
+NOBODY = frozenset()
+"""Ends that never come: answers are as long as they may be."""
+
+
+def asking(tenant="", seed=0, length=10, said=4, worn=(), **more):
+    return Sequence(tuple(prompt(seed, length)), replace(GREEDY, max_new_tokens=said), NOBODY,
+                    tuple((entry, 1.0) for entry in worn), tenant=tenant, **more)  # fmt: skip
+
+
+def lora(model, name, seed=1, rank=4):
+    """An adapter that is not there yet."""
+    adapter = scramble(Adapter.build(method("lora", rank=rank), model, seed).eval(), seed=seed)
+    return Entry(name, name.encode(), lambda: Served.of(adapter, model))
+
+
+def begun(engine, sequences):
+    """In what order they begin."""
+    order = []
+    while engine.waiting or engine.running:
+        engine.step()
+        engine.check_integrity()
+        order += sorted((s for s in sequences if s.begun and s not in order), key=lambda s: s.begun)
+    return [sequences.index(s) for s in order]
+
+
+def submitted(engine, *sequences):
+    for sequence in sequences:
+        engine.submit(sequence)
+    return sequences
+
+
+@examples(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40), st.integers(1, 12)), min_size=6, max_size=30))
+def test_tenants_who_wait_are_given_the_same_within_the_bound_of_the_paper(tiny, asked):
+    """VTC, theorem 4.4: between any two who wait all the while, at most twice the largest request or the batch."""
+    engine = Engine(tiny, MEGABYTE, most=3, chunk=16)
+    sequences = [asking("abc"[who], i, length, said) for i, (who, length, said) in enumerate(asked)]
+    submitted(engine, *sequences)
+    bound = 2 * max(max(length for _, length, _ in asked), 3 * SAID * max(said for *_, said in asked))
+
+    def given_to(tenant):
+        mine = [s for s in sequences if s.tenant == tenant]
+        return sum(len(s.asked) * (s.begun is not None) + SAID * len(s.said) for s in mine)
+
+    while engine.waiting or engine.running:
+        engine.step()
+        engine.check_integrity()
+        waiting = {s.tenant for s in engine.waiting}
+        spent = [given_to(tenant) for tenant in waiting]
+        assert not spent or max(spent) - min(spent) <= bound
+    assert all(len(s.said) == s.sampling.max_new_tokens for s in sequences)
+    assert not engine.waiting.expected
+    assert not engine.waiting.worn
+
+
+def test_who_comes_late_has_saved_nothing_up(tiny):
+    engine = Engine(tiny, MEGABYTE, most=1)
+    early = submitted(engine, *(asking("early", i) for i in range(6)))
+    while sum(s.begun is not None for s in early) < 4:
+        engine.step()
+    late = submitted(engine, *(asking("late", i) for i in range(6)))
+    rest = [*early[4:], *late]
+    assert begun(engine, rest)[:4] in ([0, 2, 1, 3], [2, 0, 3, 1], [2, 0, 1, 3], [0, 2, 3, 1])
+
+
+def test_a_tenants_personas_have_equal_shares_too(tiny):
+    engine = Engine(tiny, 4 * MEGABYTE, most=1)
+    poet, chef = lora(tiny, "poet"), lora(tiny, "chef", 2)
+    for entry in (poet, chef):
+        submitted(engine, asking(worn=[entry], said=1))
+    begun(engine, [])
+    for entry in (poet, chef):
+        entry.users += 1  # both are worn all the while, and cost no bytes
+    sequences = submitted(engine, *(asking(seed=i, worn=[poet]) for i in range(5)), asking(seed=9, worn=[chef]))
+    order = []
+    while engine.waiting or engine.running:
+        engine.step()
+        order += [i for i, s in enumerate(sequences) if s.begun and i not in order]
+    assert order.index(5) <= 1
+
+
+def test_priority_goes_before_shares_and_urgency_only_among_a_tenants_own(tiny):
+    engine = Engine(tiny, MEGABYTE, most=1)
+    sequences = submitted(engine, *(asking("a", i, priority=1) for i in range(2)),
+                          asking("b", 3, urgency=-5, priority=1), asking("b", 4, urgency=-9, priority=1),
+                          asking("c", 5, priority=-1))  # fmt: skip
+    order = begun(engine, list(sequences))
+    assert order[0] == 4
+    assert order.index(3) < order.index(2)
+    assert order.index(0) < order.index(2)
+
+
+@pytest.mark.parametrize(("waits", "first"), [(0.0, 1), (2 * STARVED_SECONDS, 0)])
+def test_an_adapter_that_nobody_wears_costs_its_bytes_until_one_has_waited_for_it(tiny, waits, first):
+    engine = Engine(tiny, 4 * MEGABYTE, most=2)
+    known, fresh = lora(tiny, "known"), lora(tiny, "fresh", 2)
+    for entry in (known, fresh):
+        submitted(engine, asking(worn=[entry], said=1))
+        begun(engine, [])
+    assert fresh.size_bytes == known.size_bytes > 0
+    submitted(engine, asking(worn=[known], said=40))
+    engine.step()
+    submitted(engine, asking("", 3, said=10))  # so that the second place is taken
+    engine.step()
+    spent = engine.waiting.worn[""].spent
+    spent["fresh",] = spent["known",] = 0.0
+    ago = orders.monotonic() - waits
+    late = asking(seed=4, worn=[fresh], since=ago), asking(seed=5, worn=[known], since=ago + 1e-3)
+    submitted(engine, *late)
+    assert next(engine.waiting.turns()) is late[first]
+    begun(engine, [])
+
+
+def test_who_has_fewer_places_than_a_share_is_given_one_and_all_say_what_they_say_alone(tiny):
+    engine = Engine(tiny, MEGABYTE, most=4)
+    greedy = submitted(engine, *(asking("greedy", i, said=30) for i in range(12)))
+    for _ in range(3):
+        engine.step()
+    assert {s.tenant for s in engine.running} == {"greedy"}
+    modest = submitted(engine, *(asking("modest", 20 + i, said=5) for i in range(3)))
+    engine.step()
+    assert [s.tenant for s in engine.running].count("modest") == 2  # half of the places, and no more
+    assert all(s.said for s in modest[:2])
+    begun(engine, [])
+    assert sum(ties_without_end(tiny, s) for s in [*greedy, *modest]) <= 1
+
+
+def ties_without_end(model, sequence):
+    sequence.end_ids = ENDS
+    cut = next((i for i, token in enumerate(sequence.said) if token in ENDS), None)
+    if cut is not None:
+        del sequence.said[cut:]
+    return ties(model, None, sequence)
+
+
+def test_who_lacks_room_for_its_adapter_is_given_it_in_the_end(tiny, monkeypatch):
+    """A large adapter, while small answers come all the time and leave no room for it."""
+    now = [1000.0]
+    monkeypatch.setattr(engines, "monotonic", lambda: now[0])
+    engine = Engine(tiny, MEGABYTE // 2, most=8)
+    large = lora(tiny, "large", rank=64)
+    size = engine.arena.pages_for(large.read().size_bytes)
+    assert engine.arena.count // 2 < size < engine.arena.count - 2
+    pages = engine.arena.count // 8
+    asks = [*submitted(engine, *(asking(seed=i, length=32 * pages - 40, said=30) for i in range(8)))]
+    while len(engine.running) < 8:
+        engine.step()
+    wants = asking("other", seed=30, worn=[large])
+    engine.submit(wants)
+    while wants.passed is None:
+        engine.step()
+        fresh = [asking(seed=len(asks) + i, length=32 * pages - 40, said=30) for i in range(8 - len(engine.running))]
+        asks += submitted(engine, *fresh)
+    assert not wants.begun
+    now[0] += STARVED_SECONDS + 1
+    for _ in range(12):
+        engine.step()
+        engine.check_integrity()
+    assert wants.said
+    begun(engine, [])
+    assert all(len(s.said) == 30 for s in asks)
+
+
+def test_who_would_wait_too_long_is_told_to_come_again_and_others_shares_are_not_counted(tiny):
+    order = Engine(tiny, MEGABYTE, most=4).waiting
+    for _ in range(50):
+        order.computed(1000, 1.0)  # tokens a second
+    order.said = 50.0
+    assert order.wait(asking("a", length=100, said=50)) == pytest.approx(0.2)
+    crowd = [asking("a", length=100, said=50) for _ in range(40)]
+    order.admit(crowd, 1.0)  # what is asked at once is one request, and its first token is that of its first answer
+    assert order.wait(crowd[0]) == pytest.approx(41 * 0.2)
+    with pytest.raises(Busy, match="again in 8 s") as told:
+        order.admit([asking("a", length=100, said=50)], 1.0)
+    assert told.value.seconds == 8  # 7.2 more than 1
+    assert order.expected[()] == 40 * 200
+    other = asking("b", length=100, said=50)
+    assert order.wait(other) == pytest.approx(0.2)  # its share comes first
+    order.admit([other], 1.0)
+    for sequence in [*crowd, other]:
+        order.enter(sequence)
+    assert order.wait(asking("b", length=100, said=50)) == pytest.approx(0.2 + 2 * 0.2)
+    for sequence in [*crowd, other]:
+        order.take(sequence)
+        order.gone(sequence)
+    assert not order.expected
+
+
+def test_expectations_add_up_whoever_asks_at_once(tiny):
+    order = Engine(tiny, MEGABYTE).waiting
+    asked = [[asking("abc"[i % 3], i) for _ in range(50)] for i in range(8)]
+    threads = [threading.Thread(target=order.admit, args=(each,)) for each in asked]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order.expected[()] == sum(each.expected for some in asked for each in some) == 400 * (10 + SAID * 4)
+
+
+def test_speed_is_that_of_steps_that_were_full_and_forgets_old_ones(tiny):
+    engine = Engine(tiny, MEGABYTE, most=2, chunk=8)
+    submitted(engine, asking(length=4, said=3))
+    begun(engine, [])
+    assert engine.waiting.done == 0  # one answer alone tells nothing
+    submitted(engine, *(asking(seed=i) for i in range(4)))
+    begun(engine, [])
+    assert engine.waiting.done > 0
+    order = engine.waiting
+    for _ in range(300):
+        order.computed(7, 0.5)
+    assert order.done / order.seconds == pytest.approx(14)
+
+
+def test_who_makes_a_step_fail_ends_alone(tiny, monkeypatch):
+    engine, forward, calls = Engine(tiny, MEGABYTE), tiny.hidden, []
+    asked = submitted(engine, *(asking(seed=i, length=12 + i, said=6) for i in range(7)))
+    guilty = asked[4]
+
+    def hidden(ids_T, *more):
+        calls.append(len(ids_T))
+        if torch.equal(ids_T[: len(guilty.asked)], torch.tensor(guilty.asked)) or (
+            len(ids_T) > len(guilty.asked) and str(list(guilty.asked))[1:-1] in str(ids_T.tolist())
+        ):
+            raise ValueError("poison")
+        return forward(ids_T, *more)
+
+    monkeypatch.setattr(tiny, "hidden", hidden)
+    monkeypatch.setattr(engine, "layers", None)
+    heard = []
+    guilty.heard = heard.append
+    begun(engine, [])
+    assert heard == ["error"]
+    assert guilty.fault == "It could not be computed: poison."
+    assert len(calls) < 6 + 7  # halves, and not each by itself
+    monkeypatch.undo()
+    assert sum(ties_without_end(tiny, s) for s in asked if s is not guilty) <= 1
+
+
+class Broken:
+    """A grammar that fails: `when` it is asked what may follow, or told what did."""
+
+    def __init__(self, when):
+        self.when = when
+
+    def allowed(self):
+        if self.when == "allowed":
+            raise ValueError("no grammar")
+        return torch.ones(260, dtype=torch.bool)
+
+    def take(self, _):
+        raise ValueError("no grammar")
+
+
+@pytest.mark.parametrize("when", ["allowed", "take"])
+def test_an_answers_own_form_that_fails_ends_it_alone(tiny, when):
+    engine, heard = Engine(tiny, MEGABYTE), []
+    well = submitted(engine, *(asking(seed=i) for i in range(3)))
+    engine.submit(asking(seed=7, grammar=Broken(when), heard=heard.append))
+    begun(engine, [])
+    assert [what for what in heard if isinstance(what, str)] == ["error"]
+    assert sum(ties_without_end(tiny, s) for s in well) <= 1
