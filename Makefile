@@ -2,7 +2,7 @@
 BIN := .venv/bin
 RUN := demo-village
 
-.PHONY: help demo test lint types imports size tests table table-quant bench bench-peers clean
+.PHONY: help demo test lint types imports size tests soak table table-quant bench bench-peers clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/' | expand -t 14
@@ -40,6 +40,9 @@ size: .venv/.dev
 
 tests: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term
+
+soak: .venv/.dev ## half an hour of everything at once on the server (MINUTES=30); two minutes of it are in make test
+	DELTAW_SOAK_MINUTES=$(or $(MINUTES),30) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/web/test_soak.py
 
 table: .venv/.dev ## every technique for a minute, three seeds: docs/results.md
 	$(BIN)/python benchmarks/table.py

@@ -136,8 +136,10 @@ def main():
         print("|---|---|---|---|---|---|")
         for side, target in (("takes all", 0), ("promises", args.target)):
             with served(folder, target, at) as port:
-                rate = met(port)
-                print(f"capacity: {rate:.2f} requests a second", file=sys.stderr)
+                told = met(port)
+                if not target:
+                    rate = told
+                    print(f"What it can say: {rate:.2f} requests a second.", file=sys.stderr)
                 row(side, asyncio.run(both(port, ("greedy", 2 * rate, args.seconds))))
                 if target:
                     row("modest, alone", asyncio.run(both(port, ("modest", 1.0, args.seconds))))

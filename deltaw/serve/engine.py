@@ -75,7 +75,8 @@ class Engine:
 
     def plan(self) -> list[Piece]:
         """Who computes how many tokens, with pages for them: one of each answer, and of prompts as their turns come."""
-        planned, left = dict[Sequence, int](), self.chunk
+        # With several tenants steps are shorter: whoever comes waits for the one under way.
+        planned, left = dict[Sequence, int](), self.chunk // (1 + (len(self.waiting.tenants.there) > 1)) or 1
         for sequence in [each for each in self.running if each.pending == 1]:
             if sequence in self.running and self._room(sequence, 1):  # or it was sent back to wait
                 planned[sequence] = 1
@@ -284,6 +285,8 @@ class Engine:
             return self.end(sequence, "stop")
         sequence.said.append(token)
         self.waiting.charge(sequence, SAID)
+        if len(sequence.said) == 1:
+            self.waiting.heard(sequence)
         sequence.heard(token)
         more = sequence.grammar is None or sequence.grammar.take(token)
         if not more or len(sequence.said) == sequence.sampling.max_new_tokens:

@@ -23,6 +23,8 @@ SAID = 2
 """How many tokens that are read one costs that is said."""
 STARVED_SECONDS = 3.0
 """After so long, what an adapter costs keeps nobody waiting."""
+LATE = 0.04
+"""The share of promises that may be broken."""
 RECENT_SECONDS = 10.0
 """How far back speed is measured."""
 Rank = tuple[int, float, int, float, float]
@@ -72,6 +74,8 @@ class Order:
         """How long an answer is."""
         self.done = self.seconds = 0.0
         """Tokens that were computed lately when there was enough to do, and the time it took."""
+        self.slack = 1.0
+        """By how much longer it takes than reckoned, so that LATE are late only: others overtake, steps are whole."""
         self.lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -90,6 +94,7 @@ class Order:
         with self.lock:
             if (seconds := self.wait(sequences[0])) > within:
                 raise Busy(max(1, ceil(seconds - within)))
+            sequences[0].promised = seconds
             for sequence in sequences:
                 self._expect(sequence, self._cost(sequence))
 
@@ -101,7 +106,7 @@ class Order:
         every, tenant, worn = (self.expected[who] for who in _whose(sequence))
         own = min(tenant, worn * _with(self.worn.get(sequence.tenant), sequence.names))
         ahead = min(every, own * _with(self.tenants, sequence.tenant))
-        return (ahead + self._cost(sequence)) * self.seconds / self.done if self.done else 0.0
+        return self.slack * (ahead + self._cost(sequence)) * self.seconds / self.done if self.done else 0.0
 
     def enter(self, sequence: Sequence) -> None:
         """One more waits."""
@@ -134,6 +139,12 @@ class Order:
         """It was given so many tokens."""
         self.tenants.spent[sequence.tenant] += tokens
         self.worn[sequence.tenant].spent[sequence.names] += tokens
+
+    def heard(self, sequence: Sequence) -> None:
+        """Its first token is said: whether in time tells how much later than reckoned others are to expect theirs."""
+        if self.done and sequence.promised > self.seconds / self.done * self._cost(sequence):
+            late = monotonic() - sequence.since > sequence.promised
+            self.slack = min(10.0, max(0.5, self.slack * exp(0.1 * (late - LATE))))
 
     def gone(self, sequence: Sequence) -> None:
         """It has ended."""

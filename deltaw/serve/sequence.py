@@ -84,6 +84,8 @@ class Sequence:
     """Lower ones come first: of a tenant among all, and of a request among its tenant's."""
     expected: int = 0
     """Tokens that are expected of it before it has begun."""
+    promised: float = 0.0
+    """Seconds after which its first token is expected."""
     since: float = field(default_factory=monotonic)
     begun: float | None = None
     passed: float | None = None

@@ -1,5 +1,6 @@
 """Whose turn is next: shares, priorities, what adapters cost, places, and who is told to come again."""
 
+import random
 import threading
 from dataclasses import replace
 
@@ -208,6 +209,26 @@ def test_who_would_wait_too_long_is_told_to_come_again_and_others_shares_are_not
         order.take(sequence)
         order.gone(sequence)
     assert not order.expected
+
+
+def test_promises_are_kept_however_wrong_the_reckoning_is(tiny):
+    """It takes three times as long as reckoned, give or take a half: after a while few promises are broken."""
+    order, rng = Engine(tiny, MEGABYTE, most=4).waiting, random.Random(0)
+    order.computed(1000, 1.0)
+    order.said = 50.0
+    order.expected[()] = order.expected["",] = order.expected["", ()] = 2000  # others that wait
+    late = []
+    for _ in range(600):
+        sequence = asking("", length=100, said=50)
+        order.admit([sequence])
+        takes = 2.2 * rng.uniform(2, 4)
+        sequence.since = orders.monotonic() - takes
+        late.append(takes > sequence.promised)
+        order.heard(sequence)
+        order._expect(sequence, -sequence.expected)
+    assert sum(late[:10]) > 5
+    assert 0 < sum(late[200:]) / 400 < 0.08
+    assert order.slack < 4.5
 
 
 def test_expectations_add_up_whoever_asks_at_once(tiny):
