@@ -1,7 +1,5 @@
 """Personas by name: adapters in files and folders, ours and PEFT's, which come, change and go while a server runs."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -48,7 +46,7 @@ class Source:
     fault: str = ""
 
     @classmethod
-    def of(cls, path: Path, fingerprint: str) -> Source:
+    def of(cls, path: Path, fingerprint: str) -> "Source":
         """An adapter file of ours, or a folder of PEFT's."""
         stamp = _stamp(path)
         try:

@@ -17,9 +17,8 @@ from deltaw.kernels.attention import SIDE, Run
 from deltaw.kernels.worn import Rows, Wear
 from deltaw.models.decoder import Decoder
 from deltaw.serve.arena import Arena
-from deltaw.serve.batch import Pieces
 from deltaw.serve.choice import allowed, choose, scores
-from deltaw.serve.layers import Layers
+from deltaw.serve.layers import Layers, Pieces
 from deltaw.serve.order import SAID, STARVED_SECONDS, Order
 from deltaw.serve.sequence import End, Sequence
 from deltaw.serve.wardrobe import Wardrobe

@@ -1,7 +1,5 @@
 """Answers that must be JSON of a schema, or match a regular expression or a grammar, by way of llguidance."""
 
-from __future__ import annotations
-
 import json
 from functools import cached_property
 from typing import Any, Literal
@@ -31,7 +29,7 @@ class Grammars:
         ends = sorted(self.tokenizer.end_ids)
         return LLTokenizer(self.tokenizer.fast.to_str(), n_vocab=self.vocabulary, eos_token=ends or None)
 
-    def of(self, kind: Kind, told: Any) -> Matcher:
+    def of(self, kind: Kind, told: Any) -> "Matcher":
         """A grammar.
 
         Raises:

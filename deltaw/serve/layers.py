@@ -1,21 +1,66 @@
-"""All layers of a plain model as one native call, where there are native kernels for all that they do."""
+"""A step: what its tokens see, and all layers of a plain model as one native call where there are kernels for them."""
 
-from __future__ import annotations
-
+from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from deltaw.kernels.attention import Book, Run
 from deltaw.kernels.library import LANES, function
 from deltaw.kernels.program import Calls
 from deltaw.kernels.worn import Wear
 from deltaw.models.decoder import Decoder
+from deltaw.models.seen import Score, attention, causal
 from deltaw.models.slots import Linear, RMSNorm
 from deltaw.serve.arena import Arena
-from deltaw.serve.batch import Pieces
 from deltaw.serve.wearing import linears
 from deltaw.weights import Dense
+
+
+class Pieces:
+    """What the new tokens of sequences see: their own sequence so far, in pages. One layer's view."""
+
+    def __init__(self, books: Sequence[Book], runs: Sequence[Run], tables: Sequence[Sequence[int]],
+                 lengths: Sequence[int], index: int = 0) -> None:  # fmt: skip
+        most = max(map(len, tables))
+        self.table_NP = torch.tensor([[*pages, *[0] * (most - len(pages))] for pages in tables], dtype=torch.int32)
+        self.spans_N3 = torch.tensor(runs)
+        self.books, self.runs, self.planned, self.index = books, runs, lengths, index
+
+    def layer(self, index: int) -> "Pieces":
+        view = copy(self)
+        view.index = index
+        return view
+
+    def lengths(self, at_T: Tensor) -> Tensor:
+        length_T = torch.empty_like(at_T)
+        for run, length in zip(self.runs, self.planned, strict=True):
+            length_T[run.start : run.stop] = length
+        return length_T
+
+    def after(self, k_PKE: Tensor, v_PKE: Tensor) -> "Pieces":  # noqa: ARG002 (they are in the pages)
+        return self
+
+    def told(self) -> dict[str, int]:
+        """What a native call is told of them."""
+        return self.books[0].told(self.spans_N3, self.table_NP)
+
+    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, score: Score) -> Tensor:
+        book, table_NP = self.books[self.index], self.table_NP
+        if not score.cap:
+            y_THE = book.attend(q_THE, k_TKE, v_TKE, self.spans_N3, table_NP, score.scale, score.window)
+            if y_THE is not None:
+                return y_THE
+        out = []
+        for run, row in zip(self.runs, table_NP, strict=True):
+            own = slice(run.start, run.stop)
+            book.write(row, run.past, k_TKE[own], v_TKE[own])
+            new = run.stop - run.start
+            k_SKE, v_SKE = book.read(row, run.past + new)
+            out.append(attention(q_THE[own], k_SKE, v_SKE, causal(new, run.past, q_THE, score.window), score))
+        return torch.cat(out)
 
 
 class Layers:
@@ -38,7 +83,7 @@ class Layers:
             self._feed_forward(layer)
 
     @classmethod
-    def of(cls, model: Decoder, arena: Arena, rows: int) -> Layers | None:
+    def of(cls, model: Decoder, arena: Arena, rows: int) -> "Layers | None":
         """The layers of a model; None: something in it has no native kernel, or not all of them are to be had."""
         c = model.config
         plain = all(isinstance(slot.weight, Dense) and slot.weight.dense().dtype == model.dtype == torch.bfloat16

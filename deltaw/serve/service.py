@@ -1,7 +1,5 @@
 """An engine in a thread of its own. Everything else talks to it between two steps, and hears of tokens as they come."""
 
-from __future__ import annotations
-
 import logging
 import queue
 import threading
@@ -38,7 +36,7 @@ class Service:
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
 
-    def __enter__(self) -> Service:
+    def __enter__(self) -> "Service":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,8 +4,6 @@ y = W x + b becomes gain * (W x) + scale * B A x + bias, so that what is added t
 the rest of the bias.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +32,7 @@ class Served:
     """Of what its files hold, if it came from any."""
 
     @classmethod
-    def of(cls, adapter: Adapter, model: Decoder) -> Served:
+    def of(cls, adapter: Adapter, model: Decoder) -> "Served":
         """An adapter in the form that shares a batch, if there is one."""
         forms, slots = adapter.forms(), dict(linears(model))
         affine = {name: form for name, form in forms.items() if isinstance(form, Affine) and name in slots}
@@ -98,7 +96,7 @@ def _change(form: Affine, slot: Linear) -> Change:
 class Mixed(Delta):
     """Every row of a batch as it wears, at the layer of this number."""
 
-    def __init__(self, floor: Floor, layer: int) -> None:
+    def __init__(self, floor: "Floor", layer: int) -> None:
         super().__init__()
         self.floor, self.layer = floor, layer
 

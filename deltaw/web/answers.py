@@ -15,12 +15,13 @@ from deltaw.errors import UserError
 from deltaw.serve.catalog import BASE, Catalog
 from deltaw.serve.choice import Score
 from deltaw.serve.grammar import Grammars
+from deltaw.serve.order import Busy
 from deltaw.serve.sequence import End, Sequence
 from deltaw.serve.service import Closed, Service
 from deltaw.serve.speech import Speech
 from deltaw.settings import Serving
 from deltaw.web.asked import Asked
-from deltaw.web.keys import Tenant
+from deltaw.web.keys import Tenant, TooMuch
 from deltaw.web.metrics import Metrics
 
 MOST_ANSWERS = 1024
@@ -153,8 +154,13 @@ class Hub:
             Busy: the first would begin too late.
         """
         heard, sequences = asyncio.Queue[tuple[Choice, int | End]](), [choice.sequence for choice in choices]
-        tenant.ask(sum(len(sequence.asked) for sequence in sequences if not sequence.stream))
-        self.service.engine.waiting.admit(sequences, self.serving.first_token_seconds or inf)
+        try:
+            tenant.ask()
+            self.service.engine.waiting.admit(sequences, self.serving.first_token_seconds or inf)
+        except (Busy, TooMuch) as e:
+            self.metrics.refused.labels(tenant.name, type(e).__name__).inc()
+            raise
+        tenant.had(sum(len(sequence.asked) for sequence in sequences if not sequence.stream), requests=1)
         late = asyncio.get_running_loop().call_later(
             self.serving.request_seconds, heard.put_nowait, (choices[0], "late")
         )
@@ -173,7 +179,7 @@ class Hub:
         finally:
             late.cancel()
             for choice in choices:
-                tenant.told(len(choice.sequence.said))
+                tenant.had(len(choice.sequence.said))
                 if choice.finish is None:
                     choice.finish = "abort"
                     self.metrics.ended(asked.model, choice.sequence, choice.first, "abort")

@@ -56,18 +56,18 @@ class Tenant:
         """Whether this one is there for it."""
         return self.rights.personas is None or persona in self.rights.personas
 
-    def ask(self, tokens: int) -> None:
-        """Count a request of so many tokens.
+    def ask(self) -> None:
+        """Look whether it may ask now.
 
         Raises:
             TooMuch: it has had as much as it may.
         """
+        self.requests.take(0)
         self.tokens.take(0)
-        self.requests.take(1)
-        self.tokens.take(tokens)
 
-    def told(self, tokens: int) -> None:
-        """Count tokens that were said."""
+    def had(self, tokens: int, requests: int = 0) -> None:
+        """Count what it had, whether there was so much or not."""
+        self.requests.take(requests, least=-inf)
         self.tokens.take(tokens, least=-inf)
 
 

@@ -27,6 +27,7 @@ class Metrics(Collector):
         self.said = Counter("deltaw_answer_tokens", "Tokens that were said.", each, registry=own)
         self.keys = Counter("deltaw_key_requests", "Answers that ended, by key.", ["key"], registry=own)
         self.tokens = Counter("deltaw_key_tokens", "Tokens of prompts and answers, by key.", ["key"], registry=own)
+        self.refused = Counter("deltaw_refused", "Requests told to come again.", ["key", "why"], registry=own)
         self.queued = Summary("deltaw_queue_seconds", "Until an answer was begun.", each, registry=own)
         self.first = Summary("deltaw_first_token_seconds", "Until its first token.", each, registry=own)
         self.firsts = Histogram(

@@ -54,14 +54,15 @@ def test_a_minute_has_so_much_and_no_more(clock):
 
 def test_tokens_that_were_said_are_owed(clock):
     tenant = Tenant("a", Rights(tokens_per_minute=60, requests_per_minute=100))
-    tenant.ask(50)
-    tenant.told(100)
+    tenant.ask()
+    tenant.had(50, requests=1)
+    tenant.had(100)
     with pytest.raises(TooMuch, match="60 tokens") as told:
-        tenant.ask(1)
+        tenant.ask()
     assert told.value.seconds == 91
     assert tenant.requests.room == 99  # who is not answered has sent nothing
     clock[0] += 91
-    tenant.ask(1)
+    tenant.ask()
 
 
 def made(path, **rights):
@@ -238,7 +239,11 @@ def test_who_brings_no_key_is_told_so_before_a_body_is_there(base, home):
 
 
 def test_who_would_wait_too_long_is_told_when_to_come_again(base, home):
-    with served(base, home, {"a": {}, "b": {}}, most=1, first_token_seconds=1.0) as (url, hub, _):
+    with served(base, home, {"a": {}, "b": {}, "boss": {"manage": True}}, most=1, first_token_seconds=1.0) as (
+        url,
+        hub,
+        _,
+    ):
         engine = hub.service.engine
         for _ in range(100):
             engine.waiting.computed(100, 1.0)  # tokens a second, as if it were slow
@@ -252,6 +257,7 @@ def test_who_would_wait_too_long_is_told_when_to_come_again(base, home):
         ):
             client.completions.create(model="base", prompt=[5] * 300, stream=True)
         assert not engine.waiting.expected
+        assert 'deltaw_refused_total{key="a",why="Busy"} 1.0' in http(url, "boss").get("/metrics").text
 
 
 def test_health_tells_the_truth(base, home, monkeypatch):
