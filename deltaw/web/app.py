@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Any, TypeVar, cast
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from deltaw import __version__
@@ -26,7 +26,7 @@ from deltaw.web.asked import Asked, ChatAsked, CompletionAsked, DetokenizeAsked,
 from deltaw.web.door import Door, manages, tenant_of
 from deltaw.web.forms import ChatForm, CompletionForm, Form, event
 from deltaw.web.keys import Keys
-from deltaw.web.mistakes import Answer, Gone, fault, mistakes
+from deltaw.web.mistakes import MISTAKE, Answer, Gone, fault, mistakes
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ def application(hub: Hub, shelf: Shelf, serving: Serving) -> FastAPI:
         yield
         watch.cancel()
 
-    app = FastAPI(title="deltaw", version=__version__, lifespan=watching, redoc_url=None, default_response_class=Answer)
+    app = FastAPI(title="deltaw", version=__version__, lifespan=watching, redoc_url=None, default_response_class=Answer,
+                  responses={"4XX": MISTAKE, "5XX": MISTAKE})  # fmt: skip
     app.add_middleware(Door, keys=Keys(serving.keys, serving.key), serving=serving)
     if serving.alone:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", serving.host])
@@ -172,7 +173,7 @@ def _telling(routes: APIRouter, managing: APIRouter, hub: Hub, shelf: Shelf) -> 
             raise UnknownModel(f"There is no persona '{name}'.")
         return card
 
-    @managing.get("/metrics")
+    @managing.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(hub.metrics.text(), media_type="text/plain; version=0.0.4")

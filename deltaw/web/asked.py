@@ -15,7 +15,7 @@ from deltaw.models.tokenizer import Message
 from deltaw.serve.grammar import Kind
 from deltaw.settings import Seed, Share
 
-Token = Annotated[int, Field(ge=0, lt=2**31)]
+Token = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Number = Annotated[int, Field(ge=0, le=10**9)]
 Place = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 Few = Annotated[int, Field(ge=0, le=20)]
@@ -180,8 +180,8 @@ class Turn(Body):
         """Parts as one text."""
         if told is None or isinstance(told, str):
             return told or ""
-        if odd := next((p for p in told if p.get("type") != "text" or not isinstance(p.get("text"), str)), None):
-            raise ValueError(f"a part of the type {odd.get('type')!r} is none that a model of text reads")
+        if odd := [p for p in told if p.get("type") != "text" or not isinstance(p.get("text"), str)]:
+            raise ValueError(f"a part of the type {odd[0].get('type')!r} is none that a model of text reads")
         return "".join(str(part["text"]) for part in told)
 
 

@@ -17,6 +17,7 @@ from deltaw.web.asked import ChatAsked, CompletionAsked
 from deltaw.web.keys import TooMuch
 
 FIELDS = CompletionAsked.model_fields.keys() | ChatAsked.model_fields.keys()
+MISTAKE = {"description": "What is wrong, and what to do.", "content": {"application/json": {}}}
 ROUTE = ": clients take /v1 as the end of their base_url."
 
 
