@@ -178,7 +178,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     known = names(cls)
     for key in values:
         if key not in known:
-            raise UserError(f"Unknown setting '{key}'.", where=where, remedy=nearest(key, known))
+            raise UserError(f"Unknown setting '{key}'.", where=where, remedy=nearest(str(key), known))
     try:
         return cls(**values)
     except ValidationError as e:

@@ -68,23 +68,24 @@ class Engine:
             self._compute(list(pieces))
         if planned:
             self.stepped(len({entry for sequence, _ in planned for entry in sequence.entries}))
-        if read >= self.chunk or said + bool(read) >= self.most:
+        if 2 * read >= self.chunk or said + bool(read) >= self.most:
             self.waiting.computed(read + SAID * said, monotonic() - began)
         return bool(planned)
 
     def plan(self) -> list[Piece]:
         """Who computes how many tokens, with pages for them: one of each answer, and of prompts as their turns come."""
         # With several tenants steps are shorter: whoever comes waits for the one under way.
-        planned, left = dict[Sequence, int](), self.chunk // (1 + (len(self.waiting.tenants.there) > 1)) or 1
+        left, blocked = self.chunk // (1 + (len(self.waiting.tenants.there) > 1)) or 1, False
+        planned = dict[Sequence, int]()
         for sequence in [each for each in self.running if each.pending == 1]:
             if sequence in self.running and self._room(sequence, 1):  # or it was sent back to wait
                 planned[sequence] = 1
         for sequence in self.waiting.turns([each for each in self.running if each.pending > 1]):
-            if not left or (count := self._part(sequence, left) if sequence not in planned else 0) is None:
-                break
-            if count:
-                planned[sequence] = count
-                left -= count
+            if left and sequence not in planned and (not blocked or sequence in self.running):
+                if count := self._part(sequence, left):
+                    planned[sequence] = count
+                    left -= count
+                blocked |= count is None
         for sequence in self.waiting.next(self.most):
             self.wardrobe.fetch(sequence.entries)
         return [piece for piece in planned.items() if piece[0] in self.running]
@@ -138,7 +139,8 @@ class Engine:
         share = self.most / len(self.waiting.tenants.there)
         places = Counter(each.tenant for each in self.running if share < self.most)  # one tenant has all of them
         most, taken = (places.most_common(1) or [("", 0)])[0]
-        if taken <= share or places[sequence.tenant] + 1 > share:
+        there = all(entry.state in ("ready", "waiting") for entry in sequence.entries)
+        if taken <= share or places[sequence.tenant] + 1 > share or not there:
             return False
         self._send_back([each for each in self.running if each.tenant == most][-1])
         return True

@@ -106,7 +106,8 @@ class Order:
         every, tenant, worn = (self.expected[who] for who in _whose(sequence))
         own = min(tenant, worn * _with(self.worn.get(sequence.tenant), sequence.names))
         ahead = min(every, own * _with(self.tenants, sequence.tenant))
-        return self.slack * (ahead + self._cost(sequence)) * self.seconds / self.done if self.done else 0.0
+        # Where nobody waits, nobody is refused.
+        return self.slack * (ahead + len(sequence.asked)) * self.seconds / self.done if ahead and self.done else 0.0
 
     def enter(self, sequence: Sequence) -> None:
         """One more waits."""
@@ -133,6 +134,7 @@ class Order:
         if sequence.expected:
             self.charge(sequence, len(sequence.asked) + self._bytes(sequence, but=1))
         self._expect(sequence, -sequence.expected)
+        sequence.passed = None  # it has had its turn
         self.take(sequence)
 
     def charge(self, sequence: Sequence, tokens: float) -> None:
@@ -144,12 +146,12 @@ class Order:
         """Its first token is said: whether in time tells how much later than reckoned others are to expect theirs."""
         if self.done and sequence.promised > self.seconds / self.done * self._cost(sequence):
             late = monotonic() - sequence.since > sequence.promised
-            self.slack = min(10.0, max(0.5, self.slack * exp(0.1 * (late - LATE))))
+            self.slack = min(4.0, max(0.5, self.slack * exp(0.1 * (late - LATE))))
 
     def gone(self, sequence: Sequence) -> None:
         """It has ended."""
         self._expect(sequence, -sequence.expected)
-        self.said += 0.05 * (len(sequence.said) - self.said)
+        self.said += 0.05 * (len(sequence.said) - self.said) * bool(sequence.said)
         self.tenants.go(sequence.tenant)
         self.worn[sequence.tenant].go(sequence.names)
         if not self.worn[sequence.tenant].there:
@@ -183,8 +185,7 @@ class Order:
 
     def next(self, count: int) -> list[Sequence]:
         """So many that are next, one of each tenant and of what it wears."""
-        now = monotonic()
-        return heapq.nsmallest(count, (q[0] for q in self.queues.values()), key=lambda each: self._rank(each, now))
+        return heapq.nsmallest(count, (q[0] for q in self.queues.values()), key=lambda s: self._rank(s, monotonic()))
 
     def check(self, running: Row[Sequence]) -> None:
         """Raise an AssertionError unless all who run and wait are counted, and nobody else."""

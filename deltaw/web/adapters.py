@@ -120,7 +120,7 @@ class Shelf:
             with suppress(KeyError):
                 if tenant.sees(BASE if name == self.hub.name else name):
                     card = self.card(name)
-                    yield card if tenant.rights.manage else {**card, "root": card["id"], "fault": None}
+                    yield card if tenant.rights.manage else {**card, "root": name, "base": self.hub.name, "fault": None}
 
     async def _do(self, work: Any) -> Any:
         return await asyncio.wrap_future(self.hub.service.do(work))

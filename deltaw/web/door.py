@@ -22,12 +22,11 @@ class Door:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let one in, or say why not, before anything of its body is read."""
         if scope["type"] == "http":
-            told = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
-            tenant = self.keys.of(told.removeprefix("Bearer "))
+            tenant = self.keys.of(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")[len("Bearer ") :])
             if tenant is None and scope["path"] not in OPEN:
                 return await Answer(fault(ASKS, "invalid_api_key"), 401)(scope, receive, send)
             scope.setdefault("state", {})["tenant"] = tenant
-            upload = scope["path"].endswith("/upload")
+            upload = scope["path"] == "/v1/adapters/upload" and tenant is not None and tenant.rights.manage
             receive = _counted(receive, 1e6 * (self.serving.upload_mb if upload else self.serving.body_mb))
         return await self.app(scope, receive, send)
 

@@ -100,11 +100,12 @@ class Keys:
         return self.all if given == self.own else self.tenants.get(given)
 
     def _read(self, path: Path) -> dict[str, Tenant]:
+        self.seen = path.stat().st_mtime_ns if path.exists() else 0  # before it is read: it may change meanwhile
         told, before, found = read_yaml(path), {t.name: t for t in self.tenants.values()}, dict[str, Tenant]()
-        self.seen = path.stat().st_mtime_ns
         for name, each in told.items():
-            if not isinstance(each, dict) or len(kept := str(each.pop("sha256", ""))) != 64 or not name:
-                raise UserError(f"The key '{name}' has no sha256.", where=str(path), remedy="Make it with deltaw key.")
+            kept = str(each.pop("sha256", "")).lower() if isinstance(each, dict) else ""
+            if len(kept) != 64 or None in (name, *each.values()):  # nothing must not mean all
+                raise UserError(f"The key '{name}' is not whole.", where=str(path), remedy="Make it with deltaw key.")
             rights = build(Rights, each, where=f"{path}: {name}")
             known = before.get(str(name))  # with what it has used up
             found[kept] = known if known and known.rights == rights else Tenant(str(name), rights)

@@ -41,7 +41,7 @@ class Metrics(Collector):
 
     def ended(self, persona: str, sequence: Sequence, first: float | None, finish: str) -> None:
         """An answer came to its end."""
-        persona = BLEND if len(sequence.worn) > 1 else persona
+        persona = BLEND if len(sequence.worn) > 1 else "".join(sequence.names) or persona
         self.requests.labels(persona, finish).inc()
         self.asked.labels(persona).inc(len(sequence.asked))
         self.said.labels(persona).inc(len(sequence.said))

@@ -191,20 +191,20 @@ def test_who_would_wait_too_long_is_told_to_come_again_and_others_shares_are_not
     for _ in range(50):
         order.computed(1000, 1.0)  # tokens a second
     order.said = 50.0
-    assert order.wait(asking("a", length=100, said=50)) == pytest.approx(0.2)
+    assert order.wait(asking("a", length=100, said=50)) == 0  # where nobody waits, nobody is refused
     crowd = [asking("a", length=100, said=50) for _ in range(40)]
     order.admit(crowd, 1.0)  # what is asked at once is one request, and its first token is that of its first answer
-    assert order.wait(crowd[0]) == pytest.approx(41 * 0.2)
+    assert order.wait(crowd[0]) == pytest.approx(40 * 0.2 + 0.1)
     with pytest.raises(Busy, match="again in 8 s") as told:
         order.admit([asking("a", length=100, said=50)], 1.0)
-    assert told.value.seconds == 8  # 7.2 more than 1
+    assert told.value.seconds == 8  # 7.1 more than 1
     assert order.expected[()] == 40 * 200
     other = asking("b", length=100, said=50)
-    assert order.wait(other) == pytest.approx(0.2)  # its share comes first
+    assert order.wait(other) == 0  # its share comes first
     order.admit([other], 1.0)
     for sequence in [*crowd, other]:
         order.enter(sequence)
-    assert order.wait(asking("b", length=100, said=50)) == pytest.approx(0.2 + 2 * 0.2)
+    assert order.wait(asking("b", length=100, said=50)) == pytest.approx(2 * 0.2 + 0.1)
     for sequence in [*crowd, other]:
         order.take(sequence)
         order.gone(sequence)
@@ -212,7 +212,7 @@ def test_who_would_wait_too_long_is_told_to_come_again_and_others_shares_are_not
 
 
 def test_promises_are_kept_however_wrong_the_reckoning_is(tiny):
-    """It takes three times as long as reckoned, give or take a half: after a while few promises are broken."""
+    """It takes two to three and a half times as long as reckoned: after a while few promises are broken."""
     order, rng = Engine(tiny, MEGABYTE, most=4).waiting, random.Random(0)
     order.computed(1000, 1.0)
     order.said = 50.0
@@ -221,14 +221,60 @@ def test_promises_are_kept_however_wrong_the_reckoning_is(tiny):
     for _ in range(600):
         sequence = asking("", length=100, said=50)
         order.admit([sequence])
-        takes = 2.2 * rng.uniform(2, 4)
+        takes = 2.1 * rng.uniform(2, 3.5)
         sequence.since = orders.monotonic() - takes
         late.append(takes > sequence.promised)
         order.heard(sequence)
         order._expect(sequence, -sequence.expected)
     assert sum(late[:10]) > 5
     assert 0 < sum(late[200:]) / 400 < 0.08
-    assert order.slack < 4.5
+    assert order.slack < 4
+
+
+@pytest.mark.parametrize(("who", "urgency"), [("a", -1), ("b", 0)])
+def test_a_prompt_that_is_half_read_goes_on_while_another_has_no_room(tiny, who, urgency):
+    """Two prompts that together take more than all pages: one waits, and nobody for ever."""
+    engine = Engine(tiny, 12 * 2 * 2 * 2 * 32 * 8 * 4, chunk=64)
+    assert engine.arena.count == 12
+    spoken = submitted(engine, asking("b", 1, length=4, said=20))
+    engine.step()
+    first = submitted(engine, asking("a", 2, length=340, said=4))
+    engine.step()
+    second = submitted(engine, asking(who, 3, length=340, said=4, urgency=urgency), asking("c", 4, said=3))
+    for _ in range(200):
+        engine.step()
+        engine.check_integrity()
+    assert [len(s.said) for s in (*spoken, *first, *second)] == [20, 4, 4, 3]
+
+
+def test_two_adapters_that_have_no_room_together_take_turns(tiny, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(engines, "monotonic", lambda: now[0])
+    engine = Engine(tiny, MEGABYTE // 2, most=4)
+    entries = [lora(tiny, name, rank=96) for name in ("one", "two")]
+    assert engine.arena.pages_for(entries[0].read().size_bytes) > engine.arena.count // 2
+    asked = submitted(engine, *(asking(seed=i, said=60, worn=[entry]) for i, entry in enumerate(entries)))
+    for _ in range(2000):
+        engine.step()
+        now[0] += 0.1
+        if not (engine.running or engine.waiting):
+            break
+    assert [len(s.said) for s in asked] == [60, 60]
+
+
+def test_no_place_is_taken_for_who_cannot_begin(tiny):
+    engine, gate = Engine(tiny, MEGABYTE, most=2), threading.Event()
+    adapter = lora(tiny, "slow")
+    slow = Entry("slow", b"slow", lambda: gate.wait(30) and adapter.read())
+    greedy = submitted(engine, *(asking("greedy", i, said=40) for i in range(2)))
+    engine.step()
+    modest = submitted(engine, asking("modest", 9, worn=[slow]))[0]
+    for _ in range(10):
+        engine.step()
+    assert [len(s.said) for s in greedy] == [11, 11]
+    gate.set()
+    begun(engine, [])
+    assert modest.said
 
 
 def test_expectations_add_up_whoever_asks_at_once(tiny):
@@ -244,7 +290,7 @@ def test_expectations_add_up_whoever_asks_at_once(tiny):
 
 def test_speed_is_that_of_steps_that_were_full_and_forgets_old_ones(tiny):
     engine = Engine(tiny, MEGABYTE, most=2, chunk=8)
-    submitted(engine, asking(length=4, said=3))
+    submitted(engine, asking(length=3, said=3))
     begun(engine, [])
     assert engine.waiting.done == 0  # one answer alone tells nothing
     submitted(engine, *(asking(seed=i) for i in range(4)))

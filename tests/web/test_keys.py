@@ -248,16 +248,19 @@ def test_who_would_wait_too_long_is_told_when_to_come_again(base, home):
         for _ in range(100):
             engine.waiting.computed(100, 1.0)  # tokens a second, as if it were slow
         assert http(url, "a").post("/v1/completions", json={**ASK, "model": "base"}).status_code == 200
+        waiting = {(): 300, ("a",): 300, ("a", ()): 300}
+        engine.waiting.expected.update(waiting)
         told = http(url, "a").post("/v1/completions", json={**ASK, "model": "base", "prompt": [5] * 300})
-        assert (told.status_code, told.headers["retry-after"]) == (503, "3")
-        assert "Ask again in 3 s" in told.json()["error"]["message"]
+        assert (told.status_code, told.headers["retry-after"]) == (503, "5")
+        assert "Ask again in 5 s" in told.json()["error"]["message"]
         with (
-            openai.OpenAI(base_url=f"{url}/v1", api_key="key-of-b", max_retries=0) as client,
+            openai.OpenAI(base_url=f"{url}/v1", api_key="key-of-a", max_retries=0) as client,
             pytest.raises(openai.InternalServerError, match="Ask again"),
         ):
             client.completions.create(model="base", prompt=[5] * 300, stream=True)
-        assert not engine.waiting.expected
-        assert 'deltaw_refused_total{key="a",why="Busy"} 1.0' in http(url, "boss").get("/metrics").text
+        assert engine.waiting.expected == waiting
+        engine.waiting.expected.clear()
+        assert 'deltaw_refused_total{key="a",why="Busy"} 2.0' in http(url, "boss").get("/metrics").text
 
 
 def test_health_tells_the_truth(base, home, monkeypatch):

@@ -118,6 +118,12 @@ class World:
             since, _, expected = self.versions[name][-1]
             self.versions[name][-1] = since, time.monotonic() + SEEN_SECONDS, expected
 
+    def revive(self):
+        """After a new beginning, what was taken down and has its file still is there again."""
+        with self.lock:
+            for versions in self.versions.values():
+                versions[-1] = versions[-1][0], float("inf"), versions[-1][2]
+
     def may(self, name, prompt, began):
         """The texts that may be answered to a prompt that was asked then."""
         with self.lock:
@@ -148,6 +154,7 @@ class Soak:
                 self.memory.append(self.server.memory())
             elif time.monotonic() > began + seconds / 6:
                 self.server.kill()
+                self.world.revive()
         self.over.set()
         for worker in workers:
             worker.join()
@@ -221,7 +228,9 @@ class Soak:
             self.world.new(name)
         else:
             with self.world.lock:
-                self.world.end(name)
+                # One that was taken down before its new file was seen is put up again when it is.
+                if kind != "taken down" or time.monotonic() - self.world.versions[name][-1][0] > SEEN_SECONDS:
+                    self.world.end(name)
             if kind == "gone":
                 path.unlink()
             elif kind == "cut":
