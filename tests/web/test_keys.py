@@ -140,8 +140,9 @@ def test_openais_client_is_told_to_wait_and_does(base, home):
                 [client.completions.create(**ask) for _ in range(40)]
             assert told.value.response.headers["retry-after"] == "1"
             began = time.monotonic()
-            client.with_options(max_retries=3).completions.create(**ask)
-            assert time.monotonic() - began > 0.4
+            for _ in range(3):  # of which there was less than one left, and one comes each second
+                client.with_options(max_retries=5).completions.create(**ask)
+            assert time.monotonic() - began > 1.5
 
 
 def test_what_one_key_asked_is_not_known_to_another_unless_that_is_said(base, home):
