@@ -158,7 +158,7 @@ class Order:
             del self.worn[sequence.tenant]
 
     def computed(self, tokens: int, seconds: float) -> None:
-        """A step with as much as fits into one computed so many tokens."""
+        """A step of a full batch, or with half as much of prompts as fits, computed so many tokens."""
         kept = exp(-seconds / RECENT_SECONDS)
         self.done, self.seconds = self.done * kept + tokens, self.seconds * kept + seconds
 

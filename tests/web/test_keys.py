@@ -124,9 +124,12 @@ def test_each_key_sees_its_own_personas_and_has_its_own_rights(base, home):
         for method, route in (("GET", "/metrics"), ("DELETE", "/v1/adapters/poet"), ("POST", "/v1/adapters")):
             assert one.request(method, route, json={"name": "x", "path": "y"}).status_code == 403
         assert one.post("/v1/adapters/upload", data={"name": "x"}, files={"files": b""}).status_code == 403
+        assert one.post("/v1/completions", json={**ASK, "model": "poet:0.123"}).status_code == 200
         text = http(url, "all").get("/metrics").text
-        assert 'deltaw_key_requests_total{key="one"} 1.0' in text
-        assert 'deltaw_key_tokens_total{key="one"} 7.0' in text
+        assert 'persona="poet"' in text
+        assert "0.123" not in text  # there is no end of weights
+        assert 'deltaw_key_requests_total{key="one"} 2.0' in text
+        assert 'deltaw_key_tokens_total{key="one"} 14.0' in text
         assert http(url, "all").delete("/v1/adapters/poet").status_code == 200
 
 
@@ -180,7 +183,14 @@ def test_a_file_of_keys_that_changes_counts_at_once_and_a_broken_one_changes_not
 
 
 @pytest.mark.parametrize(
-    "told", ["a: 3", "a: {personas: [b]}", "a: {sha256: '00'}", f"a: {{sha256: {'0' * 64}, x: 1}}"]
+    "told",
+    [
+        "a: 3",
+        f"a: {{sha256: {'0' * 64}, personas: }}",
+        "a: {personas: [b]}",
+        "a: {sha256: '00'}",
+        f"a: {{sha256: {'0' * 64}, x: 1}}",
+    ],
 )
 def test_a_file_that_says_something_else_is_a_mistake_with_its_place(tmp_path, told):
     (tmp_path / "keys.yaml").write_text(told)
@@ -207,7 +217,8 @@ def test_a_key_is_printed_once_and_only_its_hash_is_kept(tmp_path, capsys):
 
 
 def test_a_request_may_be_so_large_and_take_so_long(base, home):
-    with served(base, home, {"a": {"manage": True}}, body_mb=0.01, upload_mb=0.05, request_seconds=0.3) as (
+    told = {"a": {"manage": True}, "b": {}}
+    with served(base, home, told, body_mb=0.01, upload_mb=0.05, request_seconds=0.3) as (
         url,
         hub,
         _,
@@ -222,6 +233,7 @@ def test_a_request_may_be_so_large_and_take_so_long(base, home):
         assert not (home / "personas" / "x").exists()
         many["files"] = [("files", ("adapter.safetensors", b"0" * 30_000))]
         assert client.post("/v1/adapters/upload", **many).status_code == 400
+        assert http(url, "b").post("/v1/adapters/upload", **many).status_code == 413  # it may not, and sends no more
         step, gate = hub.service.engine.step, threading.Event()
         hub.service.engine.step = lambda: gate.wait(5) and step()
         told = client.post("/v1/completions", json={**ASK, "model": "base", "max_tokens": 50})
