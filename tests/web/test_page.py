@@ -453,6 +453,7 @@ def test_a_key_is_asked_for_when_the_server_wants_one_and_is_of_this_tab_only(ch
                 talk.page.get_by_role("button", name="Use it").click()
                 expect(talk.who()).to_have_value(hub.name)
                 expect(field).to_be_hidden()
+                talk.settings()
                 talk.ask("a")
                 assert talk.answer()
                 assert talk.page.evaluate("[localStorage.length, document.cookie, location.href]") == [0, "", f"{url}/"]
