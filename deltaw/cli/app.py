@@ -89,10 +89,6 @@ def run(arguments: Sequence[str]) -> int:
     try:
         _load(arguments)
         done: Any = application(arguments)(arguments, exit_on_error=False, print_error=False)
-    except UserError as e:
-        return _failed(e, errors, debug)
-    except CycloptsError as e:
-        return _failed(_usage(e), errors, debug)
     except KeyboardInterrupt:
         return Interrupted.code
     except BrokenPipeError:
@@ -101,8 +97,12 @@ def run(arguments: Sequence[str]) -> int:
         if isinstance(e.__context__, BrokenPipeError):  # rich's way to say it
             return _unread()
         raise
-    except OSError as e:
-        return _failed(_unwritable(e), errors, debug)
+    except (UserError, CycloptsError, OSError) as e:
+        if debug:
+            errors.print_exception()
+        told = _usage(e) if isinstance(e, CycloptsError) else _unwritable(e) if isinstance(e, OSError) else e
+        errors.print(panel(told))
+        return told.code
     return done if isinstance(done, int) else 0
 
 
@@ -137,21 +137,13 @@ def panel(error: UserError) -> Panel:
     return Panel(text, border_style="red", title=f"exit code {error.code}", title_align="right")
 
 
-def _failed(error: UserError, console: Console, debug: bool) -> int:
-    if debug:
-        console.print_exception()
-    console.print(panel(error))
-    return error.code
-
-
 def _usage(error: CycloptsError) -> UserError:
     """A mistake in the flags, in our words."""
     cause = error.__cause__
     while cause is not None and not isinstance(cause, Invalid):
         cause = cause.__cause__
-    if isinstance(error, ValidationError) and isinstance(cause, Invalid):
-        return UserError(complaint(cause), remedy="See --help.")
-    return UserError(str(error).strip().splitlines()[0], remedy="See --help.")
+    ours = cause if isinstance(error, ValidationError) else None
+    return UserError(complaint(ours) if ours else str(error).strip().splitlines()[0], remedy="See --help.")
 
 
 def _unwritable(error: OSError) -> UserError:
