@@ -20,14 +20,12 @@ def main() -> None:
 
 def _open_streams() -> None:
     """Make the standard streams able to take any text, and stand in for those that the caller closed."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        stream = getattr(sys, name)
-        if stream is None:
+    shown = "backslashreplace"
+    for name, mode, errors in (("stdin", "r", "replace"), ("stdout", "w", shown), ("stderr", "w", shown)):
+        if (stream := getattr(sys, name)) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 (for the whole process)
-        elif name == "stdin":
-            stream.reconfigure(errors="replace")
         else:
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=errors)
 
 
 if __name__ == "__main__":
