@@ -3,8 +3,6 @@
 And answers to given questions, for scripts and pipes.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import signal
@@ -12,31 +10,19 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
 
+from deltaw.api.chat import Chat, personas_of
 from deltaw.api.interrupt import interruptible
+from deltaw.api.persona import BASE, load, load_all, load_any
 from deltaw.cli.show import Flat, busy, grid, json_line, notice
 from deltaw.decode.sampling import Sampling, Talk
 from deltaw.errors import UserError
 from deltaw.settings import KEY, Machine, plain
 from deltaw.words import one_line, some
-
-if TYPE_CHECKING:
-    from deltaw.api.chat import Chat
-
-HELP = """/persona NAME   let another persona answer
-/personas       who there is
-/base           let the base answer
-/compare TEXT   everybody answers
-/system TEXT    begin anew, with this system prompt
-/reset          begin anew
-/retry          answer the last question once more, in another way
-/save FILE      add the conversation to a file of training rows
-/help           this
-/quit           leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
 def chat(*runs: str, base: str | None = None, url: str | None = None,
@@ -56,9 +42,6 @@ def chat(*runs: str, base: str | None = None, url: str | None = None,
     folder
         Folder of the run folders.
     """
-    from deltaw.api.chat import Chat, personas_of
-    from deltaw.api.persona import load_all, load_any
-
     alone = runs[0] if len(runs) == 1 else base if not runs else None
     with busy() as say:
         how = {**plain(machine or Machine()), "say": say}
@@ -75,7 +58,7 @@ def chat(*runs: str, base: str | None = None, url: str | None = None,
     for line in _lines(session, console):
         try:
             if line.startswith("/"):
-                if not _command(session, console, line):
+                if _command(session, console, line) is False:
                     break
             elif line.strip():
                 _answer(session, console, line)
@@ -102,15 +85,13 @@ def _lines(session: Chat, console: Console) -> Iterator[str]:
             console.print("\n/quit or Ctrl-D leaves.", style="dim")
 
 
-def _command(session: Chat, console: Console, line: str) -> bool:
+def _command(session: Chat, console: Console, line: str) -> bool | None:
     """Do what a line with a slash says; false: leave."""
     word, _, rest = line.partition(" ")
-    if word in ("/quit", "/exit"):
-        return False
-    if word not in DO:
+    known = {usage.partition(" ")[0]: act for usage, (_, act) in COMMANDS.items()}
+    if (act := known.get("/quit" if word == "/exit" else word)) is None:
         raise UserError(f"There is no command {word}.", remedy="/help lists what there is.")
-    DO[word](session, console, rest.strip())
-    return True
+    return act(session, console, rest.strip())
 
 
 def _persona(session: Chat, console: Console, name: str) -> None:
@@ -156,20 +137,22 @@ def _save(session: Chat, console: Console, name: str) -> None:
 
 
 def _help(_: Chat, console: Console, __: str) -> None:
-    console.print(HELP, markup=False)
+    console.print("\n".join(f"{usage:<15} {text}" for usage, (text, _) in COMMANDS.items()), markup=False)
 
 
-DO: dict[str, Callable[[Chat, Console, str], None]] = {
-    "/persona": _persona,
-    "/base": lambda session, console, _: _persona(session, console, "base"),
-    "/personas": _personas,
-    "/compare": _compare,
-    "/system": _system,
-    "/reset": lambda session, console, _: _system(session, console, ""),
-    "/retry": _retry,
-    "/save": _save,
-    "/help": _help,
+COMMANDS: dict[str, tuple[str, Callable[[Chat, Console, str], bool | None]]] = {
+    "/persona NAME": ("let another persona answer", _persona),
+    "/personas": ("who there is", _personas),
+    "/base": ("let the base answer", lambda session, console, _: _persona(session, console, BASE)),
+    "/compare TEXT": ("everybody answers", _compare),
+    "/system TEXT": ("begin anew, with this system prompt", _system),
+    "/reset": ("begin anew", lambda session, console, _: _system(session, console, "")),
+    "/retry": ("answer the last question once more, in another way", _retry),
+    "/save FILE": ("add the conversation to a file of training rows", _save),
+    "/help": ("this", _help),
+    "/quit": ("leave, as Ctrl-D does; Ctrl-C stops an answer", lambda *_: False),
 }
+"""How each is asked for, what it does, and what does it with what follows its name: false leaves."""
 
 
 def _answer(session: Chat, console: Console, question: str) -> None:
@@ -212,8 +195,6 @@ def generate(*questions: str, run: str | None = None, base: str | None = None, r
     json
         Print one JSON object a line.
     """
-    from deltaw.api.persona import load, load_any
-
     asked = list(questions) or [line.strip() for line in sys.stdin if line.strip()]
     if not asked:
         raise UserError("There is no question.", remedy='deltaw generate "What grows in the north field?"')
