@@ -10,17 +10,20 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from deltaw.api.combine import Combination, write
-from deltaw.api.search import Search
-from deltaw.api.search import search as candidates
+from deltaw.api import combine as several
+from deltaw.api import search as supernet
+from deltaw.api.evaluate import rows_of
+from deltaw.api.merge import home
+from deltaw.api.persona import load, load_all, locate
 from deltaw.cli.show import Flat, busy, facts
 from deltaw.errors import UserError
+from deltaw.files.runs import Run, digest, fresh
 from deltaw.settings import Machine, plain
 from deltaw.words import size
 
 
 def combine(*runs: str, out: Annotated[str, Parameter(name=["--out", "-o"])], base: str | None = None,
-            folder: Annotated[Path, Parameter(name="--runs")] = Path("runs"), chosen: Flat[Combination] = None,
+            folder: Annotated[Path, Parameter(name="--runs")] = Path("runs"), chosen: Flat[several.Combination] = None,
             machine: Flat[Machine] = None, json: bool = False) -> None:  # fmt: skip
     """Make one persona out of several, each times its weight; the result is a run like any other.
 
@@ -37,15 +40,13 @@ def combine(*runs: str, out: Annotated[str, Parameter(name=["--out", "-o"])], ba
     json
         Print one JSON object.
     """
-    from deltaw.api.persona import load_all
-
     names, weights = zip(*map(weighed, runs), strict=True) if runs else ((), ())
     if not names:
         raise UserError("There is nothing to combine.", remedy="deltaw combine poet:0.7 chef:0.3 -o both")
     with busy(json) as say:
         personas = load_all(names, folder, base, say=say, **plain(machine or Machine()))
         say("Combining")
-        file, lost = write(personas, weights, chosen or Combination(), out, folder)
+        file, lost = several.write(personas, weights, chosen or several.Combination(), out, folder)
     parts = [f"{w:g} × {persona.name}" for persona, w in zip(personas, weights, strict=True)]
     facts("Combined", {"from": ", ".join(parts), "written": f"{file} ({size(file.stat().st_size)})",
                        "left out": f"{lost:.2%} of the update, for which the rank is too low" if lost else "nothing"},
@@ -71,7 +72,7 @@ def weighed(said: str) -> tuple[str, float]:
 
 
 def search(run: str, file: Path, /, *, out: Annotated[str, Parameter(name=["--out", "-o"])],
-           chosen: Flat[Search] = None, base: str | None = None, runs: Path = Path("runs"),
+           chosen: Flat[supernet.Search] = None, base: str | None = None, runs: Path = Path("runs"),
            machine: Flat[Machine] = None, json: bool = False) -> None:  # fmt: skip
     """Find the best paths through a supernet within a budget, and keep them as a run; it goes on where it was stopped.
 
@@ -90,13 +91,7 @@ def search(run: str, file: Path, /, *, out: Annotated[str, Parameter(name=["--ou
     json
         Print one JSON object.
     """
-    from deltaw.api.evaluate import rows_of
-    from deltaw.api.merge import home
-    from deltaw.api.persona import load, locate
-    from deltaw.api.search import write
-    from deltaw.files.runs import Run, digest, fresh
-
-    made, chosen = fresh(out, runs, "-o."), chosen or Search()
+    made, chosen = fresh(out, runs, "-o."), chosen or supernet.Search()
     name, path = locate(run, runs)
     folder = home(path)
     rows = digest(file)
@@ -107,11 +102,11 @@ def search(run: str, file: Path, /, *, out: Annotated[str, Parameter(name=["--ou
     found = []
     with busy(json) as say:
         persona = load(str(path), runs, base, **plain(machine or Machine()), say=say)
-        for each in candidates(persona, rows_of(file, persona), chosen, log):
+        for each in supernet.search(persona, rows_of(file, persona), chosen, log):
             found.append(each)
             best = min(found, key=lambda m: m.perplexity)
             say(f"{len(found)} of {chosen.evaluations}: best perplexity {best.perplexity:.4g}")
-        adapter = write(persona, best.paths, made)
+        adapter = supernet.write(persona, best.paths, made)
     begun = min(found[: chosen.population], key=lambda m: m.perplexity)
     facts("Search", {
         "paths of": f"{name}, {len(found)} of them measured on {file}",

@@ -1,23 +1,21 @@
 """`deltaw eval`: scores of a persona on rows with right answers, and answers side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field
 from rich.console import Console
 
+from deltaw.api.evaluate import ONLY_TEXT, Report, evaluate
+from deltaw.api.persona import BASE, Persona, load_any
 from deltaw.cli.show import Flat, busy, grid, json_line, notice
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
+from deltaw.scoring.text import MEANINGS, Graded
 from deltaw.settings import Count, Machine, plain, settings
 from deltaw.words import some
 
-if TYPE_CHECKING:
-    from deltaw.api.evaluate import Report
-    from deltaw.scoring.text import Graded
 NO_ANSWERS = UserError("These metrics need no answers, so there are none to compare.", remedy="Leave --metrics out.")
 
 
@@ -51,10 +49,6 @@ def eval(run: str, file: Path, /, *, asked: Flat[Asked] = None, runs: Path = Pat
     json
         Print one JSON object.
     """
-    from deltaw.api.evaluate import ONLY_TEXT, evaluate
-    from deltaw.api.persona import BASE, Persona, load_any
-    from deltaw.scoring.text import MEANINGS
-
     asked = asked or Asked()
     with busy(json) as say:
         persona = load_any(run, runs, asked.base, say=say, **plain(machine or Machine()))

@@ -3,15 +3,18 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from deltaw.api.exchange import Packing, Target
+from deltaw.api import exchange as api
+from deltaw.api.merge import home, known_rows
+from deltaw.api.persona import load, load_base, locate
 from deltaw.cli.show import Flat, busy, differences, facts, notice
+from deltaw.files.runs import Run
 from deltaw.settings import Machine, plain
 from deltaw.words import size
 
 NAMES = {"peft": "peft", "vllm": "vllm", "ollama": "ollama", "gguf": "{name}.gguf", "gguf-lora": "{name}-lora.gguf"}
 
 
-def export(run: str | None = None, /, *, to: Target, out: Path | None = None, packing: Packing | None = None,
+def export(run: str | None = None, /, *, to: api.Target, out: Path | None = None, packing: api.Packing | None = None,
            base: str | None = None, runs: Path = Path("runs"), machine: Flat[Machine] = None,
            json: bool = False) -> None:  # fmt: skip
     """Write a persona for other tools, read it back, and compare both on the run's own data.
@@ -34,10 +37,6 @@ def export(run: str | None = None, /, *, to: Target, out: Path | None = None, pa
     json
         Print one JSON object.
     """
-    from deltaw.api.exchange import export as exported
-    from deltaw.api.merge import home, known_rows
-    from deltaw.api.persona import load, locate
-
     name, path = locate(run, runs)
     folder = home(path)
     with busy(json) as say:
@@ -45,7 +44,7 @@ def export(run: str | None = None, /, *, to: Target, out: Path | None = None, pa
         say(f"Exporting {name}")
         card = folder / "MODEL_CARD.md"
         examples = known_rows(folder)
-        done = exported(persona, to, out or folder / NAMES[to].format(name=name), packing, examples,
+        done = api.export(persona, to, out or folder / NAMES[to].format(name=name), packing, examples,
                         card.read_text(encoding="utf-8") if card.exists() else None)  # fmt: skip
     for text in done.notices:
         notice(text)
@@ -76,12 +75,8 @@ def bring(folder: Path, /, *, base: str, base_format: str = "", name: str | None
     json
         Print one JSON object.
     """
-    from deltaw.api.exchange import bring as brought
-    from deltaw.api.persona import load_base
-    from deltaw.files.runs import Run
-
     with busy(json) as say:
         loaded = load_base(base, **plain(machine or Machine()), say=say, base_format=base_format)
-        path = brought(folder, loaded, name or folder.resolve().name, runs)
+        path = api.bring(folder, loaded, name or folder.resolve().name, runs)
     rows = {"written": str(path), "talk to it": Run(path.parent.parent).command("chat")}
     facts(f"Imported {folder}", rows, json, {"adapter": str(path)})
