@@ -49,10 +49,8 @@ COMMANDS = {
     "inspect": "Say what a model, an adapter or a run is.",
     "doctor": "Say what this machine can do.",
 }
-HOMES = {"export": "deltaw.cli.exchange:export", "import": "deltaw.cli.exchange:bring",
-         "generate": "deltaw.cli.chat:generate", "quantize": "deltaw.cli.merge:quantize",
-         "search": "deltaw.cli.combine:search", "doctor": "deltaw.cli.inspect:doctor",
-         "key": "deltaw.cli.serve:key"}  # fmt: skip
+HOMES = {"key": "serve:key", "generate": "chat:generate", "search": "combine:search", "quantize": "merge:quantize",
+         "export": "exchange:export", "import": "exchange:bring", "doctor": "inspect:doctor"}  # fmt: skip
 """Where a command is that is not in a file of its name."""
 
 
@@ -68,7 +66,7 @@ def application(arguments: Sequence[str]) -> App:
             inner.command("deltaw.cli.data:check", name="check", help="Look at rows; nothing is trained.")
             app.command(inner)
         elif name != "train":
-            app.command(HOMES.get(name, f"deltaw.cli.{name}:{name}"), name=name, help=text)
+            app.command(f"deltaw.cli.{HOMES.get(name, f'{name}:{name}')}", name=name, help=text)
         elif list(arguments[:1]) == [name]:
             from deltaw.cli.train import register
 
