@@ -6,7 +6,7 @@ Personas of a server elsewhere are asked as OpenAI's clients ask.
 import json
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -19,6 +19,7 @@ from deltaw.api.persona import BASE, Conversation, Persona, addressed
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError, explained, nearest
 from deltaw.files.atomic import write_text
+from deltaw.settings import plain
 
 ANSWER_SECONDS = 600
 
@@ -74,10 +75,9 @@ class Remote:
         Raises:
             UserError: the server refuses, or is gone.
         """
+        drawn = plain(sampling)
         asked = {"model": self.model, "messages": addressed("", conversation), "stream": True,
-                 "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
-                 "min_p": sampling.min_p, "seed": sampling.seed, "repetition_penalty": sampling.repetition_penalty,
-                 "max_tokens": sampling.max_new_tokens}  # fmt: skip
+                 "max_tokens": drawn.pop("max_new_tokens"), **drawn}  # fmt: skip
         with self.server.open("/v1/chat/completions", asked) as f:
             for line in f:
                 if heard is not None and not heard():
@@ -108,15 +108,13 @@ def personas_of(url: str, names: Sequence[str] = (), key: str = "") -> list[Remo
              for c in cards}  # fmt: skip
     if lost := next((name for name in names if name not in there), None):
         raise UserError(f"There is no persona '{lost}' there.", where=url, remedy=nearest(lost, there))
-    base = next(iter(there.values()))
-    return [there[name] for name in dict.fromkeys(names)] or [base, *(r for r in there.values() if r is not base)]
+    return [there[name] for name in dict.fromkeys(names)] or list(there.values())
 
 
 def _message(body: bytes) -> str:
-    try:
+    with suppress(ValueError, KeyError, TypeError):
         return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return ""
+    return ""
 
 
 class Chat:

@@ -145,7 +145,7 @@ def test_one_talks_with_a_server_as_with_ones_own_personas(personas, monkeypatch
         ]
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
         (personas / "talk.jsonl").unlink(missing_ok=True)
-        assert run(["chat", *arguments, "--temperature", "0", "--max-new-tokens", "9"]) == 0
+        assert run(["chat", *arguments, "--temperature=0", "--max-new-tokens=9", "--frequency-penalty=2"]) == 0
         return capsys.readouterr().out, json.loads((personas / "talk.jsonl").read_text())
 
     there = talk("chef", "poet", "--url", server.url)
