@@ -97,11 +97,10 @@ def write(personas: Sequence[Persona], weights: Sequence[float], chosen: Combina
 
 def built(pairs: Mapping[str, Pair], model: Decoder) -> Adapter:
     """A LoRA with these matrices, and no scale."""
-    ranks = {name: len(A_RI) for name, (A_RI, _) in pairs.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    other = {re.escape(name): r for name, r in ranks.items() if r != rank}
-    lora = method("lora", targets=",".join(map(re.escape, pairs)), rank=rank, alpha=float(rank), rank_pattern=other,
-                  alpha_pattern={name: float(r) for name, r in other.items()})  # fmt: skip
+    rank = Counter(len(A_RI) for A_RI, _ in pairs.values()).most_common(1)[0][0]
+    other = {re.escape(name): len(A_RI) for name, (A_RI, _) in pairs.items() if len(A_RI) != rank}
+    lora = method("lora", targets=",".join(map(re.escape, pairs)), rank=rank, alpha=rank, rank_pattern=other,
+                  alpha_pattern=other)  # fmt: skip
     tensors = {f"{name}.{part}": t for name, pair in pairs.items() for part, t in zip("AB", pair, strict=True)}
     return filled(lora, model, tensors, "")
 
