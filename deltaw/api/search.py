@@ -72,10 +72,9 @@ def search(persona: Persona, batches: Sequence[Batch], chosen: Search, log: Path
     rng, known = random.Random(chosen.seed), _known(log)
     found: list[Measured] = []
     while len(found) < chosen.evaluations:
-        best = sorted(found, key=lambda m: m.perplexity)[: chosen.parents]
+        best = sorted(found, key=lambda m: m.perplexity)[: chosen.parents if chosen.evolve else 0]
         for i in range(min(chosen.population, chosen.evaluations - len(found))):
-            bred = best if chosen.evolve else []
-            paths = _legal(bred, i, deltas, chosen, rng, {m.paths for m in found})
+            paths = _legal(best, i, deltas, chosen, rng, {m.paths for m in found})
             key, size = "|".join("/".join(path) for path in paths), numbers(deltas, paths)
             if key not in known:
                 value = measure(persona, deltas, paths, batches)
