@@ -23,6 +23,7 @@ from deltaw.data.encode import Encoded, Lost, encode_all, encode_each
 from deltaw.data.rows import Example
 from deltaw.data.store import Rows
 from deltaw.errors import UserError
+from deltaw.evaluate.measure import prompt_ids
 from deltaw.files.runs import FORMAT, digest
 from deltaw.scoring.loss import batch_loss
 from deltaw.settings import Training
@@ -177,19 +178,16 @@ def question(loaded: Loaded, base: Base, settings: Training) -> Question | None:
     """What is asked to be looked at: what the user gave, or the first of the validation rows, or of the rows."""
     if base.tokenizer.template is None:
         return None
+    asked = next((row for row in loaded.val if row.answer and row.prompt), loaded.asked)
     if settings.sample is not None:
-        turns: tuple[dict[str, str], ...] = ({"role": "user", "content": settings.sample},)
-        expected = ""
-    else:
-        asked = next((row for row in loaded.val if row.answer and row.prompt), loaded.asked)
-        if asked is None:
-            return None
-        turns, expected = asked.prompt, asked.answer
-    ids = base.tokenizer.encode(base.tokenizer.chat(turns, prompt=True))
+        asked = Example(({"role": "user", "content": settings.sample},))
+    if asked is None:
+        return None
+    ids = prompt_ids(asked, base.tokenizer)
     _check_ids(ids, base, "")
     if len(ids) + SAMPLE_TOKENS > base.model.context:
         return None  # as long as this, it shows nothing at a glance
-    return Question(turns[-1]["content"], tuple(ids), expected)
+    return Question(asked.prompt[-1]["content"], tuple(ids), asked.answer)
 
 
 def packing(settings: Training, method: Method) -> str:
