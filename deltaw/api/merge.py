@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -169,10 +169,9 @@ def known_rows(folder: Path) -> Sequence[Example]:
         return ()
     files = (split_weight(str(f))[0] for f in run.read_config()["data"])
     file = next((f for f in files if f.exists()), None)
-    try:
+    with suppress(UserError):  # no reason not to write what was trained
         return tuple(islice(stream(file), CHECK_ROWS)) if file else ()
-    except UserError:  # no reason not to write what was trained
-        return ()
+    return ()
 
 
 def check_batches(persona: Persona, examples: Sequence[Example]) -> list[Batch]:
