@@ -68,7 +68,7 @@ def search(persona: Persona, batches: Sequence[Batch], chosen: Search, log: Path
     Raises:
         UserError: the adapter is no supernet, or nothing fits the budget.
     """
-    deltas = [delta for _, delta in _supernet(persona).named_deltas() if isinstance(delta, General)]
+    deltas = list(_supernet(persona)[2].values())
     rng, known = random.Random(chosen.seed), _known(log)
     found: list[Measured] = []
     while len(found) < chosen.evaluations:
@@ -92,20 +92,19 @@ def numbers(deltas: Sequence[General], paths: Candidate) -> int:
 
 def write(persona: Persona, paths: Candidate, run: Run) -> Path:
     """Save the supernet by these paths, without all that they do not use, as a run: its file."""
-    supernet = _supernet(persona)
-    named = [(name, delta) for name, delta in supernet.named_deltas() if isinstance(delta, General)]
-    told = {name: "/".join(path) for (name, _), path in zip(named, paths, strict=True)}
-    along = {name: delta.along(path) for (name, delta), path in zip(named, paths, strict=True)}
-    assert isinstance(supernet.method, glora.GLoRA)
-    taken = supernet.like(replace(supernet.method, supernet=False, paths=told), along)
+    supernet, method, layers = _supernet(persona)
+    told = {name: "/".join(path) for name, path in zip(layers, paths, strict=True)}
+    along = {name: delta.along(path) for (name, delta), path in zip(layers.items(), paths, strict=True)}
+    taken = supernet.like(replace(method, supernet=False, paths=told), along)
     return kept(taken, persona.base.header(taken, persona.system), run)
 
 
-def _supernet(persona: Persona) -> Adapter:
+def _supernet(persona: Persona) -> tuple[Adapter, glora.GLoRA, dict[str, General]]:
+    """The adapter, its method, and what it has at each layer."""
     adapter = persona.adapter
-    if adapter is None or not getattr(adapter.method, "supernet", False):
+    if adapter is None or not isinstance(adapter.method, glora.GLoRA) or not adapter.method.supernet:
         raise UserError(f"'{persona.name}' is no supernet.", remedy="Train one: --method glora --supernet.")
-    return adapter
+    return adapter, adapter.method, {n: delta for n, delta in adapter.named_deltas() if isinstance(delta, General)}
 
 
 def _known(log: Path) -> dict[str, float]:
