@@ -29,9 +29,9 @@ BASE = "base"
 MOST_THREADS = 8
 """For each core: more only wait for one another."""
 Conversation = str | Sequence[Message]
+"""A question, or the turns so far."""
 Pair = tuple[Tensor, Tensor]
 """A_RI and B_OR, whose product B A is an update."""
-"""A question, or the turns so far."""
 
 
 @dataclass(frozen=True)
@@ -207,11 +207,10 @@ def load_all(names: Sequence[str], runs_folder: Path = runs.RUNS, base: str | No
     """
     found = [locate(name, runs_folder) for name in names] or [locate(None, runs_folder)]
     header = adapters.read_header(found[0][1])
-    trained_on = header.base
-    if base is None and Path(trained_on).is_absolute() and not Path(trained_on).exists():
-        raise UserError("The base model is not where this adapter was trained on it.", where=trained_on,
+    if base is None and Path(header.base).is_absolute() and not Path(header.base).exists():
+        raise UserError("The base model is not where this adapter was trained on it.", where=header.base,
                         remedy="Say where it is now: --base PATH.")  # fmt: skip
-    bare_base = Persona(BASE, load_base(base or trained_on, base_format=header.base_format, **how))
+    bare_base = Persona(BASE, load_base(base or header.base, base_format=header.base_format, **how))
     return [bare_base.wearing(name, path) for name, path in found]
 
 
