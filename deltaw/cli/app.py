@@ -89,12 +89,10 @@ def run(arguments: Sequence[str]) -> int:
         done: Any = application(arguments)(arguments, exit_on_error=False, print_error=False)
     except KeyboardInterrupt:
         return Interrupted.code
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as e:
+        if isinstance(e, SystemExit) and not isinstance(e.__context__, BrokenPipeError):  # rich says it so
+            raise
         return _unread()
-    except SystemExit as e:
-        if isinstance(e.__context__, BrokenPipeError):  # rich's way to say it
-            return _unread()
-        raise
     except (UserError, CycloptsError, OSError) as e:
         if debug:
             errors.print_exception()
