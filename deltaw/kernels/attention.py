@@ -6,13 +6,13 @@ torch is the reference of both.
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deltaw.kernels.library import LANES, PLAIN, function
+from deltaw.kernels.library import AT, COUNT, FLAG, LANES, NUMBER, PLAIN, fields, function
 
 TENSORS = ("q", "k", "v", "out", "lse", "dout", "dq", "dk", "dv", "spans")
 SIDE = 32
@@ -22,11 +22,8 @@ SIDE = 32
 class Flat(ctypes.Structure):
     """What there is to attend to in documents, as C has it."""
 
-    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
-        *((name, ctypes.c_void_p) for name in TENSORS),
-        *((name, ctypes.c_int64) for name in ("documents", "tokens", "heads", "kv_heads", "size", "window")),
-        ("scale", ctypes.c_float), ("bf16", ctypes.c_int32), ("threads", ctypes.c_int32),
-    ]  # fmt: skip
+    _fields_ = fields((AT, " ".join(TENSORS)), (COUNT, "documents tokens heads kv_heads size window"),
+                      (NUMBER, "scale"), (FLAG, "bf16 threads"))  # fmt: skip
 
 
 def attend(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, spans: Sequence[tuple[int, int, int, int]], scale: float,
@@ -90,11 +87,8 @@ class Run(NamedTuple):
 class Paged(ctypes.Structure):
     """What there is to attend to in pages, as C has it."""
 
-    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "pages", "spans", "table")),
-        *((name, ctypes.c_int64) for name in ("sequences", "heads", "kv_heads", "size", "window", "page", "most")),
-        ("scale", ctypes.c_float), ("bf16", ctypes.c_int32), ("threads", ctypes.c_int32),
-    ]  # fmt: skip
+    _fields_ = fields((AT, "q k v out pages spans table"), (COUNT, "sequences heads kv_heads size window page most"),
+                      (NUMBER, "scale"), (FLAG, "bf16 threads"))  # fmt: skip
 
 
 class Book:

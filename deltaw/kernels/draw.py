@@ -3,12 +3,12 @@
 import ctypes
 import math
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from deltaw.kernels.library import PLAIN, function
+from deltaw.kernels.library import AT, COUNT, PLAIN, WIDE, fields, function
 
 COLD = 1e-3
 """Below this temperature only the likeliest token has any probability left."""
@@ -27,10 +27,7 @@ class Draw(NamedTuple):
 class Row(ctypes.Structure):
     """A row of logits and its draw, as C has it."""
 
-    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
-        ("logits", ctypes.c_void_p), ("bf16", ctypes.c_int64), ("top_k", ctypes.c_int64),
-        *((name, ctypes.c_double) for name in ("temperature", "top_p", "min_p", "number")), ("token", ctypes.c_int64),
-    ]  # fmt: skip
+    _fields_ = fields((AT, "logits"), (COUNT, "bf16 top_k"), (WIDE, "temperature top_p min_p number"), (COUNT, "token"))
 
 
 def drawn(rows: Sequence[Tensor], draws: Sequence[Draw]) -> list[int]:

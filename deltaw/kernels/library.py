@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from deltaw.errors import UserError
 REFERENCE = "reference"
 """What is used where nothing native is: torch."""
 CHOICE = "DELTAW_ISA"
-AT, COUNT, FLAG, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+AT, COUNT, FLAG, NUMBER, WIDE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double
 ARGUMENTS = {
     "unpack": [AT, AT, FLAG, FLAG],
     "multiply": [AT, AT, AT, FLAG, FLAG, FLAG],
@@ -39,6 +40,11 @@ PLAIN = (torch.float32, torch.bfloat16)
 """What plain numbers may be stored as."""
 LANES = 16
 """Numbers that are taken at once: widths are whole numbers of them, or torch does the work."""
+
+
+def fields(*kinds: tuple[Any, str]) -> Sequence[tuple[str, Any]]:
+    """What a structure of C holds, in order: names, after the kind that they are of."""
+    return [(name, kind) for kind, names in kinds for name in names.split()]
 
 
 @lru_cache

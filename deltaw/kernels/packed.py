@@ -7,13 +7,12 @@ stored as two and one, each packed by itself, so that no code lies across a byte
 import ctypes
 import math
 import threading
-from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from deltaw.kernels.library import LANES, function
+from deltaw.kernels.library import AT, COUNT, FLAG, LANES, fields, function
 
 FEW = 8
 """Rows up to which reading the codes takes longer than the products do."""
@@ -50,11 +49,7 @@ class Layout(NamedTuple):
 class Matrix(ctypes.Structure):
     """A layout as C has it."""
 
-    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
-        *((name, ctypes.c_void_p) for name in TENSORS),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "block")),
-        *((name, ctypes.c_int32) for name in ("width", "scale_kind", "offset_kind")),
-    ]
+    _fields_ = fields((AT, " ".join(TENSORS)), (COUNT, "rows columns block"), (FLAG, "width scale_kind offset_kind"))
 
 
 class Native:

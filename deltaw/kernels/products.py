@@ -2,13 +2,13 @@
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltaw.kernels.library import function
+from deltaw.kernels.library import AT, COUNT, FLAG, fields, function
 
 FEWEST_ROWS = 16
 """Fewer are left to torch, unless each b is a matrix that was turned: else all of it would be laid for them."""
@@ -19,20 +19,13 @@ Product = tuple[Tensor, Tensor]
 class Part(ctypes.Structure):
     """One product, as C has it."""
 
-    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
-        ("a", ctypes.c_void_p), ("b", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("across", "stride", "depth", "turned")),
-    ]  # fmt: skip
+    _fields_ = fields((AT, "a b"), (COUNT, "across stride depth turned"))
 
 
 class Sum(ctypes.Structure):
     """What is summed, and where to."""
 
-    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
-        ("parts", ctypes.c_void_p), ("c", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("count", "rows", "columns", "ld")),
-        ("onto", ctypes.c_int32), ("threads", ctypes.c_int32),
-    ]  # fmt: skip
+    _fields_ = fields((AT, "parts c"), (COUNT, "count rows columns ld"), (FLAG, "onto threads"))
 
 
 def summed(products: Sequence[Product], onto: Tensor | None = None, to: Tensor | None = None,

@@ -2,14 +2,13 @@
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from deltaw.kernels import worn
 from deltaw.kernels.attention import Paged
-from deltaw.kernels.library import function
+from deltaw.kernels.library import AT, COUNT, FLAG, WIDE, fields, function
 
 KINDS = ("norm", "product", "add", "turn", "paged", "gated", "wear")
 
@@ -17,27 +16,20 @@ KINDS = ("norm", "product", "add", "turn", "paged", "gated", "wear")
 class Op(ctypes.Structure):
     """One call, as C has it."""
 
-    _fields_: ClassVar[Sequence[tuple[str, Any]]] = [
-        ("kind", ctypes.c_int64), ("at", ctypes.c_void_p * 5), ("sizes", ctypes.c_int64 * 4),
-        ("number", ctypes.c_double),
-    ]  # fmt: skip
+    _fields_ = fields((COUNT, "kind"), (AT * 5, "at"), (COUNT * 4, "sizes"), (WIDE, "number"))
 
 
 class Angles(ctypes.Structure):
     """By what pairs are turned, as C has it."""
 
-    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
-        ("cosine", ctypes.c_void_p), ("sine", ctypes.c_void_p), ("width", ctypes.c_int64),
-    ]  # fmt: skip
+    _fields_ = fields((AT, "cosine sine"), (COUNT, "width"))
 
 
 class Program(ctypes.Structure):
     """A list of calls, and what is another for every step, as C has them."""
 
-    _fields_: ClassVar[Sequence[tuple[str, Any]]] = [
-        ("ops", ctypes.c_void_p), ("count", ctypes.c_int64), ("rows", ctypes.c_int64), ("angles", Angles * 2),
-        ("paged", Paged), ("worn", worn.Call), ("threads", ctypes.c_int32),
-    ]  # fmt: skip
+    _fields_ = fields((AT, "ops"), (COUNT, "count rows"), (Angles * 2, "angles"), (Paged, "paged"), (worn.Call, "worn"),
+                      (FLAG, "threads"))  # fmt: skip
 
 
 class Calls:
@@ -50,8 +42,8 @@ class Calls:
     def tell(self, kind: str, *tensors: Tensor, sizes: Sequence[int] = (), number: float = 0.0) -> None:
         """Add a call of this kind. Its tensors are held; what sizes mean is said in native/program.cpp."""
         self.held += tensors
-        places = (ctypes.c_void_p * 5)(*(t.data_ptr() for t in tensors))
-        self.told.append(Op(KINDS.index(kind), places, (ctypes.c_int64 * 4)(*sizes), number))
+        places = (AT * 5)(*(t.data_ptr() for t in tensors))
+        self.told.append(Op(KINDS.index(kind), places, (COUNT * 4)(*sizes), number))
 
     def make(self, rows: int, angles: Sequence[Tensor], seen: Mapping[str, int],
              wear: Mapping[str, int]) -> None:  # fmt: skip

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltaw.kernels.library import PLAIN, function
+from deltaw.kernels.library import AT, COUNT, FLAG, NUMBER, PLAIN, fields, function
 from deltaw.kernels.products import Product, summed
 
 LAYOUT = "panels-summed"
@@ -108,23 +108,20 @@ def _panels(B_RO: Tensor, dtype: torch.dtype) -> Tensor:
 class Group(ctypes.Structure):
     """Rows that wear the same, as C has it."""
 
-    _fields_: ClassVar[Sequence[tuple[str, type]]] = [(n, ctypes.c_int64) for n in ("start", "stop", "first", "last")]
+    _fields_ = fields((COUNT, "start stop first last"))
 
 
 class Each(ctypes.Structure):
     """An adapter and its weight, as C has it."""
 
-    _fields_: ClassVar[Sequence[tuple[str, type]]] = [("adapter", ctypes.c_void_p), ("weight", ctypes.c_float)]
+    _fields_ = fields((AT, "adapter"), (NUMBER, "weight"))
 
 
 class Call(ctypes.Structure):
     """What is worn at one layer, as C has it."""
 
-    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
-        *((name, ctypes.c_void_p) for name in ("x", "y", "groups", "each")),
-        *((name, ctypes.c_int64) for name in ("count", "layer", "inputs", "outputs", "x_across", "y_across")),
-        ("bf16", ctypes.c_int32), ("threads", ctypes.c_int32),
-    ]  # fmt: skip
+    _fields_ = fields((AT, "x y groups each"), (COUNT, "count layer inputs outputs x_across y_across"),
+                      (FLAG, "bf16 threads"))  # fmt: skip
 
 
 class Rows(NamedTuple):
