@@ -17,7 +17,7 @@ PARTIAL, STALE_SECONDS = ".deltaw-partial-", 86_400
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a path to write to; what was written takes the place of `path` only if the block ends without an error."""
-    with _told_of(path), _parents(path):
+    with _leading_to(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
         os.close(handle)
         scratch = Path(name)
@@ -39,7 +39,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             if time.time() - litter.stat().st_mtime > STALE_SECONDS:  # of a process that was killed
                 shutil.rmtree(litter, ignore_errors=True)
-    with _told_of(path), _parents(path):
+    with _leading_to(path):
         scratch = Path(tempfile.mkdtemp(dir=home, prefix=f".{path.name}{PARTIAL}"))
         try:
             yield scratch
@@ -54,25 +54,19 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _parents(path: Path) -> Iterator[None]:
-    """Make the folders above a path; those that were made go again if nothing is written."""
+def _leading_to(path: Path) -> Iterator[None]:
+    """Make the folders above a path; those that were made go again if nothing is written.
+
+    Errors name the path that was asked for, and not the one written beside it.
+    """
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield
-    except BaseException:
+    except BaseException as e:
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()
-        raise
-
-
-@contextmanager
-def _told_of(path: Path) -> Iterator[None]:
-    """Errors name the path that was asked for, and not the one written beside it."""
-    try:
-        yield
-    except Exception as e:
         if not isinstance(e, OSError) and (number := _refused(e)):
             raise OSError(number, os.strerror(number), str(path)) from e
         said = Path(os.fsdecode(getattr(e, "filename", None) or "")).parts
@@ -98,7 +92,7 @@ def disk_is_full(error: Exception) -> bool:
     return (getattr(error, "errno", None) or _refused(error)) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _refused(error: Exception) -> int:
+def _refused(error: BaseException) -> int:
     """What the system said to safetensors, which has an error of its own and tells it only in words; 0: nothing."""
     said = re.search(r"\(os error (\d+)\)", str(error))
     return int(said[1]) if said else 0
