@@ -1,5 +1,6 @@
-"""What PEFT and mlx-lm write beside their tensors, checked: done or refused, never passed over."""
+"""Folders of PEFT and mlx-lm: what stands beside the tensors is done or refused, never passed over."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import field
@@ -10,10 +11,12 @@ import torch
 from pydantic import Field, StrictBool, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, contiguous_format
 
 from deltaw.errors import UserError, explained
+from deltaw.files.adapters import refuse_nan
+from deltaw.files.atomic import replacing, write_text
 from deltaw.models.checkpoint import read_json
 from deltaw.settings import Count, complaint
 
@@ -45,6 +48,21 @@ class Said:
     alpha_pattern: dict[str, Alpha] = field(default_factory=dict)
     target_modules: list[str] | str = ""
     modules_to_save: list[str] = field(default_factory=list)
+
+
+def write(folder: Path, kind: str, base: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors, and a configuration of this kind of adapter, as PEFT has them.
+
+    Raises:
+        Diverged: a value is not finite.
+    """
+    # Cloned, as layers may have one matrix together, and a file may not.
+    own = {name: t.detach().cpu().clone(memory_format=contiguous_format) for name, t in tensors.items()}
+    refuse_nan(own)
+    told = {"peft_type": kind, "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True}
+    with replacing(folder / WEIGHTS) as scratch:
+        save_file(own, scratch, metadata={"format": "pt"})
+    write_text(folder / CONFIG, json.dumps(told | {**config}, indent=2) + "\n")
 
 
 def raw(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -6,7 +6,6 @@ A folder of `adapter_config.json` and `adapter_model.safetensors`. What a key of
 or refused, never passed over; and a tensor that finds no layer, or a B that is all zero, is an error.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,18 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, contiguous_format
+from torch import Tensor
 from torch.nn.functional import pad
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.adapters.protocol import HEAD
 from deltaw.adapters.whole import PART, Whole
 from deltaw.errors import UserError
-from deltaw.files import peft_prefix
-from deltaw.files.adapters import filled, refuse_nan
-from deltaw.files.atomic import replacing, write_text
-from deltaw.files.foreign import CONFIG, WEIGHTS, Said, raw, understood
+from deltaw.files import foreign, peft_prefix
+from deltaw.files.adapters import filled
+from deltaw.files.foreign import CONFIG, Said, raw, understood
 from deltaw.methods import method
 from deltaw.methods.lora import first
 from deltaw.models.checkpoint import get, read_json
@@ -87,19 +84,13 @@ def write(adapter: Adapter, model: Decoder, base: str, folder: Path, uniform: bo
         tensors[f"{PREFIX}lm_head.weight"] = tensors[f"{PREFIX}{_hf('embed_tokens')}.weight"].clone()
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": rank, "lora_alpha": _whole(alpha), "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
         "use_rslora": False, "use_dora": gains, "target_modules": _short(list(ranks), model),
         "rank_pattern": {_hf(n): r for n, r in ranks.items() if r != rank},
         "alpha_pattern": {_hf(n): _whole(a) for n, a in alphas.items() if a != alpha},
         "modules_to_save": [*map(_hf, saved), *(["lm_head"] if tied else [])] or None, "ensure_weight_tying": tied,
     }  # fmt: skip
-    # Cloned, as layers may have one matrix together, and a file may not.
-    tensors = {name: t.detach().cpu().clone(memory_format=contiguous_format) for name, t in tensors.items()}
-    refuse_nan(tensors)
-    with replacing(folder / WEIGHTS) as scratch:
-        save_file(tensors, scratch, metadata={"format": "pt"})
-    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    foreign.write(folder, "LORA", base, config, tensors)
 
 
 def _known(form: Affine | None, name: str) -> Affine:

@@ -1,17 +1,15 @@
 """Prefixes in the format of PEFT: one matrix of P rows, each with K and V of every layer."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.errors import UserError
-from deltaw.files.adapters import filled, refuse_nan
-from deltaw.files.atomic import replacing, write_text
+from deltaw.files import foreign
+from deltaw.files.adapters import filled
 from deltaw.files.foreign import CONFIG, WEIGHTS
 from deltaw.methods import method
 from deltaw.methods.prefix_tuning import Prefix
@@ -38,14 +36,9 @@ def write(adapter: Adapter, model: Decoder, base: str, folder: Path) -> None:
         if not delta.before:
             raise UserError("PEFT knows no prefix behind a gate.", remedy="Train without --gate to go there.")
         pairs.append(torch.stack(delta.pair(), 1))
-    tensors = {KEY: torch.stack(pairs, 1).flatten(1).detach().cpu().contiguous()}
-    refuse_nan(tensors)
-    config = {"peft_type": KIND, "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-              **_shape(c, len(tensors[KEY])), "prefix_projection": False,
-              "num_transformer_submodules": 1}  # fmt: skip
-    with replacing(folder / WEIGHTS) as scratch:
-        save_file(tensors, scratch, metadata={"format": "pt"})
-    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    rows_PX = torch.stack(pairs, 1).flatten(1)
+    config = {**_shape(c, len(rows_PX)), "prefix_projection": False, "num_transformer_submodules": 1}
+    foreign.write(folder, KIND, base, config, {KEY: rows_PX})
 
 
 def _shape(c: ModelConfig, tokens: int) -> dict[str, int]:
