@@ -113,20 +113,18 @@ def lay(rows: Sequence[Encoded], share: bool = True) -> Batch:
                  sum(row.targets for row in rows), sum(len(row.ids) for row in rows))  # fmt: skip
 
 
-def _groups(rows: Sequence[Encoded]) -> Iterator[tuple[list[Encoded], int]]:
+def _groups(rows: Sequence[Encoded]) -> list[tuple[list[Encoded], int]]:
     """Neighbours that share a stem, and its length; a row joins if the group then saves no less than before."""
-    group, stem = list[Encoded](), 0
+    groups = list[tuple[list[Encoded], int]]()
     for row in rows:
+        group, stem = groups[-1] if groups else ([], 0)
         common = _common(group[-1], row, stem if len(group) > 1 else None) if group else 0
         if group and len(group) * common > (len(group) - 1) * stem:
             group.append(row)
-            stem = common
+            groups[-1] = group, common
         else:
-            if group:
-                yield group, stem
-            group, stem = [row], 0
-    if group:
-        yield group, stem
+            groups.append(([row], 0))
+    return groups
 
 
 def _common(a: Encoded, b: Encoded, limit: int | None) -> int:
@@ -141,9 +139,7 @@ def _first_target(row: Encoded) -> int:
 
 def _deck(start: int, n: int, seed: str) -> Iterator[int]:
     shuffler = random.Random(seed)
-    cards = array("I")
     while True:
-        if not cards:
-            cards = array("I", range(start, start + n))
-            shuffler.shuffle(cards)
-        yield cards.pop()
+        cards = array("I", range(start, start + n))
+        shuffler.shuffle(cards)
+        yield from reversed(cards)
