@@ -9,7 +9,8 @@ import csv
 import glob
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +61,11 @@ def each(path: Path) -> Iterator[Example | UserError]:
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError("The data file is no regular file.", where=str(path),
                         why="It is read again when the run goes on.", remedy="Write its rows to a file.")  # fmt: skip
-    found: Iterator[Placed | UserError]
-    match ".parquet" if str(path).startswith(HUB) else path.suffix.lower():
-        case ".txt":
-            found = _documents(path)
-        case ".csv":
-            found = _table(path, ",")
-        case ".tsv":
-            found = _table(path, "\t")
-        case ".parquet":
-            found = _hub_or_parquet(path)
-        case _:
-            found = jsons.each(path)
-    for row in found:
+    kinds: Mapping[str, Callable[[Path], Iterator[Placed | UserError]]] = {
+        ".txt": _documents, ".csv": _table, ".tsv": _table, ".parquet": _hub_or_parquet
+    }  # fmt: skip
+    kind = ".parquet" if str(path).startswith(HUB) else path.suffix.lower()
+    for row in kinds.get(kind, jsons.each)(path):
         yield row if isinstance(row, UserError) else _made(*row)
 
 
@@ -108,24 +101,21 @@ def _made(row: Any, where: str) -> Example | UserError:
 
 def _documents(path: Path) -> Iterator[Placed]:
     start, kept = 1, list[str]()
-    for number, line in enumerate(lines(path), 1):
-        if line.strip() != DIVIDER:
-            if kept or line.strip():
-                kept.append(line)
-            else:
-                start = number + 1  # blank lines before a document
-            continue
-        if body := "".join(kept).strip():
-            yield {"text": body}, f"{path}:{start}"
-        start, kept = number + 1, []
-    if body := "".join(kept).strip():
-        yield {"text": body}, f"{path}:{start}"
+    for number, line in enumerate(chain(lines(path), [DIVIDER]), 1):
+        if line.strip() == DIVIDER:
+            if body := "".join(kept).strip():
+                yield {"text": body}, f"{path}:{start}"
+            start, kept = number + 1, []
+        elif kept or line.strip():
+            kept.append(line)
+        else:
+            start = number + 1  # blank lines before a document
 
 
-def _table(path: Path, delimiter: str) -> Iterator[Placed | UserError]:
+def _table(path: Path) -> Iterator[Placed | UserError]:
     """A row for each line of a table; a cell may hold line breaks, so the line is that on which the row begins."""
     csv.field_size_limit(LONGEST_CELL)
-    table = csv.reader(lines(path), delimiter=delimiter, strict=True)
+    table = csv.reader(lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
     names: list[str] | None = None
     line = 1
     try:
