@@ -120,12 +120,11 @@ def encode(example: Example, tokenizer: Tokenizer, train_on: TrainOn = "answers"
         return Encoded(tuple(ids), (True,) * len(ids), example.where)
     text, spans = answer_spans(example, tokenizer)
     ids, offsets = tokenizer.encode_with_offsets(text)
-    if any(a < edge < b for a, b in offsets for span in spans for edge in span):
-        # A token lies across an answer's edge; in use the prompt is encoded alone, so the row is too.
-        return _in_pieces(text, spans, tokenizer, example.where)
+    across = any(a < edge < b for a, b in offsets for span in spans for edge in span)
     trained = [any(start <= a and b <= stop and a < b for start, stop in spans) for a, b in offsets]
     learnt = tokenizer.decode([i for i, t in zip(ids, trained, strict=True) if t])
-    if learnt != "".join(text[start:stop] for start, stop in spans):
+    if across or learnt != "".join(text[start:stop] for start, stop in spans):
+        # Where a token lies across an answer's edge: in use the prompt is encoded alone, so the row is too.
         return _in_pieces(text, spans, tokenizer, example.where)
     return Encoded(tuple(ids), tuple(trained), example.where)
 

@@ -113,9 +113,7 @@ def _turns(row: dict[str, Any], where: str) -> Any:
             return [_spoken(turn) for turn in turns]
         case {"prompt": list(asked), "completion": list(answered)}:
             return [*asked, *answered]
-        case {"prompt": asked, "completion": answered}:
-            return _pair(asked, answered)
-        case {"question": asked, "answer": answered}:
+        case {"prompt": asked, "completion": answered} | {"question": asked, "answer": answered}:
             return _pair(asked, answered)
         case {"instruction": str(asked), "output": answered}:
             more = row.get("input") or ""
