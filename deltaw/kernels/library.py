@@ -25,15 +25,10 @@ ARGUMENTS = {
     "gated": [AT, AT, AT, COUNT, FLAG, FLAG, FLAG],
     "gated_back": [AT, AT, AT, AT, AT, COUNT, FLAG, FLAG, FLAG],
     "turn": [AT, COUNT, AT, AT, AT, COUNT, COUNT, COUNT, COUNT, NUMBER, FLAG, FLAG],
-    "attend": [AT],
-    "attend_back": [AT],
     "surprise": [AT, AT, AT, COUNT, COUNT, FLAG, FLAG, FLAG],
-    "paged": [AT],
-    "summed": [AT],
-    "program": [AT],
     "product": [AT, AT, AT, COUNT, COUNT, COUNT, COUNT, COUNT, FLAG],
-    "wear": [AT],
     "draw": [AT, COUNT, COUNT, FLAG],
+    **{name: [AT] for name in ("attend", "attend_back", "paged", "summed", "program", "wear")},
 }
 FILE = Path(__file__).parent / "built" / "native.so"
 PLAIN = (torch.float32, torch.bfloat16)
@@ -93,9 +88,12 @@ def function(name: str) -> Any:
 def plainly(name: str, *tensors: Tensor) -> Any:
     """A native function for tensors that lie whole in memory and are all of one plain type; None: torch does its work.
 
-    It is called without its last two arguments: whether they are bf16, and the number of threads.
+    It is called with tensors, and without its last two arguments: whether they are bf16, and the number of threads.
     """
     dtype = tensors[0].dtype
     fits = dtype in PLAIN and all(t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
     found = function(name) if fits else None
-    return found and (lambda *told: found(*told, int(dtype == torch.bfloat16), torch.get_num_threads()))
+    if found is None:
+        return None
+    return lambda *told: found(*(t.data_ptr() if isinstance(t, Tensor) else t for t in told),
+                               int(dtype == torch.bfloat16), torch.get_num_threads())  # fmt: skip

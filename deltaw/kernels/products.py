@@ -51,13 +51,12 @@ def times(x_NI: Tensor, w_OI: Tensor) -> Tensor:
     """The product x W', for few rows by reading W as it lies, once; gradients are torch's."""
     learns = torch.is_grad_enabled() and (x_NI.requires_grad or w_OI.requires_grad)
     native = None if learns or x_NI.dtype != torch.bfloat16 or w_OI.dtype != torch.bfloat16 else function("product")
-    if native is None or not (x_NI.is_cpu and w_OI.is_cpu and x_NI.numel() and w_OI.numel()):
+    if native is None or not (x_NI.is_cpu and w_OI.is_cpu and x_NI.numel() and w_OI.numel()
+                              and x_NI.stride(1) == w_OI.stride(1) == 1):  # fmt: skip
         return F.linear(x_NI, w_OI)
-    (across, x_next), (stride, w_next), (rows, inputs), outputs = x_NI.stride(), w_OI.stride(), x_NI.shape, len(w_OI)
-    if x_next != 1 or w_next != 1:
-        return F.linear(x_NI, w_OI)
+    (rows, inputs), outputs = x_NI.shape, len(w_OI)
     y_NO = x_NI.new_empty(rows, outputs)
-    native(x_NI.data_ptr(), w_OI.data_ptr(), y_NO.data_ptr(), rows, outputs, inputs, across, stride,
+    native(x_NI.data_ptr(), w_OI.data_ptr(), y_NO.data_ptr(), rows, outputs, inputs, x_NI.stride(0), w_OI.stride(0),
            torch.get_num_threads())  # fmt: skip
     return y_NO
 

@@ -21,8 +21,7 @@ def rms_norm(x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
     call = None if len(gain_D) % LANES else plainly("norm", x, gain_D)
     if call is None:
         return F.rms_norm(x, x.shape[-1:], gain_D, eps)
-    normed: Tensor = _Norm.apply(x, gain_D, eps, call)  # type: ignore[no-untyped-call]  # torch's
-    return normed
+    return _Norm.apply(x, gain_D, eps, call)  # type: ignore[no-any-return, no-untyped-call]  # torch's
 
 
 class _Norm(torch.autograd.Function):
@@ -30,7 +29,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gain_D: Tensor, eps: float, call: Any) -> Tensor:
         rows, y = x.numel() // len(gain_D), torch.empty_like(x)
         inverse_N = torch.empty(rows)
-        call(x.data_ptr(), gain_D.data_ptr(), y.data_ptr(), inverse_N.data_ptr(), rows, len(gain_D), eps)
+        call(x, gain_D, y, inverse_N, rows, len(gain_D), eps)
         ctx.save_for_backward(x, gain_D, inverse_N)
         return y
 
@@ -39,8 +38,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, gain_D, inverse_N = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(x)
-        plainly("norm_back", x, gain_D, dy)(x.data_ptr(), gain_D.data_ptr(), inverse_N.data_ptr(), dy.data_ptr(),
-                                            dx.data_ptr(), len(inverse_N), len(gain_D))  # fmt: skip
+        plainly("norm_back", x, gain_D, dy)(x, gain_D, inverse_N, dy, dx, len(inverse_N), len(gain_D))
         if not ctx.needs_input_grad[1]:
             return dx, None, None, None
         dgain_D = (dy.float() * x.float()).view(-1, len(gain_D)).mul_(inverse_N[:, None]).sum(0)
@@ -52,15 +50,14 @@ def gated(gate_TI: Tensor, up_TI: Tensor, gelu: bool) -> Tensor:
     call = plainly("gated", gate_TI, up_TI) if gate_TI.numel() % LANES == 0 else None
     if call is None:
         return (F.gelu(gate_TI, approximate="tanh") if gelu else F.silu(gate_TI)) * up_TI
-    y_TI: Tensor = _Gated.apply(gate_TI, up_TI, gelu, call)  # type: ignore[no-untyped-call]  # torch's
-    return y_TI
+    return _Gated.apply(gate_TI, up_TI, gelu, call)  # type: ignore[no-any-return, no-untyped-call]  # torch's
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_TI: Tensor, up_TI: Tensor, gelu: bool, call: Any) -> Tensor:
         y_TI = torch.empty_like(gate_TI)
-        call(gate_TI.data_ptr(), up_TI.data_ptr(), y_TI.data_ptr(), y_TI.numel(), gelu)
+        call(gate_TI, up_TI, y_TI, y_TI.numel(), gelu)
         ctx.save_for_backward(gate_TI, up_TI)
         ctx.gelu = gelu
         return y_TI
@@ -70,9 +67,8 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, dy_TI: Tensor) -> tuple[Tensor, Tensor, None, None]:
         gate_TI, up_TI = ctx.saved_tensors
         dy_TI, dgate_TI, dup_TI = dy_TI.contiguous(), torch.empty_like(gate_TI), torch.empty_like(up_TI)
-        plainly("gated_back", gate_TI, up_TI, dy_TI)(
-            gate_TI.data_ptr(), up_TI.data_ptr(), dy_TI.data_ptr(), dgate_TI.data_ptr(), dup_TI.data_ptr(),
-            dy_TI.numel(), ctx.gelu)  # fmt: skip
+        back = plainly("gated_back", gate_TI, up_TI, dy_TI)
+        back(gate_TI, up_TI, dy_TI, dgate_TI, dup_TI, dy_TI.numel(), ctx.gelu)
         return dgate_TI, dup_TI, None, None
 
 
@@ -81,8 +77,7 @@ def rotate(x_THE: Tensor, cos_T1W: Tensor, sin_T1W: Tensor) -> Tensor:
     width, size = cos_T1W.shape[-1], x_THE.shape[-1]
     by_itself = x_THE[:1].is_contiguous() and not (cos_T1W.requires_grad or sin_T1W.requires_grad)
     if by_itself and width % (2 * LANES) == size % LANES == 0 and plainly("turn", x_THE[:1], cos_T1W, sin_T1W):
-        y_THE: Tensor = _Turn.apply(x_THE, cos_T1W, sin_T1W)  # type: ignore[no-untyped-call]  # torch's
-        return y_THE
+        return _Turn.apply(x_THE, cos_T1W, sin_T1W)  # type: ignore[no-any-return, no-untyped-call]  # torch's
     if width < size:
         return torch.cat((rotate(x_THE[..., :width], cos_T1W, sin_T1W), x_THE[..., width:]), -1)
     a, b = x_THE.chunk(2, -1)
@@ -105,9 +100,8 @@ class _Turn(torch.autograd.Function):
 def _turned(x_THE: Tensor, cos_T1W: Tensor, sin_T1W: Tensor, way: float) -> Tensor:
     t, h, e = x_THE.shape
     y_THE = torch.empty(t, h, e, dtype=x_THE.dtype)
-    plainly("turn", y_THE, cos_T1W)(
-        x_THE.data_ptr(), x_THE.stride(0), cos_T1W.data_ptr(), sin_T1W.data_ptr(), y_THE.data_ptr(), t, h, e,
-        cos_T1W.shape[-1], way)  # fmt: skip
+    turn = plainly("turn", y_THE, cos_T1W)
+    turn(x_THE, x_THE.stride(0), cos_T1W, sin_T1W, y_THE, t, h, e, cos_T1W.shape[-1], way)
     return y_THE
 
 
@@ -116,7 +110,7 @@ def surprise(logits_NV: Tensor, labels_N: Tensor, back: bool) -> Tensor:
     call, labels_N = plainly("surprise", logits_NV), labels_N.contiguous()
     if call is not None:
         loss_N = torch.empty(len(labels_N))
-        call(logits_NV.data_ptr(), labels_N.data_ptr(), loss_N.data_ptr(), *logits_NV.shape, back)
+        call(logits_NV, labels_N, loss_N, *logits_NV.shape, back)
         return loss_N
     wide_NV, label_N1 = logits_NV.float(), labels_N[:, None]
     lse_N1 = wide_NV.logsumexp(1, keepdim=True)

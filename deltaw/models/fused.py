@@ -29,8 +29,7 @@ def joined(terms: Sequence[Terms], x_TI: Tensor) -> tuple[Tensor, ...]:
         return _outputs(terms, x_TI)[0]
     plain = [(each.weight, each.scale) for each in terms]
     parts = [part for each in terms for part in (each.A_RI, each.B_OR, each.gain_O, each.bias_O)]
-    ys: tuple[Tensor, ...] = Joined.apply(x_TI, plain, *parts)  # type: ignore[no-untyped-call]  # torch's
-    return ys
+    return Joined.apply(x_TI, plain, *parts)  # type: ignore[no-any-return, no-untyped-call]  # torch's
 
 
 class Joined(torch.autograd.Function):
