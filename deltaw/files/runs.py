@@ -13,7 +13,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,14 +71,11 @@ class Run:
         Raises:
             UserError: another one is at it. The system lets go of the lock when its process ends, however that ends.
         """
-        lock = FileLock(self.folder / ".lock", blocking=False)
         with explained(f"The run '{self.name}' is being trained by another process.", Timeout, where=self.folder,
                        why="", remedy="Wait for it, or stop it with Ctrl-C."):  # fmt: skip
-            lock.acquire()
-        try:
+            taken = FileLock(self.folder / ".lock", blocking=False).acquire()
+        with taken:
             yield
-        finally:
-            lock.release()
 
     def busy(self) -> bool:
         """Whether a process is training this run now."""
@@ -165,13 +162,10 @@ def create(runs: Path, name: str | None, stem: str, method: str) -> Run:
     runs.mkdir(parents=True, exist_ok=True)
     stem, number = stem.lstrip(".-") or "run", 1
     while True:
-        folder = runs / f"{stem}-{method}-{number}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            number += 1
-        else:
+        with suppress(FileExistsError):
+            (folder := runs / f"{stem}-{method}-{number}").mkdir()
             return Run(folder)
+        number += 1
 
 
 def fresh(name: str, runs: Path, flag: str) -> Run:
