@@ -129,7 +129,7 @@ def _measured(ids: Encoded, found: Checked, tokenizer: Tokenizer, max_tokens: in
     """Take in a row as ids; returns whether something is learnt from it."""
     found.lengths.append(len(ids.ids))
     divided = not conversation and train_on == "all"
-    targets = sum(p.targets for p in pieces(ids, max_tokens)) if divided else sum(ids.trained[1:max_tokens])
+    targets = sum(part.targets for part in pieces(ids, max_tokens, divided))
     found.trained_tokens += targets
     if len(ids.ids) > max_tokens and targets and not divided:
         found.note(LONG, ids.where)

@@ -68,21 +68,13 @@ def encode_each(examples: Iterable[Example], tokenizer: Tokenizer, train_on: Tra
         first = first or example.where
         with located(example.where):  # a template that refuses a row does not know where it stood
             row = encode(example, tokenizer, train_on)
-        if len(row.ids) > max_tokens and not example.messages and train_on == "all":
-            lost.note("divided", row.where)
-            parts = pieces(row, max_tokens)
-            yield from parts
-            learnt = learnt or bool(parts)
-            continue
-        part = Encoded(row.ids[:max_tokens], row.trained[:max_tokens], row.where)
-        longer = longer or len(part.ids) < len(row.ids)
-        if not part.targets:
-            lost.note("dropped", row.where)
-            continue
-        if len(row.ids) > max_tokens:
-            lost.note("cut", row.where)
-        yield part
-        learnt = True
+        over = len(row.ids) > max_tokens
+        divided = over and not example.messages and train_on == "all"
+        parts = pieces(row, max_tokens, divided)
+        if over or not parts:
+            lost.note("divided" if divided else "cut" if parts else "dropped", row.where)
+        yield from parts
+        learnt, longer = learnt or bool(parts), longer or (over and not divided)
     if not learnt:
         within = f" in its first {max_tokens:,} tokens" * longer
         remedy = "Shorten what is asked." if longer else "Rows need an assistant's answer, or take --train-on all."
@@ -96,10 +88,10 @@ def encode_all(examples: Iterable[Example], tokenizer: Tokenizer, train_on: Trai
     return list(encode_each(examples, tokenizer, train_on, max_tokens, lost)), lost
 
 
-def pieces(row: Encoded, max_tokens: int) -> list[Encoded]:
-    """A document as stretches of so many tokens; a last one of a single token teaches nothing."""
+def pieces(row: Encoded, max_tokens: int, divided: bool) -> list[Encoded]:
+    """A row as stretches of so many tokens, or the first of them; a last one of a single token teaches nothing."""
     parts = [Encoded(row.ids[i : i + max_tokens], row.trained[i : i + max_tokens], row.where)
-             for i in range(0, len(row.ids), max_tokens)]  # fmt: skip
+             for i in range(0, len(row.ids) if divided else 1, max_tokens)]  # fmt: skip
     return [part for part in parts if part.targets]
 
 
