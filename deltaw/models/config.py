@@ -11,8 +11,11 @@ from deltaw.models.rope import Dynamic, Rope, Yarn
 
 LARGEST, MOST_LAYERS = 1e12, 1000
 """No size or constant of a model is as large as this, and none has so many layers."""
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-"""What a configuration calls them, and we."""
+ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+"""What we call them, and a configuration."""
+SIZES = {"heads": "num_attention_heads", "width": "hidden_size", "vocab": "vocab_size", "layers": "num_hidden_layers",
+         "hidden": "intermediate_size"}  # fmt: skip
+"""What every configuration says: our names, and its keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +59,10 @@ class ModelConfig:
                             remedy=f"Supported: {supported()}.")  # fmt: skip
         # Early Gemma 2 configurations say "gelu" in `hidden_act`, and mean the tanh form: that key is not read there.
         key = "hidden_activation" if FAMILIES[name].sandwich else "hidden_act"
-        wanted = next(hf for hf, ours in ACTIVATIONS.items() if ours == FAMILIES[name].activation)
+        wanted = ACTIVATIONS[FAMILIES[name].activation]
         if (act := config.get(key) or wanted) != wanted:
             raise UserError(f"{key} '{act}' is not supported, only '{wanted}'.", where=where)
-        sizes = ("num_attention_heads", "hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size")
-        if missing := [key for key in sizes if not isinstance(config.get(key), int)]:
+        if missing := [key for key in SIZES.values() if not isinstance(config.get(key), int)]:
             raise UserError(f"config.json does not say {missing[0]}.", where=where)
         if (layers := config["num_hidden_layers"]) > MOST_LAYERS:
             raise UserError(f"config.json gives the model {layers} as its layers.", where=where)
@@ -88,8 +90,8 @@ class ModelConfig:
     @classmethod
     def _read(cls, family: Family, config: Mapping[str, Any], where: str) -> "ModelConfig":
         config = {**family.defaults, **config}
-        heads, width = int(config["num_attention_heads"]), int(config["hidden_size"])
-        head_width = int(config.get("head_dim") or width // heads)
+        sizes = {ours: int(config[key]) for ours, key in SIZES.items()}
+        head_width = int(config.get("head_dim") or sizes["width"] // sizes["heads"])
         context = int(config.get("max_position_embeddings", 2048))
         if config.get("use_bidirectional_attention"):
             raise UserError("Tokens of this model see those after them, which is not supported.", where=where)
@@ -103,9 +105,8 @@ class ModelConfig:
         score_cap = config.get("attn_logit_softcapping") if family.name == "gemma2" else None
         logit_cap = config.get("final_logit_softcapping") if family.sandwich else None
         return cls(
-            family=family, vocab=int(config["vocab_size"]), width=width, layers=int(config["num_hidden_layers"]),
-            heads=heads, kv_heads=int(config.get("num_key_value_heads") or heads), head_width=head_width,
-            hidden=int(config["intermediate_size"]), context=context, eps=float(config.get("rms_norm_eps", 1e-6)),
+            family=family, **sizes, kv_heads=int(config.get("num_key_value_heads") or sizes["heads"]),
+            head_width=head_width, context=context, eps=float(config.get("rms_norm_eps", 1e-6)),
             rope=far, local_rope=near, windows=_windows(family, config), score_scale=1 / math.sqrt(float(scalar)),
             score_cap=float(score_cap or 0), logit_cap=float(logit_cap or 0),
             tied=bool(config.get("tie_word_embeddings", family.tied)), qkv_bias=bias or family.qkv_bias, o_bias=bias,
@@ -115,15 +116,14 @@ class ModelConfig:
     def to_hf(self) -> dict[str, Any]:
         """Write the `config.json` from which `transformers` builds the same model."""
         family, rope = self.family, self.rope.to_hf(self.head_width)
-        act = next(hf for hf, ours in ACTIVATIONS.items() if ours == family.activation)
         context = self.context
         if isinstance(self.rope.scaling, Dynamic):
             context = self.rope.scaling.original_max_position_embeddings
         written: dict[str, Any] = {
             "architectures": [family.architecture], "model_type": family.name,
-            "hidden_activation" if family.sandwich else "hidden_act": act, "vocab_size": self.vocab,
-            "hidden_size": self.width, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads, "head_dim": self.head_width, "intermediate_size": self.hidden,
+            "hidden_activation" if family.sandwich else "hidden_act": ACTIVATIONS[family.activation],
+            **{key: getattr(self, ours) for ours, key in SIZES.items()},
+            "num_key_value_heads": self.kv_heads, "head_dim": self.head_width,
             "max_position_embeddings": context, "rms_norm_eps": self.eps, "rope_theta": self.rope.theta,
             "rope_parameters": rope, "tie_word_embeddings": self.tied, "attention_bias": self.o_bias,
             "mlp_bias": self.mlp_bias, "pad_token_id": None,  # a family's default may lie outside this vocabulary
