@@ -211,14 +211,12 @@ class GGUF:
 
 def half_split(w: Tensor, heads: int) -> Tensor:
     """Undo llama.cpp's row order: neighbours (2e, 2e + 1) of each head go to (e, e + E/2)."""
-    pairs = w.reshape(heads, w.shape[0] // heads // 2, 2, *w.shape[1:])
-    return pairs.transpose(1, 2).reshape(w.shape)
+    return w.reshape(heads, -1, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
 
 
 def interleaved(w: Tensor, heads: int) -> Tensor:
     """llama.cpp's row order: the inverse of `half_split`."""
-    halves = w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:])
-    return halves.transpose(1, 2).reshape(w.shape)
+    return w.reshape(heads, 2, -1, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
 
 
 def _decimal(value: Any) -> Any:

@@ -46,7 +46,7 @@ def write(model: Decoder, tokenizer: Tokenizer, path: Path, packing: str, name: 
     Raises:
         UserError: llama.cpp does not know the tokenizer, or has no word for something in the model.
     """
-    from gguf import GGMLQuantizationType, QuantError
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import quantize
 
     config, arch = model.config, model.config.family.gguf
@@ -63,12 +63,9 @@ def write(model: Decoder, tokenizer: Tokenizer, path: Path, packing: str, name: 
                 continue
             kept = FINER.get(packing, packing) if key in VOCABULARY else packing
             kind = GGMLQuantizationType[kept if w.ndim > 1 else "F32"]
-            try:
-                packed = quantize(w.numpy(), kind)
-            except QuantError:  # rows are no multiple of the packing's block
+            if w.shape[-1] % GGML_QUANT_SIZES[kind][0]:  # rows are no multiple of the packing's block
                 kind, unpacked = GGMLQuantizationType.F16, unpacked + 1
-                packed = quantize(w.numpy(), kind)
-            writer.add_tensor(key, packed, raw_dtype=kind)
+            writer.add_tensor(key, quantize(w.numpy(), kind), raw_dtype=kind)
     read = GGUF(path).config()
     odd = [f.name for f in fields(config) if f.name != "family" and getattr(read, f.name) != getattr(config, f.name)]
     if odd:  # what the file cannot say, llama.cpp would compute otherwise
