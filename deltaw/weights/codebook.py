@@ -187,8 +187,7 @@ class Codebook(Format):
         """Blocks as rows, in fp32, the last filled up with zeros: some at a time, or packing took several copies."""
         step = max(1, PACKED_AT_ONCE // self.block) * self.block
         for start in range(0, len(flat), step):
-            some = flat[start : start + step].float()
-            yield torch.nn.functional.pad(some, (0, -len(some) % self.block)).view(-1, self.block)
+            yield _blocks(flat[start : start + step].float(), self.block)
 
     def stored_bytes(self, o: int, i: int) -> int:
         return stored_bytes(o * i, self.width) + self.scales.size(-(-o * i // self.block))
