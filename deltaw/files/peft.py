@@ -1,15 +1,16 @@
 """Adapters in the format of PEFT (huggingface/peft), which most other tools read: written and read.
 
-What adds B A is a LoRA there; what also multiplies the rows of W is a DoRA, whichever technique it comes from.
+What adds B A is a LoRA there; what also multiplies the rows of W is a DoRA, whichever technique it comes from. A prefix
+is one matrix of P rows, each with K and V of every layer.
 
 A folder of `adapter_config.json` and `adapter_model.safetensors`. What a key of the configuration would change is done
 or refused, never passed over; and a tensor that finds no layer, or a B that is all zero, is an error.
 """
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import torch
@@ -20,12 +21,14 @@ from deltaw.adapters.adapter import Adapter
 from deltaw.adapters.protocol import HEAD
 from deltaw.adapters.whole import PART, Whole
 from deltaw.errors import UserError
-from deltaw.files import foreign, peft_prefix
+from deltaw.files import foreign
 from deltaw.files.adapters import filled
-from deltaw.files.foreign import CONFIG, Said, raw, understood
+from deltaw.files.foreign import CONFIG, WEIGHTS, Said, raw, understood
 from deltaw.methods import method
 from deltaw.methods.lora import first
+from deltaw.methods.prefix_tuning import Prefix
 from deltaw.models.checkpoint import get, read_json
+from deltaw.models.config import ModelConfig
 from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Affine, Linear, Slot
 from deltaw.words import some
@@ -36,6 +39,8 @@ LENGTHS = "lora_magnitude_vector"
 PARTS = {"A.weight": "A", "B.weight": "B", "magnitude_vector": "m", "magnitude_vector.weight": "m"}
 VLLM_RANK = 512
 """The largest `max_lora_rank` that vLLM takes."""
+PREFIXES, PROMPTS = "PREFIX_TUNING", "prompt_embeddings"
+"""What PEFT calls prefixes, and their one tensor."""
 
 
 def write(adapter: Adapter, model: Decoder, base: str, folder: Path, uniform: bool = False) -> None:
@@ -45,13 +50,15 @@ def write(adapter: Adapter, model: Decoder, base: str, folder: Path, uniform: bo
     up with zeros and scales multiplied into B, which changes nothing.
 
     Raises:
-        UserError: a delta is not plain low rank, or `uniform` and there is more than the linear layers of the blocks.
+        UserError: a delta is not plain low rank, or `uniform` and there is more than the linear layers of the blocks;
+            or a prefix is attended to apart.
         Diverged: a weight is not finite.
     """
-    if peft_prefix.is_prefix(adapter):
+    prefixes = [delta for _, delta in adapter.named_deltas() if isinstance(delta, Prefix)]
+    if len(prefixes) == len(list(adapter.named_deltas())):
         if uniform:
             raise UserError("vLLM loads no prefix.", remedy="Take --to peft.")
-        peft_prefix.write(adapter, model, base, folder)
+        _write_prefixes(prefixes, model, base, folder)
         return
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -82,7 +89,7 @@ def write(adapter: Adapter, model: Decoder, base: str, folder: Path, uniform: bo
     tied = model.lm_head is None and "embed_tokens" in saved and names["embed_tokens"].heads
     if tied:  # PEFT wants the shared matrix twice
         tensors[f"{PREFIX}lm_head.weight"] = tensors[f"{PREFIX}{_hf('embed_tokens')}.weight"].clone()
-    rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    rank, alpha = mode(ranks.values()), mode(alphas.values())
     config = {
         "r": rank, "lora_alpha": _whole(alpha), "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
         "use_rslora": False, "use_dora": gains, "target_modules": _short(list(ranks), model),
@@ -91,6 +98,20 @@ def write(adapter: Adapter, model: Decoder, base: str, folder: Path, uniform: bo
         "modules_to_save": [*map(_hf, saved), *(["lm_head"] if tied else [])] or None, "ensure_weight_tying": tied,
     }  # fmt: skip
     foreign.write(folder, "LORA", base, config, tensors)
+
+
+def _write_prefixes(prefixes: Sequence[Prefix], model: Decoder, base: str, folder: Path) -> None:
+    if not all(prefix.before for prefix in prefixes):
+        raise UserError("PEFT knows no prefix behind a gate.", remedy="Train without --gate to go there.")
+    rows_PX = torch.stack([torch.stack(prefix.pair(), 1) for prefix in prefixes], 1).flatten(1)
+    config = {**_shape(model.config, len(rows_PX)), "prefix_projection": False}
+    foreign.write(folder, PREFIXES, base, config, {PROMPTS: rows_PX})
+
+
+def _shape(c: ModelConfig, tokens: int) -> dict[str, int]:
+    width = c.kv_heads * c.head_width
+    return {"num_virtual_tokens": tokens, "num_layers": c.layers, "num_attention_heads": c.kv_heads,
+            "token_dim": width, "encoder_hidden_size": width, "num_transformer_submodules": 1}  # fmt: skip
 
 
 def _known(form: Affine | None, name: str) -> Affine:
@@ -132,21 +153,21 @@ def read(folder: Path, model: Decoder) -> Adapter:
     Raises:
         UserError: no such folder, a pickle, something that is no plain LoRA, or tensors that do not fit the model.
     """
-    if (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("peft_type") == peft_prefix.KIND:
-        return peft_prefix.read(*raw(folder), model, folder)
+    if (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("peft_type") == PREFIXES:
+        return _read_prefixes(*raw(folder), model, folder)
     config, tensors = understood(folder)
     low, whole = _sorted(tensors, model, config.modules_to_save, str(folder))
     _check(low, whole, "ABm" if config.use_dora else "AB", str(folder))
     _missing(config, model, {*low, *whole}, folder)
     ranks = {name: len(pair["A"]) for name, pair in low.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
+    rank = mode(ranks.values())
     # PEFT's rule: the first key that the end of a layer's name matches.
     alpha_of = {name: first(config.alpha_pattern, _hf(name), config.lora_alpha) for name in low}
     told_rank = {name: first(config.rank_pattern, _hf(name), config.r) for name in low}
     if odd := next((name for name in low if told_rank[name] != ranks[name]), None):
         raise UserError(f"{CONFIG} says rank {told_rank[odd]} of {odd}, and its A has {ranks[odd]} rows.",
                         where=str(folder), why="The configuration and the tensors are of two adapters.")  # fmt: skip
-    alpha = Counter(alpha_of.values()).most_common(1)[0][0]
+    alpha = mode(alpha_of.values())
     tied = model.lm_head is not None or "embed_tokens" not in whole or config.ensure_weight_tying
     targets = ",".join(name.removeprefix("model.") for name in _short(list(low), model))
     lora = method(
@@ -158,6 +179,24 @@ def read(folder: Path, model: Decoder) -> Adapter:
     )  # fmt: skip
     parts = {f"{n}.{part}": t for n, pair in low.items() for part, t in pair.items()}
     return filled(lora, model, parts | {f"{n}.value": t for n, t in whole.items()}, str(folder))
+
+
+def _read_prefixes(told: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Decoder, folder: Path) -> Adapter:
+    c, t = model.config, tensors.get(PROMPTS)
+    if t is None or len(tensors) > 1 or t.ndim != 2:
+        raise UserError(f"A prefix is one tensor, '{PROMPTS}'.", where=str(folder / WEIGHTS),
+                        why=f"There are: {', '.join(tensors)[:100] or 'none'}.")  # fmt: skip
+    own = _shape(c, len(t))
+    if t.shape[1] != (values := 2 * c.layers * own["token_dim"]):
+        raise UserError("This prefix was made for another model.", where=str(folder),
+                        why=f"It has {t.shape[1]:,} values a token, and this model takes {values:,}.")  # fmt: skip
+    if odd := next((key for key in own if told.get(key, own[key]) != own[key]), None):
+        raise UserError(f"{CONFIG} says {told[odd]} as {odd}, and it is {own[odd]} here.", where=str(folder))
+    chosen = method("prefix_tuning", str(folder), tokens=len(t))
+    parts_PL2KE = t.float().view(len(t), c.layers, 2, c.kv_heads, c.head_width)
+    parts = {f"{site.name}.{part}": parts_PL2KE[:, i, j].contiguous()
+             for i, site in enumerate(chosen.sites(model)) for j, part in enumerate("kv")}  # fmt: skip
+    return filled(chosen, model, parts, str(folder))
 
 
 def _missing(config: Said, model: Decoder, there: set[str], folder: Path) -> None:
