@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deltaw.kernels.library import AT, COUNT, FLAG, LANES, NUMBER, PLAIN, fields, function
+from deltaw.kernels.library import AT, COUNT, FLAG, LANES, NUMBER, PLAIN, fields, function, plainly
 
 TENSORS = ("q", "k", "v", "out", "lse", "dout", "dq", "dk", "dv", "spans")
 SIDE = 32
@@ -33,18 +33,12 @@ def attend(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, spans: Sequence[tuple[in
     `spans`: start and stop of each document, and of its stem, which is a document before it; `window`: how many
     tokens are seen at most, or 0.
     """
-    if (
-        q_THE.device.type != "cpu"
-        or q_THE.dtype not in PLAIN
-        or not q_THE.dtype == k_TKE.dtype == v_TKE.dtype
-        or q_THE.shape[1] % k_TKE.shape[1]
-        or q_THE.shape[-1] % (2 * LANES)
-        or not spans
-        or not function("attend")
-    ):
+    if not (q_THE.is_cpu and spans and q_THE.shape[1] % k_TKE.shape[1] == q_THE.shape[-1] % (2 * LANES) == 0):
         return None
-    return _Attend.apply(  # type: ignore[no-any-return, no-untyped-call]  # torch's
-        q_THE.contiguous(), k_TKE.contiguous(), v_TKE.contiguous(), torch.tensor(spans), scale, window)  # fmt: skip
+    whole = [x.contiguous() for x in (q_THE, k_TKE, v_TKE)]
+    if plainly("attend", *whole) is None:
+        return None
+    return _Attend.apply(*whole, torch.tensor(spans), scale, window)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Attend(torch.autograd.Function):
