@@ -25,6 +25,7 @@ FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 """Magnitudes of bitsandbytes' FP4 by its lower three bits, in twelfths; the highest bit is the sign."""
 
 
+@lru_cache
 def normal(width: int) -> Tensor:
     """NF of so many bits: quantiles of the normal distribution, 2**(width - 1) above zero, one less below, and zero.
 
@@ -40,6 +41,7 @@ def normal(width: int) -> Tensor:
     return (levels / levels.max()).sort().values
 
 
+@lru_cache
 def fp4() -> Tensor:
     """Bitsandbytes' FP4 by code; code 8 is zero too."""
     magnitudes = torch.tensor(FP4) / 12
@@ -201,7 +203,7 @@ class Codebook(Format):
 
     def levels(self, device: torch.device) -> Tensor:
         """What every code stands for, as a share of the block's scale."""
-        return _levels(self.width, self.fp4).to(device)
+        return (fp4() if self.fp4 else normal(self.width)).to(device)
 
 
 class Coded(Packed):
@@ -213,7 +215,7 @@ class Coded(Packed):
     def layout(self) -> Layout:
         form, (o, i) = self.form, self.shape
         scales = form.scales.laid(self.kept, -(-o * i // form.block))
-        return Layout((o, i), form.width, form.block, self.codes, levels=_table(form.width, form.fp4), **scales)
+        return Layout((o, i), form.width, form.block, self.codes, levels=_table(form), **scales)
 
     def plain(self) -> Tensor:
         form, count = self.form, self.shape[0] * self.shape[1]
@@ -232,11 +234,6 @@ class Coded(Packed):
 
 
 @lru_cache
-def _table(width: int, is_fp4: bool) -> Tensor:
-    levels = _levels(width, is_fp4)
+def _table(form: Codebook) -> Tensor:
+    levels = form.levels(torch.device("cpu"))
     return torch.nn.functional.pad(levels, (0, max(0, LANES - len(levels))))
-
-
-@lru_cache
-def _levels(width: int, is_fp4: bool) -> Tensor:
-    return fp4() if is_fp4 else normal(width)
