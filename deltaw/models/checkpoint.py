@@ -149,16 +149,15 @@ def tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
     Raises:
         UserError: a bias has no place in a model of this family.
     """
-    config, given = model.config, set[str]()
+    config = model.config
     for name, (owner, part) in _places(model):
-        given.add(name)
         yield name, get(owner, part)
     for name, slot in model.layers.named_modules(prefix="layers"):
         biased, own = _bias_of(name.rsplit(".", 1)[-1], config)
         if isinstance(slot, Linear) and biased and not own:
             raise UserError(f"The bias that was trained has no place in a {config.family.name} model.",
                             remedy="Train without it: --c none --e none.")  # fmt: skip
-        if isinstance(slot, Linear) and biased and f"{name}.bias" not in given:
+        if isinstance(slot, Linear) and biased and slot.bias is None:
             yield f"{name}.bias", torch.zeros(slot.weight.shape[0], dtype=model.dtype, device=model.device)
 
 

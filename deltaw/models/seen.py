@@ -33,19 +33,15 @@ class Seen(Protocol):
 
     def layer(self, index: int) -> "Seen":
         """What the layer of this index works with: the same, but where something is remembered per layer."""
-        ...
 
     def lengths(self, at_T: Tensor) -> Tensor:
         """How long the document of each token is, or is going to be."""
-        ...
 
     def after(self, k_PKE: Tensor, v_PKE: Tensor) -> "Seen":
         """The same, but every document sees these keys and values before its first token."""
-        ...
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, score: Score) -> Tensor:
         """Softmax attention of every token over those it sees; the result has the shape of `q_THE`."""
-        ...
 
 
 class Span(NamedTuple):
