@@ -75,13 +75,9 @@ def instruction_set() -> str:
 @lru_cache
 def function(name: str) -> Any:
     """A native function for the instruction set that is used; None: torch does its work."""
-    chosen, loaded = instruction_set(), library()
-    if loaded is None or chosen == REFERENCE:
-        return None
-    found = getattr(loaded, f"{name}_{chosen}", None)
-    if found is None:  # products are written for bfloat16 alone
-        return None
-    found.argtypes, found.restype = ARGUMENTS[name], None
+    found = getattr(library(), f"{name}_{instruction_set()}", None)  # products are written for bfloat16 alone
+    if found is not None:
+        found.argtypes, found.restype = ARGUMENTS[name], None
     return found
 
 
