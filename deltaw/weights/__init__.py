@@ -5,7 +5,7 @@ heads, E head width, I in-features, O out-features, R rank, G groups, N rows wit
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,13 +123,15 @@ class Packed(Weight):
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_native")}
 
     def dense(self) -> Tensor:
-        if self.dtype in PLAIN and (native := self.native()):
-            return native.unpack(torch.empty(self.shape, dtype=self.dtype))
-        return self.plain()
+        return self.unpacked(torch.empty)
 
     def lent(self) -> Tensor:
+        return self.unpacked(SCRATCH.of)
+
+    def unpacked(self, place: Callable[..., Tensor]) -> Tensor:
+        """Unpack to a plain matrix, natively to a place that is given for its shape and type."""
         if self.dtype in PLAIN and (native := self.native()):
-            return native.unpack(SCRATCH.of(self.shape, self.dtype))
+            return native.unpack(place(self.shape, dtype=self.dtype))
         return self.plain()
 
     def product(self, x_TI: Tensor, *also: Product) -> Tensor:

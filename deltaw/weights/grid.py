@@ -4,7 +4,7 @@ As llama.cpp's Q4_1 and torch's int4 product have it. That offsets are floating-
 zero points round away all that is smaller than half a step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -119,11 +119,8 @@ class Ordered(Gridded):
         if order is None or (not order.is_meta and order.sort().values.tolist() != list(range(shape[1]))):
             raise ValueError("no order of the inputs")
 
-    def dense(self) -> Tensor:
-        return super().dense()[:, self.order.argsort()]
-
-    def lent(self) -> Tensor:
-        return super().lent()[:, self.order.argsort()]
+    def unpacked(self, place: Callable[..., Tensor]) -> Tensor:
+        return super().unpacked(place)[:, self.order.argsort()]
 
     def product(self, x_TI: Tensor, *also: Product) -> Tensor:
         if len(x_TI) <= FEW and self.native():
