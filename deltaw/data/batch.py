@@ -4,6 +4,7 @@ import random
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count, islice
 
 import torch
 from torch import Tensor
@@ -51,19 +52,17 @@ def steps(weights: Sequence[tuple[int, float]], batch_rows: int, seed: int) -> I
     files. Every row of a file is seen once before any of it is seen again, whatever the weight.
     """
     decks = [_deck(sum(n for n, _ in weights[:f]), n, f"{seed}/{f}") for f, (n, _) in enumerate(weights)]
-    epoch = 0
     owed = [0.0] * len(weights)
-    while True:
+    for epoch in count():
         drawn = array("I")
         for f, (n, weight) in enumerate(weights):
             owed[f] += n * weight
-            drawn.extend(next(decks[f]) for _ in range(int(owed[f])))
+            drawn.extend(islice(decks[f], int(owed[f])))
             owed[f] -= int(owed[f])
         random.Random(f"{seed}/{epoch}").shuffle(drawn)
         for start in range(0, len(drawn), batch_rows):
             rows = drawn[start : start + batch_rows]
             yield epoch + (start + len(rows)) / len(drawn), rows.tolist()
-        epoch += 1
 
 
 def per_epoch(weights: Sequence[tuple[int, float]], batch_rows: int) -> int:

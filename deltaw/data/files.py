@@ -128,16 +128,14 @@ def _table(path: Path) -> Iterator[Placed | UserError]:
                 names = [cell.strip() or f"column {i}" for i, cell in enumerate(cells, 1)]  # as pandas' index has none
                 if double := next((name for name in names if names.count(name) > 1), None):
                     raise UserError(f"Two columns are called '{double}'.", where=where)
-                continue
-            if len(cells) != len(names):
+            elif len(cells) != len(names):
                 yield UserError(f"This row has {some(len(cells), 'cell')} in {len(names)} columns.", where=where,
                                 why=f"The columns are: {', '.join(names)}.")  # fmt: skip
-                continue
-            if empty:
+            elif empty:
                 yield UserError("This row is empty.", where=where, why=f"Nothing stands in its {len(cells)} cells.",
                                 remedy="Delete it, or let deltaw data check --fix leave it out.")  # fmt: skip
-                continue
-            yield {name: _cell(name, cell) for name, cell in zip(names, cells, strict=True)}, where
+            else:
+                yield {name: _cell(name, cell) for name, cell in zip(names, cells, strict=True)}, where
     except csv.Error as e:
         raise UserError("This is no table of quoted cells.", where=f"{path}:{line}", why=f"{e}.",
                         remedy=f"Columns are {KNOWN}.") from None  # fmt: skip

@@ -164,12 +164,11 @@ class _Values:
         while True:
             try:
                 value, self.at = self.decoder.raw_decode(self.held, self.at)
+                return value
             except json.JSONDecodeError as e:
                 cut = e.msg.startswith("Unterminated string") or e.pos + LONGEST_WORD > len(self.held)
                 if not cut or not self._more():
                     raise
-            else:
-                return value
 
     def fault(self, at: int, error: ValueError) -> UserError:
         """What is wrong at a place in what is held."""
