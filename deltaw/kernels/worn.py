@@ -139,8 +139,7 @@ class Wear:
         self.native, few, self.many = function("wear"), list[Rows](), list[Rows]()
         for each in rows:
             if each.worn:
-                plain = all(slab.dtype in PLAIN and slab.memory.device.type == "cpu" for slab, _ in each.worn)
-                natively = self.native and plain
+                natively = self.native and all(slab.dtype in PLAIN and slab.memory.is_cpu for slab, _ in each.worn)
                 (few if natively else self.many).append(each)
         ends = list(accumulate((len(each.worn) for each in few), initial=0))
         self.groups = (Group * len(few))(*(Group(r.start, r.stop, *ends[i : i + 2]) for i, r in enumerate(few)))

@@ -194,10 +194,9 @@ class GGUF:
         with explained(f"'{tensor.name}' is packed as {tensor.tensor_type.name}, which cannot be unpacked.",
                        NotImplementedError, where=self.path, why=""):  # fmt: skip
             w = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
-        if family.interleaved and name.endswith(("q_proj.weight", "q_proj.bias")):
-            return half_split(w, config.heads)
-        if family.interleaved and name.endswith(("k_proj.weight", "k_proj.bias")):
-            return half_split(w, config.kv_heads)
+        heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(name.split(".")[-2])
+        if heads and family.interleaved:
+            return half_split(w, heads)
         return w - 1 if family.unit_gain and name.endswith("norm.weight") else w
 
     def _renamed(self, name: str) -> str:
