@@ -149,8 +149,7 @@ def _messages(messages: Any, where: str) -> tuple[dict[str, str], ...]:
         raise UserError("'messages' is not a list of turns.", where=where, remedy=f"A row looks like {SHAPES}")
     turns = []
     for i, turn in enumerate(messages, 1):
-        role = turn.get("role") if isinstance(turn, dict) else None
-        content = turn.get("content") if isinstance(turn, dict) else None
+        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
         if role not in ROLES:
             raise UserError(f"Turn {i} has the role {role!r}.", where=where, remedy=f"Roles are: {', '.join(ROLES)}.")
         if not isinstance(content, str):

@@ -206,10 +206,9 @@ def find(name: str | None, runs: Path, suits: Callable[[Run], bool] = lambda _: 
     """
     known = sorted((Run(p) for p in runs.glob("[!.]*") if Run(p).there), key=Run.touched)
     if name is None:
-        newest = next((run for run in reversed(known) if suits(run)), None)
-        if newest is None:
-            raise _nothing_suits(known, runs)
-        return newest
+        if newest := next((run for run in reversed(known) if suits(run)), None):
+            return newest
+        raise _nothing_suits(known, runs)
     for folder in (runs / name, Path(name)):
         if Run(folder).there:
             return Run(folder)
