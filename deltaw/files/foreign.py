@@ -65,11 +65,6 @@ def write(folder: Path, kind: str, base: str, config: Mapping[str, Any], tensors
     write_text(folder / CONFIG, json.dumps(told | {**config}, indent=2) + "\n")
 
 
-def raw(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration as it is, and the tensors."""
-    return read_json(folder / CONFIG), _tensors(folder / WEIGHTS)
-
-
 def understood(folder: Path) -> tuple[Said, dict[str, Tensor]]:
     """The configuration and the tensors of a folder, in PEFT's terms.
 
@@ -89,7 +84,7 @@ def understood(folder: Path) -> tuple[Said, dict[str, Tensor]]:
     _refuse(told, folder)
     if unsaid := next((key for key in ("peft_type", "r", "lora_alpha") if told.get(key) is None), None):
         raise UserError(f"{CONFIG} does not say {unsaid}.", where=str(folder), remedy="Write it in, if you know it.")
-    return _said(told, folder), _tensors(folder / WEIGHTS)
+    return _said(told, folder), stored(folder / WEIGHTS)
 
 
 def _refuse(config: Mapping[str, Any], folder: Path) -> None:
@@ -118,9 +113,8 @@ def _from_mlx(told: Mapping[str, Any], folder: Path) -> tuple[Said, dict[str, Te
     """What mlx-lm wrote, in PEFT's terms: its matrices are transposed, and its scale is no alpha / rank."""
     if (kind := str(told.get("fine_tune_type", "lora"))) != "lora":
         raise UserError(f"This is a '{kind}' adapter of mlx-lm; LoRA is what can be imported.", where=str(folder))
-    stored = _tensors(folder / MLX_WEIGHTS)
     tensors = {re.sub(r"lora_([ab])$", lambda m: f"lora_{m[1].upper()}.weight", name): t.t() if ".lora_" in name else t
-               for name, t in stored.items()}  # fmt: skip
+               for name, t in stored(folder / MLX_WEIGHTS).items()}  # fmt: skip
     ranks = {name.removesuffix(".lora_A.weight"): len(t) for name, t in tensors.items() if "lora_A" in name}
     parameters = told.get("lora_parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
@@ -135,7 +129,12 @@ def _from_mlx(told: Mapping[str, Any], folder: Path) -> tuple[Said, dict[str, Te
                   "ensure_weight_tying": True}, folder), tensors  # fmt: skip
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def stored(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, each of which may be a weight of an adapter.
+
+    Raises:
+        UserError: there is no such file, or it is damaged, or one of them is something else.
+    """
     if not file.exists():
         pickled = (file.parent / "adapter_model.bin").exists()
         raise UserError(f"{file.name} is missing.", where=str(file.parent),

@@ -23,7 +23,7 @@ from deltaw.adapters.whole import PART, Whole
 from deltaw.errors import UserError
 from deltaw.files import foreign
 from deltaw.files.adapters import filled
-from deltaw.files.foreign import CONFIG, WEIGHTS, Said, raw, understood
+from deltaw.files.foreign import CONFIG, WEIGHTS, Said, understood
 from deltaw.methods import method
 from deltaw.methods.lora import first
 from deltaw.methods.prefix_tuning import Prefix
@@ -153,8 +153,8 @@ def read(folder: Path, model: Decoder) -> Adapter:
     Raises:
         UserError: no such folder, a pickle, something that is no plain LoRA, or tensors that do not fit the model.
     """
-    if (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("peft_type") == PREFIXES:
-        return _read_prefixes(*raw(folder), model, folder)
+    if (folder / CONFIG).is_file() and (told := read_json(folder / CONFIG)).get("peft_type") == PREFIXES:
+        return _read_prefixes(told, foreign.stored(folder / WEIGHTS), model, folder)
     config, tensors = understood(folder)
     low, whole = _sorted(tensors, model, config.modules_to_save, str(folder))
     _check(low, whole, "ABm" if config.use_dora else "AB", str(folder))
