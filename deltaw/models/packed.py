@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def said(forms: Mapping[str, Format], dtype: torch.dtype) -> dict[str, Any]:
     form = usual(forms)
     if form is None:
         return {}
-    if not isinstance(form, Codebook) or not all(map(is_theirs, forms.values())):
+    if not is_theirs(form) or not all(map(is_theirs, forms.values())):
         others = {name: str(other) for name, other in forms.items() if other != form}
         return {KEY: {"quant_method": OURS, "format": str(form), "others": others}}
     kind, nested = ("fp4" if form.fp4 else "nf4"), isinstance(form.scales, Double)
@@ -46,11 +46,10 @@ def said(forms: Mapping[str, Format], dtype: torch.dtype) -> dict[str, Any]:
                   "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}}  # fmt: skip
 
 
-def is_theirs(form: Format) -> bool:
+def is_theirs(form: Format) -> TypeGuard[Codebook]:
     """Whether bitsandbytes has this format."""
-    if not isinstance(form, Codebook) or form.block not in BLOCKS:
-        return False
-    return form.width == 4 and isinstance(form.scales, Plain | Double)
+    return (isinstance(form, Codebook) and form.width == 4 and form.block in BLOCKS
+            and isinstance(form.scales, Plain | Double))  # fmt: skip
 
 
 def read_formats(config: Mapping[str, Any], where: Path) -> tuple[Format | None, dict[str, Format]]:
@@ -76,7 +75,7 @@ def read_formats(config: Mapping[str, Any], where: Path) -> tuple[Format | None,
 def parts(weight: Packed) -> dict[str, Tensor]:
     """A packed matrix's tensors, by the end of their names in the file."""
     form, kept = weight.form, weight.kept
-    if not isinstance(form, Codebook) or not is_theirs(form):
+    if not is_theirs(form):
         return {f".{name}": t for name, t in kept.items()}
     kind = "fp4" if form.fp4 else "nf4"
     state: dict[str, Any] = {"quant_type": kind, "blocksize": form.block, "shape": list(weight.shape),
