@@ -102,10 +102,14 @@ def save(model: Decoder, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def linears(model: Decoder) -> Iterator[tuple[str, Linear]]:
+    """The linear layers of all blocks, by name."""
+    return ((name, slot) for name, slot in model.layers.named_modules(prefix="layers") if isinstance(slot, Linear))
+
+
 def forms_of(model: Decoder) -> dict[str, Format]:
     """How the matrices of the layers are packed, by layer name; plain ones are left out."""
-    return {name: slot.weight.form for name, slot in model.layers.named_modules(prefix="layers")
-            if isinstance(slot, Linear) and isinstance(slot.weight, Packed)}  # fmt: skip
+    return {name: slot.weight.form for name, slot in linears(model) if isinstance(slot.weight, Packed)}
 
 
 def form_of(model: Decoder) -> Format | None:
@@ -115,7 +119,7 @@ def form_of(model: Decoder) -> Format | None:
 
 def stored(model: Decoder) -> tuple[int, float]:
     """Bytes of the matrices of the layers as they are stored, and bits a number of them."""
-    weights: list[Weight] = [slot.weight for slot in model.layers.modules() if isinstance(slot, Linear)]
+    weights = [slot.weight for _, slot in linears(model)]
     held = sum(weight.stored_bytes for weight in weights)
     return held, 8 * held / sum(weight.shape[0] * weight.shape[1] for weight in weights)
 
@@ -152,12 +156,12 @@ def tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
     config = model.config
     for name, (owner, part) in _places(model):
         yield name, get(owner, part)
-    for name, slot in model.layers.named_modules(prefix="layers"):
+    for name, slot in linears(model):
         biased, own = _bias_of(name.rsplit(".", 1)[-1], config)
-        if isinstance(slot, Linear) and biased and not own:
+        if biased and not own:
             raise UserError(f"The bias that was trained has no place in a {config.family.name} model.",
                             remedy="Train without it: --c none --e none.")  # fmt: skip
-        if isinstance(slot, Linear) and biased and slot.bias is None:
+        if biased and slot.bias is None:
             yield f"{name}.bias", torch.zeros(slot.weight.shape[0], dtype=model.dtype, device=model.device)
 
 

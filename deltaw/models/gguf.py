@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import numpy as np
@@ -118,8 +119,7 @@ class GGUF:
     @property
     def packing(self) -> str:
         """The storage type of most of its weights, such as `Q4_1`."""
-        kinds = [str(t.tensor_type.name) for t in self.reader.tensors if t.data.ndim > 1]
-        return max(set(kinds), key=kinds.count)
+        return mode(str(t.tensor_type.name) for t in self.reader.tensors if t.data.ndim > 1)
 
     def config(self) -> ModelConfig:
         """The model's sizes.

@@ -19,9 +19,8 @@ from deltaw.models.config import ModelConfig
 from deltaw.models.decoder import Decoder
 from deltaw.models.gguf import GGUF, SIZES, interleaved, names
 from deltaw.models.rope import Llama3, plain
-from deltaw.models.slots import Linear
 from deltaw.models.tokenizer import Tokenizer
-from deltaw.weights.grid import Gridded
+from deltaw.weights.grid import Grid, Gridded
 
 GRID = "Q4_1"
 """The packing of llama.cpp whose numbers are those of our int4-g32."""
@@ -119,10 +118,8 @@ def tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
 def gridded(model: Decoder) -> dict[str, tuple[str, Gridded]]:
     """The matrices that lie as Q4_1 has them, and their names here, by GGUF's."""
     return {gguf_name(f"{name}.weight", model.config): (f"{name}.weight", slot.weight)
-            for name, slot in model.layers.named_modules(prefix="layers") if isinstance(slot, Linear)
-            and isinstance(slot.weight, Gridded) and (slot.weight.form.width, slot.weight.form.group) == (4, 32)
-            and not slot.weight.form.ordered
-            }  # fmt: skip
+            for name, slot in checkpoint.linears(model) if isinstance(slot.weight, Gridded)
+            and slot.weight.form in (Grid(4, 32), Grid(4, 32, moved=True))}  # fmt: skip
 
 
 def on_grid(model: Decoder) -> bool:
