@@ -156,9 +156,10 @@ def read(folder: Path, model: Decoder) -> Adapter:
     if (folder / CONFIG).is_file() and (told := read_json(folder / CONFIG)).get("peft_type") == PREFIXES:
         return _read_prefixes(told, foreign.stored(folder / WEIGHTS), model, folder)
     config, tensors = understood(folder)
-    low, whole = _sorted(tensors, model, config.modules_to_save, str(folder))
+    slots = {name: slot for name, slot in model.named_modules() if isinstance(slot, Slot)}
+    low, whole = _sorted(tensors, model, slots, config.modules_to_save, str(folder))
     _check(low, whole, "ABm" if config.use_dora else "AB", str(folder))
-    _missing(config, model, {*low, *whole}, folder)
+    _missing(config, slots, {*low, *whole}, folder)
     ranks = {name: len(pair["A"]) for name, pair in low.items()}
     rank = mode(ranks.values())
     # PEFT's rule: the first key that the end of a layer's name matches.
@@ -199,20 +200,18 @@ def _read_prefixes(told: Mapping[str, Any], tensors: Mapping[str, Tensor], model
     return filled(chosen, model, parts, str(folder))
 
 
-def _missing(config: Said, model: Decoder, there: set[str], folder: Path) -> None:
+def _missing(config: Said, slots: Mapping[str, Slot], there: set[str], folder: Path) -> None:
     """See that every name in the configuration that fits layers of the model has tensors of one."""
     lists = [n for n in (config.target_modules, config.modules_to_save) if isinstance(n, list)]
-    layers = [name for name, slot in model.named_modules() if isinstance(slot, Slot)]
     for name in (name for names in lists for name in names):
-        fitting = {layer for layer in layers if f".{_hf(layer)}".endswith(f".{name}")}
+        fitting = {layer for layer in slots if f".{_hf(layer)}".endswith(f".{name}")}
         if name != HEAD and fitting and not fitting & there:
             raise UserError(f"{CONFIG} names '{name}', and there is no tensor for it.", where=str(folder))
 
 
-def _sorted(tensors: Mapping[str, Tensor], model: Decoder, saved: Sequence[str], where: str
+def _sorted(tensors: Mapping[str, Tensor], model: Decoder, slots: Mapping[str, Slot], saved: Sequence[str], where: str
             ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:  # fmt: skip
     """Pairs of A and B by layer, and tensors that replace a layer's own."""
-    slots = {name: slot for name, slot in model.named_modules() if isinstance(slot, Slot)}
     low: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     cold = []
