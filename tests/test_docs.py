@@ -12,8 +12,7 @@ from oracles import our_logits
 from small import ROOT, told
 
 import deltaw
-from deltaw.adapters.adapter import Adapter
-from deltaw.adapters.protocol import Method, Site
+from deltaw.adapters.adapter import Adapter, Method, Site
 from deltaw.cli.app import COMMANDS, application, run
 from deltaw.methods import names
 from deltaw.models.slots import Delta, Linear, Parts

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from oracles import our_logits, scramble
 from peft.utils.other import get_pattern_key
 
-from deltaw.adapters.adapter import Adapter
-from deltaw.adapters.protocol import Site
+from deltaw.adapters.adapter import Adapter, Site
 from deltaw.adapters.whole import Whole
 from deltaw.errors import UserError
 from deltaw.methods import method

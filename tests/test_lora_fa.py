@@ -12,8 +12,7 @@ from test_lora import SMOLLM2
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
-from deltaw.adapters.adapter import Adapter
-from deltaw.adapters.protocol import Site
+from deltaw.adapters.adapter import Adapter, Site
 from deltaw.errors import UserError
 from deltaw.files import adapters, peft
 from deltaw.methods import method

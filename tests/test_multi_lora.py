@@ -5,8 +5,7 @@ import torch
 from oracles import our_logits, scramble
 from test_lora import SMOLLM2
 
-from deltaw.adapters.adapter import Adapter
-from deltaw.adapters.protocol import Site
+from deltaw.adapters.adapter import Adapter, Site
 from deltaw.methods import method
 from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Linear

@@ -8,8 +8,7 @@ from oracles import hf_logits, our_logits, scramble
 from test_lora import SMOLLM2
 from transformers import AutoModelForCausalLM
 
-from deltaw.adapters.adapter import Adapter
-from deltaw.adapters.protocol import Site
+from deltaw.adapters.adapter import Adapter, Site
 from deltaw.errors import UserError
 from deltaw.files import adapters
 from deltaw.methods import method

@@ -11,8 +11,7 @@ import torch
 from rich.console import Console
 
 from deltaw import methods
-from deltaw.adapters.adapter import Adapter
-from deltaw.adapters.protocol import Method
+from deltaw.adapters.adapter import Adapter, Method
 from deltaw.advise import plan as planning
 from deltaw.advise.machine import free_disk
 from deltaw.api.interrupt import interruptible

@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deltaw.adapters.adapter import Adapter
-from deltaw.adapters.protocol import Method
+from deltaw.adapters.adapter import Adapter, Method
 from deltaw.advise.machine import existing
 from deltaw.api.interrupt import heeding
 from deltaw.api.persona import Base

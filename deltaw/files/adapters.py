@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deltaw import __version__
-from deltaw.adapters.adapter import Adapter
-from deltaw.adapters.protocol import Method
+from deltaw.adapters.adapter import Adapter, Method
 from deltaw.errors import Diverged, UserError, explained
 from deltaw.files.atomic import replacing
 from deltaw.methods import method, name_of

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from deltaw.adapters.adapter import Adapter
-from deltaw.adapters.protocol import HEAD
+from deltaw.adapters.adapter import HEAD, Adapter
 from deltaw.adapters.whole import PART, Whole
 from deltaw.errors import UserError
 from deltaw.files import foreign

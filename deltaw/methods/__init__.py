@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 from typing import Any
 
-from deltaw.adapters.protocol import Method
+from deltaw.adapters.adapter import Method
 from deltaw.errors import UserError, nearest
 from deltaw.settings import build
 

@@ -5,7 +5,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from deltaw.adapters.protocol import Site
+from deltaw.adapters.adapter import Site
 from deltaw.methods.lora import LoRA, LowRank
 from deltaw.models.slots import Affine, Linear, Parts, Terms
 from deltaw.settings import settings

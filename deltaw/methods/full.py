@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import torch
 
-from deltaw.adapters.protocol import Method, Site
+from deltaw.adapters.adapter import Method, Site
 from deltaw.adapters.whole import PART, Whole
 from deltaw.models.slots import Delta, Slot
 from deltaw.settings import settings

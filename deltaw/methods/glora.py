@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from deltaw.adapters.protocol import HEAD, Method, Site
+from deltaw.adapters.adapter import HEAD, Method, Site
 from deltaw.errors import UserError
 from deltaw.models.slots import Affine, Delta, Linear, Parts
 from deltaw.settings import settings

@@ -11,8 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from deltaw.adapters.adapter import Adapter
-from deltaw.adapters.protocol import Losses, Site
+from deltaw.adapters.adapter import Adapter, Losses, Site
 from deltaw.methods.lora import LoRA, LowRank, first
 from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Linear

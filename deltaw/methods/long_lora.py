@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from deltaw.adapters.protocol import Site
+from deltaw.adapters.adapter import Site
 from deltaw.errors import UserError
 from deltaw.methods.lora import LoRA
 from deltaw.models.rope import KINDS, Dynamic, Linear, Llama3, Rope, Yarn

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from deltaw.adapters.protocol import Method, Site, matches
+from deltaw.adapters.adapter import Method, Site, matches
 from deltaw.adapters.whole import PART, Whole
 from deltaw.errors import UserError
 from deltaw.models.fused import joined

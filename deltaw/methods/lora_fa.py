@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from deltaw.adapters.protocol import Site
+from deltaw.adapters.adapter import Site
 from deltaw.errors import UserError
 from deltaw.methods.lora import LoRA, LowRank
 from deltaw.settings import settings

@@ -14,8 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from deltaw.adapters.adapter import Adapter
-from deltaw.adapters.protocol import Losses
+from deltaw.adapters.adapter import Adapter, Losses
 from deltaw.adapters.watch import importance
 from deltaw.errors import UserError
 from deltaw.methods.loftq import Corrected, LoftQ, fill, split

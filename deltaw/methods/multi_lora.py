@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from deltaw.adapters.protocol import Site
+from deltaw.adapters.adapter import Site
 from deltaw.methods.lora import LoRA, LowRank
 from deltaw.settings import settings
 

@@ -10,8 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from deltaw.adapters.adapter import Adapter, bare
-from deltaw.adapters.protocol import Losses, Method, Site, hold
+from deltaw.adapters.adapter import Adapter, Losses, Method, Site, bare, hold
 from deltaw.errors import UserError
 from deltaw.models.decoder import Decoder
 from deltaw.models.seen import Documents, Seen, attention

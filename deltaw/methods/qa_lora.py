@@ -10,8 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from deltaw.adapters.adapter import Adapter
-from deltaw.adapters.protocol import Site
+from deltaw.adapters.adapter import Adapter, Site
 from deltaw.errors import UserError
 from deltaw.methods.lora import LoRA, LowRank
 from deltaw.models.slots import Linear, Parts

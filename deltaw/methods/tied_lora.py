@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from deltaw.adapters.protocol import Method, Site, hold
+from deltaw.adapters.adapter import Method, Site, hold
 from deltaw.errors import UserError
 from deltaw.methods.lora import Product
 from deltaw.settings import settings

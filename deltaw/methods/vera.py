@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from deltaw.adapters.protocol import Method, Site, hold
+from deltaw.adapters.adapter import Method, Site, hold
 from deltaw.methods.tied_lora import Tied
 from deltaw.settings import settings
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from deltaw import methods, settings
-from deltaw.adapters import protocol
+from deltaw.adapters.adapter import Method
 from deltaw.api import finetune
 from deltaw.cli.app import run
 from deltaw.errors import UserError
@@ -127,7 +127,7 @@ def test_the_help_of_train_tells_each_settings_sentence(here, capsys, monkeypatc
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split()).replace("`", "")
     told = dict(sentences(settings, "Training"))
     for cls in reversed(methods.find(name).__mro__):  # a subclass may say it otherwise
-        if issubclass(cls, protocol.Method):
+        if issubclass(cls, Method):
             told |= dict(sentences(inspect.getmodule(cls), cls.__name__))
     for field, sentence in told.items():
         assert f"--{field.replace('_', '-')}" in text

@@ -12,7 +12,7 @@ import yaml
 
 import deltaw
 from deltaw import methods
-from deltaw.adapters.protocol import Method
+from deltaw.adapters.adapter import Method
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError, nearest
 from deltaw.settings import Training, build, check_file, names, plain, read_yaml
