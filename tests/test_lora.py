@@ -12,9 +12,9 @@ from oracles import our_logits, scramble
 from peft.utils.other import get_pattern_key
 
 from deltaw.adapters.adapter import Adapter, Site
-from deltaw.adapters.whole import Whole
 from deltaw.errors import UserError
 from deltaw.methods import method
+from deltaw.methods.full import Whole
 from deltaw.methods.lora import LoRA, LowRank
 from deltaw.models import checkpoint
 from deltaw.models.config import ModelConfig

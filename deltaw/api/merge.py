@@ -16,7 +16,6 @@ import torch
 
 from deltaw.adapters.adapter import Adapter, bare
 from deltaw.adapters.watch import Inputs
-from deltaw.adapters.whole import Whole
 from deltaw.api.evaluate import rows_of
 from deltaw.api.persona import Base, Persona, load_base
 from deltaw.data.batch import Batch, micro_batches
@@ -29,6 +28,7 @@ from deltaw.files.adapters import put, state
 from deltaw.files.atomic import replacing_folder
 from deltaw.files.runs import Run
 from deltaw.kernels.memory import frugal
+from deltaw.methods.full import Whole
 from deltaw.models import checkpoint, source
 from deltaw.models.decoder import Decoder
 from deltaw.models.slots import CannotMerge, Linear, filled

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from deltaw.adapters.adapter import HEAD, Adapter
-from deltaw.adapters.whole import PART, Whole
 from deltaw.errors import UserError
 from deltaw.files import foreign
 from deltaw.files.adapters import filled
 from deltaw.files.foreign import CONFIG, WEIGHTS, Said, understood
 from deltaw.methods import method
+from deltaw.methods.full import PART, Whole
 from deltaw.methods.lora import first
 from deltaw.methods.prefix_tuning import Prefix
 from deltaw.models.checkpoint import get, read_json

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 from variants import CASES, VARIANTS
 
 from deltaw.adapters.adapter import Adapter, bare
-from deltaw.adapters.whole import Whole
 from deltaw.api.merge import unpacked
 from deltaw.errors import UserError
 from deltaw.files import adapters, peft
 from deltaw.methods import find, method, name_of, names
+from deltaw.methods.full import Whole
 from deltaw.models import checkpoint
 from deltaw.models.seen import Documents
 from deltaw.models.slots import Affine, Before, CannotMerge, Delta, Linear, Slot
