@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from deltaw.adapters.adapter import Site
 from deltaw.methods.lora import LoRA, LowRank
-from deltaw.models.slots import Affine, Linear, Parts, Terms
+from deltaw.models.slots import Affine, Linear, Parts
 from deltaw.settings import settings
 
 
@@ -42,12 +42,6 @@ class Directed(LowRank):
         self._norm = None
         return super().train(mode)
 
-    def terms(self, slot: Linear) -> Terms | None:
-        if self.training and self.dropout:
-            return None
-        gain_O = self.gain(slot)
-        return Terms(slot.weight, slot.bias, self.A, gain_O[:, None] * self.B, self.scale, gain_O)
-
     def dropped(self, slot: Linear, x_TI: Tensor) -> Tensor:
         y_TO = super().dropped(slot, x_TI)
         return y_TO + (self.gain(slot) - 1).to(x_TI.dtype) * y_TO  # the gain itself would be rounded to one
@@ -56,7 +50,7 @@ class Directed(LowRank):
         w_OI = torch.addmm(slot.weight.dense().float(), self.B, self.A, alpha=self.scale)
         return {"weight": slot.weight.repack(self.gain(slot)[:, None] * w_OI)}
 
-    def served(self, slot: Linear) -> Affine:
+    def affine(self, slot: Linear) -> Affine:
         gain_O = self.gain(slot)
         return Affine(self.A, gain_O[:, None] * self.B, self.scale, gain_O)
 

@@ -35,7 +35,7 @@ class Corrected(LowRank):
     def frozen(self, slot: Linear) -> Weight:  # noqa: ARG002 (Q is in its place)
         return self.weight
 
-    def served(self, slot: Linear) -> None:  # type: ignore[override]  # noqa: ARG002 (no slot's W has Q in it)
+    def served(self, slot: Linear) -> None:  # noqa: ARG002 (no slot's W has Q in it)
         return None
 
 

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from deltaw.adapters.adapter import Method, Site, matches
-from deltaw.adapters.whole import PART, Whole
 from deltaw.errors import UserError
+from deltaw.methods.full import PART, Whole
 from deltaw.models.fused import joined
 from deltaw.models.slots import Affine, Delta, Linear, Parts, Terms
 from deltaw.settings import Count, settings
@@ -47,7 +47,7 @@ class Product(Delta):
     def terms(self, slot: Linear) -> Terms | None:
         if self.training and self.dropout:
             return None
-        return Terms(self.frozen(slot), slot.bias, *self.factors(), self.scale)
+        return Terms(self.frozen(slot), slot.bias, *self.affine(slot)[:4])
 
     def frozen(self, slot: Linear) -> Weight:
         """The matrix that B A stands beside."""
@@ -59,8 +59,12 @@ class Product(Delta):
         w_OI = torch.addmm(self.frozen(slot).dense().float(), B_OR, A_RI, alpha=self.scale)
         return {"weight": slot.weight.repack(w_OI)}
 
-    def served(self, slot: Linear) -> Affine:  # noqa: ARG002 (the same at every slot)
+    def affine(self, slot: Linear) -> Affine:  # noqa: ARG002 (the same at every slot)
+        """What it does beside the frozen matrix, without dropout."""
         return Affine(*self.factors(), self.scale)
+
+    def served(self, slot: Linear) -> Affine | None:
+        return self.affine(slot)
 
 
 class LowRank(Product):
