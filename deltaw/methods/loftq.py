@@ -4,6 +4,7 @@ Quantise W - B A, take the strongest directions of what is missing, and again. Q
 other rounding of the same base: it is saved with A and B, and stands in the place of W where the adapter is worn.
 """
 
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, ClassVar
 
@@ -23,6 +24,8 @@ from deltaw.weights.formats import parse
 EXACT = 2048
 """Smaller sides than this are decomposed whole; of larger ones the strongest directions are searched for."""
 SEARCHED = 4
+Weights = Mapping[str, tuple[Tensor, Tensor]]
+"""How much each layer's outputs and inputs matter, by its name."""
 
 
 class Corrected(LowRank):
@@ -65,10 +68,16 @@ class LoftQ(LoRA):
         return parse(first(self.format_pattern, name, self.format))
 
     def begin(self, adapter: Adapter, model: Decoder, tokenizer: Tokenizer, losses: Losses) -> Adapter:  # noqa: ARG002 (W is enough)
+        return self.corrected(adapter, model, {})
+
+    def corrected(self, adapter: Adapter, model: Decoder, weights: Weights, quantised_first: bool = True) -> Adapter:
+        """Let every delta start from its layer's Q, A and B, by weights of its outputs and inputs if there are some."""
         for name, delta in adapter.named_deltas():
             if isinstance(delta, Corrected):
                 w_OI = model.get_submodule(name).weight.dense()  # type: ignore[union-attr, operator]  # a Linear
-                fill(delta, split(w_OI, self.form(name), len(delta.A), self.iterations))
+                rows_O, columns_I = weights.get(name, (None, None))
+                fill(delta, split(w_OI, self.form(name), len(delta.A), self.iterations, rows_O, columns_I,
+                                  quantised_first))  # fmt: skip
         return adapter
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from deltaw.adapters.adapter import Adapter, Losses
 from deltaw.adapters.watch import importance
 from deltaw.errors import UserError
-from deltaw.methods.loftq import Corrected, LoftQ, fill, split
+from deltaw.methods.loftq import Corrected, LoftQ, Weights
 from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Linear
 from deltaw.models.tokenizer import Tokenizer
@@ -31,8 +31,6 @@ UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 BUDGET = rf"^(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})$"
 GAP, SECONDS = 1e-4, 60
 """How near to the best a choice must be, and how long is looked for it."""
-Weights = Mapping[str, tuple[Tensor, Tensor]]
-"""How much each layer's outputs and inputs matter, by its name."""
 
 
 @settings
@@ -62,12 +60,7 @@ class LQLoRA(LoftQ):
         weights = importance(slots, losses()) if self.fisher else alike
         method = self if most is None else replace(self, format_pattern=planned(slots, weights, most))
         made = Adapter.build(method, model).to(model.device)
-        for name, delta in made.named_deltas():
-            if isinstance(delta, Corrected):
-                found = split(slots[name].weight.dense(), method.form(name), len(delta.A), self.iterations,
-                              *weights[name], quantised_first=False)  # fmt: skip
-                fill(delta, found)
-        return made
+        return method.corrected(made, model, weights, quantised_first=False)
 
     def most_bytes(self, numbers: int) -> float | None:
         """What so many numbers may take; None: as much as their format has."""
