@@ -95,15 +95,11 @@ class General(Delta):
 
     def bias(self, slot: Linear, path: Path, dtype: torch.dtype) -> Tensor | None:
         """B + b ∘ D + E + W C, or None where there is nothing of it."""
-        bias_O = slot.bias
-        if (d := self.term("D", path.d)) is not None and bias_O is not None:
-            bias_O = bias_O * (1 + d)
-        if (e := self.term("E", path.e)) is not None:
-            bias_O = e.expand(slot.weight.shape[0]) if bias_O is None else bias_O + e
-        if (c_I1 := self.term("C", path.c)) is not None:
-            prompt_O = slot.weight(c_I1.t().to(dtype))[0]
-            bias_O = prompt_O if bias_O is None else bias_O + prompt_O
-        return bias_O
+        c_I1, d, e = (self.term(name, choice) for name, choice in zip("CDE", path[2:], strict=True))
+        own_O = slot.bias if slot.bias is None or d is None else slot.bias * (1 + d)
+        prompt_O = None if c_I1 is None else slot.weight(c_I1.t().to(dtype))[0]
+        terms = [term for term in (own_O, e, prompt_O) if term is not None]
+        return sum(terms[1:], terms[0]).expand(slot.weight.shape[0]) if terms else None
 
     def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
         path = self.within(drawn()) if self.roams and self.training else self.path
