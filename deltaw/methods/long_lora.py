@@ -39,9 +39,9 @@ class Grouped(Delta):
     def forward(self, slot: Attend, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, seen: Seen) -> Tensor:
         if not self.training or slot.score.window or not isinstance(seen, Documents):
             return slot.run(q_THE, k_TKE, v_TKE, seen)
-        lower, by = slot.heads // 2, self.group // 2 if self.shift else 0
         seen_by = []
-        for first, last, early in (*pieces(0, lower, slot, 0), *pieces(lower, slot.heads, slot, by)):
+        for first, last in pieces(slot):
+            early = self.group // 2 if self.shift and first >= slot.heads // 2 else 0
             of = slice(first * slot.kv_heads // slot.heads, (last - 1) * slot.kv_heads // slot.heads + 1)
             q, k, v = q_THE[:, first:last], k_TKE[:, of], v_TKE[:, of]
             seen_by.append(torch.cat([self._one(slot, *own, early) for own in seen.apart(q, k, v)]))
@@ -61,20 +61,15 @@ class Grouped(Delta):
         return {}
 
 
-def pieces(first: int, last: int, slot: Attend, by: int) -> Iterator[tuple[int, int, int]]:
-    """Heads that have whole keys of their own, or one together, so that no key has to be repeated; and `by`."""
-    each = slot.heads // slot.kv_heads
-    cuts = sorted({first, min(last, -(-first // each) * each), max(first, last // each * each), last})
-    return ((a, b, by) for a, b in pairwise(cuts))
+def pieces(slot: Attend) -> Iterator[tuple[int, int]]:
+    """Heads of one half that have whole keys of their own, or one together, so that no key has to be repeated."""
+    each, half = slot.heads // slot.kv_heads, slot.heads // 2
+    return pairwise(sorted({0, half // each * each, half, -(-half // each) * each, slot.heads}))
 
 
 def borders(length: int, group: int, by: int) -> Iterator[tuple[int, int]]:
     """The groups of a document of this length, each its first token and the one after its last."""
-    at = 0
-    while at < length:
-        stop = min(length, ((at + by) // group + 1) * group - by)
-        yield at, stop
-        at = stop
+    return pairwise((0, *range(group - by, length, group), length))
 
 
 class Stretched(Delta):
