@@ -5,11 +5,11 @@ References: the OpenAI API reference (completions, chat completions); vLLM's sam
 
 import secrets
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
-from deltaw.decode.sampling import Sampling
+from deltaw.decode.sampling import Penalty, Sampling
 from deltaw.errors import UserError
 from deltaw.models.tokenizer import Message
 from deltaw.serve.grammar import Kind
@@ -19,7 +19,6 @@ Token = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Number = Annotated[int, Field(ge=0, le=10**9)]
 Place = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 Few = Annotated[int, Field(ge=0, le=20)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
 """What clients send though there is none of it."""
 Prompt = str | list[str] | list[Token] | list[list[Token]]
@@ -51,6 +50,12 @@ class ResponseFormat(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with the type 'json_schema'")
+        return self
 
 
 class Structured(Body):
@@ -92,13 +97,6 @@ class Asked(Body):
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     store: Literal[False] | None = None
 
-    @field_validator("response_format", mode="after")
-    @classmethod
-    def _whole(cls, told: ResponseFormat | None) -> ResponseFormat | None:
-        if told is not None and (told.type == "json_schema") != (told.json_schema is not None):
-            raise ValueError("json_schema goes with the type 'json_schema'")
-        return told
-
     @property
     def stops(self) -> list[str]:
         """Texts that end the answer."""
@@ -134,13 +132,7 @@ class Asked(Body):
         if (form := self.response_format) is not None and form.type != "text":
             told.append(("json", form.json_schema.schema_ if form.json_schema else {"type": "object"}))
         if (own := self.structured_outputs) is not None:
-            kinds: dict[Kind, Any] = {
-                "json": own.json_,
-                "regex": own.regex,
-                "choice": own.choice,
-                "grammar": own.grammar,
-            }
-            told += [(kind, value) for kind, value in kinds.items() if value is not None]
+            told += [(cast("Kind", name.rstrip("_")), value) for name, value in own if value is not None]
         if len(told) > 1:
             raise UserError("An answer can be held to one form only.")
         return told[0] if told else None
@@ -162,27 +154,26 @@ class CompletionAsked(Asked):
         return self.logprobs
 
 
+def _plain(told: str | list[dict[str, Any]] | None) -> str:
+    """Parts as one text."""
+    if told is None or isinstance(told, str):
+        return told or ""
+    if odd := [p for p in told if p.get("type") != "text" or not isinstance(p.get("text"), str)]:
+        raise ValueError(f"a part of the type {odd[0].get('type')!r} is none that a model of text reads")
+    return "".join(str(part["text"]) for part in told)
+
+
 class Turn(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[dict[str, Any]] | None
+    content: Annotated[str | list[dict[str, Any]] | None, AfterValidator(_plain)]
     name: str | None = None
     refusal: None = None
     tool_calls: Nothing = None
     annotations: Nothing = None
     function_call: None = None
     audio: None = None
-
-    @field_validator("content", mode="after")
-    @classmethod
-    def _plain(cls, told: str | list[dict[str, Any]] | None) -> str:
-        """Parts as one text."""
-        if told is None or isinstance(told, str):
-            return told or ""
-        if odd := [p for p in told if p.get("type") != "text" or not isinstance(p.get("text"), str)]:
-            raise ValueError(f"a part of the type {odd[0].get('type')!r} is none that a model of text reads")
-        return "".join(str(part["text"]) for part in told)
 
 
 def turns(messages: Sequence[Turn]) -> list[Message]:
@@ -191,23 +182,22 @@ def turns(messages: Sequence[Turn]) -> list[Message]:
     return [{"role": roles.get(turn.role, turn.role), "content": str(turn.content)} for turn in messages]
 
 
+def _asked_for(told: int | None, info: ValidationInfo) -> int | None:
+    if told and not info.data.get("logprobs"):
+        raise ValueError("it goes with logprobs: true")
+    return told
+
+
 class ChatAsked(Asked):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Turn], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Few | None = None
+    top_logprobs: Annotated[Few | None, AfterValidator(_asked_for)] = None
     tools: Nothing = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-
-    @field_validator("top_logprobs", mode="after")
-    @classmethod
-    def _asked_for(cls, told: int | None, info: ValidationInfo) -> int | None:
-        if told and not info.data.get("logprobs"):
-            raise ValueError("it goes with logprobs: true")
-        return told
 
     @property
     def most(self) -> int | None:
