@@ -4,6 +4,7 @@ import json
 import secrets
 import time
 from collections.abc import Sequence as Row
+from itertools import accumulate
 from typing import Any
 
 from deltaw.models.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ class Form:
 
     def chunk(self, piece: Piece) -> Json:
         """A piece of an answer, as an event of a stream."""
-        return self._object(self.part, [{**self.event(piece, piece.first), "index": piece.choice.index,
+        return self._object(self.part, [{**self.event(piece), "index": piece.choice.index,
                                          "finish_reason": piece.finish}])  # fmt: skip
 
     def usage_chunk(self, choices: Row[Choice]) -> Json:
@@ -37,8 +38,8 @@ class Form:
     def answer(self, pieces: Row[Piece], choices: Row[Choice]) -> Json:
         """All answers at once."""
         of = {choice: [p for p in pieces if p.choice is choice] for choice in choices}
-        told = [{**self.said(c, Piece(c, "".join(p.text for p in own), [i for p in own for i in p.ids],
-                                      [s for p in own for s in p.scores])),
+        told = [{**self.said(Piece(c, "".join(p.text for p in own), [i for p in own for i in p.ids],
+                                   [s for p in own for s in p.scores])),
                  "index": c.index, "finish_reason": c.finish} for c, own in of.items()]  # fmt: skip
         return {**self._object(self.whole, told), "usage": self.usage(choices)}
 
@@ -48,13 +49,13 @@ class Form:
         said = 0 if self.silent else sum(c.told for c in choices)
         return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
 
-    def event(self, piece: Piece, first: bool) -> Json:
+    def event(self, piece: Piece) -> Json:
         """One choice of a chunk."""
         raise NotImplementedError
 
-    def said(self, choice: Choice, whole: Piece) -> Json:
-        """One choice of an answer."""
-        raise NotImplementedError
+    def said(self, whole: Piece) -> Json:
+        """One choice of an answer: by default, as if it were all in one chunk."""
+        return self.event(whole)
 
     def _object(self, name: str, choices: list[Json]) -> Json:
         return {**self.head, "object": name, "choices": choices}
@@ -73,25 +74,16 @@ class CompletionForm(Form):
         super().__init__(model, tokenizer)
         self.asked, self.texts, self.silent = asked, texts, asked.max_tokens == 0
 
-    def event(self, piece: Piece, first: bool) -> Json:
-        return self._told(piece.choice, piece, first and self.asked.echo)
-
-    def said(self, choice: Choice, whole: Piece) -> Json:
-        return self._told(choice, whole, self.asked.echo)
-
-    def _told(self, choice: Choice, piece: Piece, echo: bool) -> Json:
+    def event(self, piece: Piece) -> Json:
         text, ids, scores = ("", [], []) if self.silent else (piece.text, piece.ids, piece.scores)
         own: list[Score | None] = [*scores]
-        if echo:
-            text = self.texts[choice.index // (self.asked.n or 1)] + text
-            ids, own = [*choice.sequence.asked, *ids], [None, *choice.sequence.echoed, *scores]
+        if self.asked.echo and piece.first:
+            text = self.texts[piece.choice.index // (self.asked.n or 1)] + text
+            ids, own = [*piece.choice.sequence.asked, *ids], [None, *piece.choice.sequence.echoed, *scores]
         return {"text": text, "logprobs": None if self.asked.tops is None else self._logprobs(ids, own)}
 
     def _logprobs(self, ids: Row[int], scores: Row[Score | None]) -> Json:
-        words, offsets, at = [self.word(i) for i in ids], list[int](), 0
-        for word in words:
-            offsets.append(at)
-            at += len(word)
+        words = [self.word(i) for i in ids]
         tops: list[dict[str, float] | None] = []
         for word, score in zip(words, scores, strict=True):
             likeliest: dict[str, float] = {}
@@ -101,7 +93,7 @@ class CompletionForm(Form):
                 likeliest.setdefault(word, score.logprob)
             tops.append(likeliest if score else None)
         return {"tokens": words, "token_logprobs": [s and s.logprob for s in scores], "top_logprobs": tops,
-                "text_offset": offsets}  # fmt: skip
+                "text_offset": list(accumulate(map(len, words), initial=0))[:-1]}  # fmt: skip
 
 
 class ChatForm(Form):
@@ -109,15 +101,13 @@ class ChatForm(Form):
 
     kind, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def event(self, piece: Piece, first: bool) -> Json:
-        role = {"role": "assistant"} if first else {}
+    def event(self, piece: Piece) -> Json:
+        role = {"role": "assistant"} if piece.first else {}
         return {"delta": {**role, "content": piece.text}, "logprobs": self._logprobs(piece)}
 
-    def said(self, choice: Choice, whole: Piece) -> Json:  # noqa: ARG002 (the form's contract)
-        return {
-            "message": {"role": "assistant", "content": whole.text, "refusal": None},
-            "logprobs": self._logprobs(whole),
-        }
+    def said(self, whole: Piece) -> Json:
+        said = {"role": "assistant", "content": whole.text, "refusal": None}
+        return {"message": said, "logprobs": self._logprobs(whole)}
 
     def _logprobs(self, piece: Piece) -> Json | None:
         if piece.choice.sequence.tops is None:
