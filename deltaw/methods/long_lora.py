@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from deltaw.adapters.adapter import Site
 from deltaw.errors import UserError
 from deltaw.methods.lora import LoRA
-from deltaw.models.rope import KINDS, Dynamic, Linear, Llama3, Rope, Yarn
+from deltaw.models.rope import KINDS, Dynamic, Linear, Rope, Yarn
 from deltaw.models.seen import Documents, Seen, attention, causal
 from deltaw.models.slots import Attend, Delta, Parts, Positions
 from deltaw.settings import Count, settings
@@ -102,13 +102,8 @@ def stretched(slot: Positions, context: int, kind: str) -> Stretched:
         raise UserError(f"The positions of this model are scaled already, by '{own}'.", remedy=f"Take --rope {own}.")
     if old is None and kind == "llama3":
         raise UserError("Only a model that is scaled by 'llama3' already is scaled by it.", remedy="Take --rope yarn.")
-    scaling: Linear | Llama3 | Yarn
-    if old is not None:
-        scaling = replace(old, factor=old.factor * factor)
-    elif kind == "linear":
-        scaling = Linear(factor=factor)
-    else:
-        scaling = Yarn(factor=factor, original_max_position_embeddings=slot.context)
+    fresh = Linear(factor=1) if kind == "linear" else Yarn(factor=1, original_max_position_embeddings=slot.context)
+    scaling = replace(old or fresh, factor=(old or fresh).factor * factor)
     return Stretched(slot, replace(slot.rope, scaling=scaling), context)
 
 
