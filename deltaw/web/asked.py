@@ -13,7 +13,7 @@ from deltaw.decode.sampling import Penalty, Sampling
 from deltaw.errors import UserError
 from deltaw.models.tokenizer import Message
 from deltaw.serve.grammar import Kind
-from deltaw.settings import Seed, Share
+from deltaw.settings import Share, names
 
 Token = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Number = Annotated[int, Field(ge=0, le=10**9)]
@@ -104,13 +104,10 @@ class Asked(Body):
 
     def sampling(self, room: int) -> Sampling:
         """How the answer is drawn, of at most `room` tokens if nothing is said; without a seed, by chance."""
-        given = {"temperature": 1.0 if self.temperature is None else self.temperature, "top_p": self.top_p,
-                 "top_k": None if self.top_k is None else max(0, self.top_k), "min_p": self.min_p,
-                 "repetition_penalty": self.repetition_penalty, "presence_penalty": self.presence_penalty,
-                 "frequency_penalty": self.frequency_penalty}  # fmt: skip
-        seed: Seed = secrets.randbits(32) if self.seed is None else self.seed % 2**32
+        given = {"temperature": 1.0, **self.model_dump(include={*names(Sampling)}, exclude_none=True)}
+        seed = secrets.randbits(32) if self.seed is None else self.seed % 2**32
         most = max(1, room if self.most is None else self.most)
-        return Sampling(max_new_tokens=most, seed=seed, **{k: v for k, v in given.items() if v})  # type: ignore[arg-type]  # checked above, field by field
+        return Sampling(**given | {"top_k": max(0, self.top_k or 0), "max_new_tokens": most, "seed": seed})
 
     @property
     def most(self) -> int | None:
