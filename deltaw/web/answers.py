@@ -113,10 +113,8 @@ class Hub:
         except UserError as e:
             raise UnknownModel(str(e)) from None
         count, stops = asked.n or 1, asked.stops
-        if len(prompts) * count > MOST_ANSWERS:
-            raise UserError(
-                f"{len(prompts) * count:,} answers are more than one request may ask for: {MOST_ANSWERS:,}."
-            )
+        if (wanted := len(prompts) * count) > MOST_ANSWERS:
+            raise UserError(f"{wanted:,} answers are more than one request may ask for: {MOST_ANSWERS:,}.")
         ends = frozenset() if asked.ignore_eos else frozenset(self.base.tokenizer.end_ids)
         form, made = asked.grammar(), list[Choice]()
         for prompt in prompts or [()]:
@@ -131,9 +129,8 @@ class Hub:
                     priority=tenant.rights.priority, urgency=asked.priority,
                     secret="" if self.serving.share_prefixes else tenant.name,
                 )  # fmt: skip
-                made.append(
-                    Choice(len(made), sequence, Speech(self.base.tokenizer, () if sequence.least else stops), stops)
-                )
+                speech = Speech(self.base.tokenizer, () if sequence.least else stops)
+                made.append(Choice(len(made), sequence, speech, stops))
         return made
 
     def _check(self, prompt: Row[int], asked: Asked) -> None:
@@ -206,9 +203,8 @@ class Hub:
             return None
         start, choice.told = choice.told, len(speech.ids)
         ids, scores = speech.ids[start:], sequence.scores[start : choice.told]
-        if (
-            what == "stop" and sequence.ended is not None and sequence.tops is not None
-        ):  # lm-evaluation-harness counts on it
+        if what == "stop" and sequence.ended is not None and sequence.tops is not None:
+            # lm-evaluation-harness counts on it
             ids, scores = [*ids, sequence.ended], sequence.scores[start:]
         if finish is not None:
             choice.finish = finish

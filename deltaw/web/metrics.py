@@ -33,10 +33,8 @@ class Metrics(Collector):
         self.firsts = Histogram(
             "deltaw_all_first_token_seconds", "Until any first token.", buckets=SECONDS, registry=own
         )
-        self.distinct = Histogram(
-            "deltaw_batch_adapters", "Distinct adapters in a step.", buckets=DISTINCT, registry=own
-        )
-        engine.stepped = self.distinct.observe
+        distinct = Histogram("deltaw_batch_adapters", "Distinct adapters in a step.", buckets=DISTINCT, registry=own)
+        engine.stepped = distinct.observe
         self.registry.register(self)
 
     def ended(self, persona: str, sequence: Sequence, first: float | None, finish: str) -> None:
