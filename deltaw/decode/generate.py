@@ -5,6 +5,7 @@ Keys and values of the tokens so far, of sequences of unequal length, lie in a c
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -74,14 +75,18 @@ class Cache:
         return torch.stack([row[-1] for row in self.rows])
 
 
-class Prefill:
-    """Prompts laid flat; one layer's view."""
+class View:
+    """What one layer sees of a cache."""
 
     def __init__(self, cache: Cache, index: int) -> None:
         self.cache, self.index, self.prompts = cache, index, cache.prompts
 
-    def layer(self, index: int) -> "Prefill":
-        return Prefill(self.cache, index)
+    def layer(self, index: int) -> Self:
+        return type(self)(self.cache, index)
+
+
+class Prefill(View):
+    """Prompts laid flat."""
 
     def lengths(self, at_T: Tensor) -> Tensor:
         """As they are going to be, so that angles that depend on them are the same for all tokens of a sequence."""
@@ -104,14 +109,8 @@ class Prefill:
         return self.prompts.attend(q_THE, k_TKE, v_TKE, score)
 
 
-class Step:
-    """One new token of every sequence; one layer's view."""
-
-    def __init__(self, cache: Cache, index: int) -> None:
-        self.cache, self.index = cache, index
-
-    def layer(self, index: int) -> "Step":
-        return Step(self.cache, index)
+class Step(View):
+    """One new token of every sequence."""
 
     def lengths(self, at_T: Tensor) -> Tensor:  # noqa: ARG002 (they were planned)
         return self.cache.planned_B + self.cache.before
