@@ -7,6 +7,7 @@ backward pass, counted; and what is not there yet, Adam's moments.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,24 +80,17 @@ class Plan:
         return self.seconds * done / self.steps
 
 
-@dataclass(frozen=True)
-class Work:
-    """Measured seconds of micro-batches over the arithmetic they need, in operations."""
+def through(costs: dict[float, Cost]) -> Callable[[float], float]:
+    """Seconds by arithmetic, in operations: on the line through measured points; more work never takes less."""
+    points = sorted(costs)
+    seconds = np.maximum.accumulate([costs[p].seconds for p in points]).tolist()
 
-    operations: tuple[float, ...]
-    seconds: tuple[float, ...]
+    def line(operations: float) -> float:
+        if operations >= points[-1]:  # beyond the last in proportion
+            return float(seconds[-1] * operations / points[-1])
+        return float(np.interp(operations, points, seconds))
 
-    @classmethod
-    def through(cls, costs: dict[float, Cost]) -> "Work":
-        """The line through measured points; more work never takes less."""
-        points = sorted(costs)
-        return cls(tuple(points), tuple(np.maximum.accumulate([costs[p].seconds for p in points]).tolist()))
-
-    def of(self, operations: float) -> float:
-        """Seconds for this much arithmetic: between measured points on their line, beyond the last in proportion."""
-        if operations >= self.operations[-1]:
-            return self.seconds[-1] * operations / self.operations[-1]
-        return float(np.interp(operations, self.operations, self.seconds))
+    return line
 
 
 def measure(job: Job, minutes: float | None = None) -> Plan:
@@ -118,11 +112,11 @@ def measure(job: Job, minutes: float | None = None) -> Plan:
         job = replace(job, recompute=recompute)
         with frugal(recompute):
             costs = _measured(job, batches)
-        work, peak = Work.through(costs), peak_bytes(job.model.device)
+        work, peak = through(costs), peak_bytes(job.model.device)
         if not all(c.whole for c in costs.values()):
             peak = max(peak, held + need)
         peak += _moments_bytes(job)
-        step_seconds = sum(work.of(operations(b, job)) for step in epoch for b in step) / len(epoch)
+        step_seconds = sum(work(operations(b, job)) for step in epoch for b in step) / len(epoch)
         fixed = _evaluation_seconds(job)
     job.adapter.zero_grad(set_to_none=False)
     set_random(random, job.model.device)

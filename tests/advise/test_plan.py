@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deltaw.advise import machine
 from deltaw.advise import plan as planning
-from deltaw.advise.plan import Plan, Work, measure, operations
+from deltaw.advise.plan import Plan, measure, operations, through
 from deltaw.advise.probe import Cost, kept_bytes
 from deltaw.api.finetune import prepare
 from deltaw.data.batch import lay
@@ -234,15 +234,13 @@ points = st.lists(st.tuples(st.floats(1, 1e12), st.floats(1e-6, 1e3)), min_size=
 
 @given(points, st.floats(0, 1e13), st.floats(0, 1e13))
 def test_more_work_never_takes_less_and_measured_work_takes_what_was_measured(measured, a, b):
-    work = Work.through({operations: Cost(seconds, whole=True) for operations, seconds in measured})
+    work = through({operations: Cost(seconds, whole=True) for operations, seconds in measured})
     low, high = sorted((a, b))
-    assert work.of(low) <= work.of(high) * (1 + 1e-9)
-    assert list(work.operations) == sorted(p for p, _ in measured)
-    for x, seconds in zip(work.operations, work.seconds, strict=True):
-        assert work.of(x) == pytest.approx(seconds, rel=1e-9)
-        assert seconds == max(s for p, s in measured if p <= x)
-    top = work.operations[-1]
-    assert work.of(3 * top) == pytest.approx(3 * work.seconds[-1], rel=1e-9)
+    assert work(low) <= work(high) * (1 + 1e-9)
+    for x, _ in measured:
+        assert work(x) == pytest.approx(max(s for p, s in measured if p <= x), rel=1e-9)
+    top, slowest = (max(values) for values in zip(*measured, strict=True))
+    assert work(3 * top) == pytest.approx(3 * slowest, rel=1e-9)
 
 
 def test_the_machine_is_described_in_sane_numbers(monkeypatch, tmp_path):
