@@ -149,6 +149,10 @@ class Run:
         measured = [e for e in self.evaluations.values() if e["loss"] is not None]
         return min(measured, key=lambda e: float(e["loss"]), default=None)
 
+    def measured(self, name: str) -> list[float]:
+        """The values of all steps that were numbers."""
+        return [y for _, y in self.curve(name) if y is not None]
+
     def curve(self, name: str) -> list[tuple[float, float | None]]:
         """One value of every step; None where it was not a number."""
         return [(step, self.steps[step][name]) for step in sorted(self.steps)]

@@ -19,7 +19,6 @@ from deltaw.errors import explained
 from deltaw.files.atomic import write_text
 from deltaw.train import svg
 from deltaw.train.record import Run, fold, read
-from deltaw.train.templates import HERE, rendered
 
 NONE = "–"
 REASONS = {
@@ -51,13 +50,14 @@ def write_report(run_folder: Path) -> Path:
     shown = ("config.yaml", "Configuration", " open"), ("plan.json", "Plan in full", "")
     files = [(file, title, opened, _values(run_folder / file)) for file, title, opened in shown]
     files.append(("name, format, bits a number", "Formats in full", "", [tuple(line.split(" ", 1)) for line in packed]))
-    page = rendered(
+    page = svg.rendered(
         "report.html", run=run, name=run.started.get("run", run_folder.name), words=words, color=color, told=told,
-        smoothed=svg.smooth([y for _, y in run.curve("loss")] or [None])[-1], peak=_peak_bytes(run), median=median,
-        speeds=[y for _, y in run.curve("tokens_per_second") if y is not None], figure=_text, perplexity=_perplexity,
+        smoothed=svg.smooth([y for _, y in run.curve("loss")] or [None])[-1], median=median,
+        peak=run.finished.get("peak_bytes") or max(run.measured("memory_bytes"), default=None),
+        speeds=run.measured("tokens_per_second"), figure=_text, perplexity=_perplexity,
         clock=_clock, gigabytes=_gigabytes, rate=_rate, off=_off, loss=loss[1], charts=charts,
         heat=[svg.heat(layers)] if layers else [], files=files,
-        style=(HERE / "report.css").read_text(encoding="utf-8"))  # fmt: skip
+        style=(svg.HERE / "report.css").read_text(encoding="utf-8"))  # fmt: skip
     write_text(run_folder / "report.html", page.encode(errors="replace").decode())
     return run_folder / "report.html"
 
@@ -95,11 +95,6 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, ", ".join(str(item) for item in value) or NONE
     else:
         yield name, NONE if value is None else str(value)
-
-
-def _peak_bytes(run: Run) -> float | None:
-    measured = [y for _, y in run.curve("memory_bytes") if y is not None]
-    return run.finished.get("peak_bytes") or max(measured, default=None)
 
 
 def _aloud(title: str, points: list[svg.Point]) -> str:
@@ -143,7 +138,7 @@ def write_card(folder: Path) -> Path:
     called = base.name if base.is_absolute() else run.started["base"]
     head = {"base_model": called, "library_name": "deltaw", "pipeline_tag": "text-generation",
             "tags": ["deltaw", method]}  # fmt: skip
-    text = rendered(
+    text = svg.rendered(
         "card.md", name=folder.name, version=__version__, head=yaml.safe_dump(head, sort_keys=False).strip(),
         base=called, fingerprint=manifest.get("base", "unknown"), run=run, started=run.started, finished=run.finished,
         best=run.best(), files=[(Path(file).name, sha) for file, sha in manifest.get("data", {}).items()],

@@ -1,6 +1,6 @@
 """Line charts as inline SVG: no script, no network. Colours come from the page, `report.css`.
 
-And a grid of coloured cells: one value for each kind of layer and each layer.
+A grid of coloured cells, too: one value for each kind of layer and each layer. And the templates beside this file.
 """
 
 import math
@@ -8,9 +8,18 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from deltaw.train.templates import rendered
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from deltaw.words import duration, loss, one_line, size
+
+HERE = Path(__file__).parent
+PLACES = Environment(loader=FileSystemLoader(HERE), undefined=StrictUndefined, keep_trailing_newline=True,
+                     trim_blocks=True, autoescape=lambda name: ".md." not in str(name))  # fmt: skip
+PLACES.filters |= {"duration": duration, "exp": math.exp, "loss": loss, "one_line": one_line, "size": size,
+                   "cell": lambda value: one_line(str(value)).replace("|", "\\|")}  # fmt: skip
 
 Point = tuple[float, float | None]
 
@@ -159,3 +168,8 @@ def heat(rows: Mapping[str, Mapping[int, tuple[str, float]]]) -> tuple[str, str]
 
     title = f"Bits a number by layer, from {low:.2f} to {high:.2f}"
     return title, rendered("heat.svg", rows=rows, columns=columns, strength=strength, title=title)
+
+
+def rendered(name: str, /, **values: Any) -> str:
+    """A template with these values in it; text in HTML and SVG stays text, whatever it holds."""
+    return PLACES.get_template(f"{name}.jinja").render(values)
