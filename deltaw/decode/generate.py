@@ -38,9 +38,8 @@ class Cache:
         self.lengths_B = torch.tensor([len(row) for row in self.rows], device=device)
         self.planned_B = self.lengths_B + torch.tensor(rooms, device=device)
         most = self.before + int(self.planned_B.max())
-        shape = (config.layers, len(self.rows), config.kv_heads, most, config.head_width)
-        self.k_LBKSE = torch.zeros(shape, dtype=model.dtype, device=device)
-        self.v_LBKSE = torch.zeros(shape, dtype=model.dtype, device=device)
+        shape = (2, config.layers, len(self.rows), config.kv_heads, most, config.head_width)
+        self.kv_2LBKSE = torch.zeros(shape, dtype=model.dtype, device=device)
         self.used = self.before + int(self.lengths_B.max())
         self.masks: dict[int, Tensor] = {}
 
@@ -61,13 +60,13 @@ class Cache:
             at_S = torch.arange(self.used, device=self.lengths_B.device)
             length_B1 = self.before + self.lengths_B[:, None]
             seen_BS = (at_S < length_B1) & (at_S >= length_B1 - (window or self.used))
-            hidden_BS = torch.zeros(seen_BS.shape, dtype=self.k_LBKSE.dtype, device=at_S.device)
+            hidden_BS = torch.zeros(seen_BS.shape, dtype=self.kv_2LBKSE.dtype, device=at_S.device)
             self.masks[window] = hidden_BS.masked_fill_(~seen_BS, float("-inf"))[:, None, None]
         return self.masks[window]
 
     def keep(self, alive_B: Tensor) -> None:
         """Forget the other sequences."""
-        self.k_LBKSE, self.v_LBKSE = self.k_LBKSE[:, alive_B], self.v_LBKSE[:, alive_B]
+        self.kv_2LBKSE = self.kv_2LBKSE[:, :, alive_B]
         self.lengths_B, self.planned_B = self.lengths_B[alive_B], self.planned_B[alive_B]
 
     def last_tokens(self) -> Tensor:
@@ -79,7 +78,7 @@ class View:
     """What one layer sees of a cache."""
 
     def __init__(self, cache: Cache, index: int) -> None:
-        self.cache, self.index, self.prompts = cache, index, cache.prompts
+        self.cache, self.kv_2BKSE, self.prompts = cache, cache.kv_2LBKSE[:, index], cache.prompts
 
     def layer(self, index: int) -> Self:
         return type(self)(self.cache, index)
@@ -96,16 +95,14 @@ class Prefill(View):
         return length_T
 
     def after(self, k_PKE: Tensor, v_PKE: Tensor) -> "Prefill":
-        self.cache.k_LBKSE[self.index, :, :, : len(k_PKE)] = k_PKE.transpose(0, 1)
-        self.cache.v_LBKSE[self.index, :, :, : len(v_PKE)] = v_PKE.transpose(0, 1)
+        self.kv_2BKSE[:, :, :, : len(k_PKE)] = torch.stack((k_PKE, v_PKE)).transpose(1, 2)[:, None]
         self.prompts = self.prompts.after(k_PKE, v_PKE)
         return self
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, score: Score) -> Tensor:
-        first = self.cache.before
+        first, kv_2KTE = self.cache.before, torch.stack((k_TKE, v_TKE)).transpose(1, 2)
         for b, row in enumerate(self.cache.rows):
-            self.cache.k_LBKSE[self.index, b, :, first : first + len(row)] = k_TKE[row].transpose(0, 1)
-            self.cache.v_LBKSE[self.index, b, :, first : first + len(row)] = v_TKE[row].transpose(0, 1)
+            self.kv_2BKSE[:, b, :, first : first + len(row)] = kv_2KTE[:, :, row]
         return self.prompts.attend(q_THE, k_TKE, v_TKE, score)
 
 
@@ -120,10 +117,8 @@ class Step(View):
 
     def attend(self, q_BHE: Tensor, k_BKE: Tensor, v_BKE: Tensor, score: Score) -> Tensor:
         cache, each_B = self.cache, torch.arange(len(q_BHE), device=q_BHE.device)
-        last_B = cache.before + cache.lengths_B - 1
-        cache.k_LBKSE[self.index, each_B, :, last_B] = k_BKE
-        cache.v_LBKSE[self.index, each_B, :, last_B] = v_BKE
-        k_BKSE, v_BKSE = cache.k_LBKSE[self.index, :, :, : cache.used], cache.v_LBKSE[self.index, :, :, : cache.used]
+        self.kv_2BKSE[:, each_B, :, cache.before + cache.lengths_B - 1] = torch.stack((k_BKE, v_BKE), 1)
+        k_BKSE, v_BKSE = self.kv_2BKSE[:, :, :, : cache.used]
         return attention_batch(q_BHE[:, :, None], k_BKSE, v_BKSE, cache.mask(score.window), score)[:, :, 0]
 
 
