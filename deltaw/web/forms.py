@@ -84,16 +84,15 @@ class CompletionForm(Form):
 
     def _logprobs(self, ids: Row[int], scores: Row[Score | None]) -> Json:
         words = [self.word(i) for i in ids]
-        tops: list[dict[str, float] | None] = []
-        for word, score in zip(words, scores, strict=True):
-            likeliest: dict[str, float] = {}
-            for token, p in score.tops if score else ():
-                likeliest.setdefault(self.word(token), p)  # halves of characters look alike: the likelier one counts
-            if score:
-                likeliest.setdefault(word, score.logprob)
-            tops.append(likeliest if score else None)
+        tops = [score and self._tops(word, score) for word, score in zip(words, scores, strict=True)]
         return {"tokens": words, "token_logprobs": [s and s.logprob for s in scores], "top_logprobs": tops,
                 "text_offset": list(accumulate(map(len, words), initial=0))[:-1]}  # fmt: skip
+
+    def _tops(self, word: str, score: Score) -> dict[str, float]:
+        likeliest: dict[str, float] = {}
+        for text, p in (*((self.word(token), p) for token, p in score.tops), (word, score.logprob)):
+            likeliest.setdefault(text, p)  # halves of characters look alike: the likelier one counts
+        return likeliest
 
 
 class ChatForm(Form):
