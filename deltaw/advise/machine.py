@@ -46,8 +46,7 @@ class Machine:
 
 def matmul_gflops(dtype: torch.dtype, seconds: float) -> float:
     """Billions of floating-point operations a second in a matrix product of this type on the processor."""
-    x, w = torch.randn(MEASURED_ROWS, MEASURED_WIDTH), torch.randn(MEASURED_WIDTH, MEASURED_WIDTH)
-    x, w = x.to(dtype), w.to(dtype)
+    x, w = (torch.randn(rows, MEASURED_WIDTH).to(dtype) for rows in (MEASURED_ROWS, MEASURED_WIDTH))
     x @ w  # the first product prepares kernels
     done, start = 0, time.perf_counter()
     while (spent := time.perf_counter() - start) < seconds:

@@ -174,10 +174,9 @@ def _fitting(job: Job, batches: list[Batch]) -> tuple[bool, int, tuple[str, ...]
         raise WillNotFit(f"The longest micro-batch ({largest.tokens:,} tokens) needs about "
                          f"{need[recompute] / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.",
                          remedy=f"Cut rows with --max-tokens {fitting}{knob}." if fitting > 0 else fewer)  # fmt: skip
-    if not recompute or wanted != "auto":
-        return recompute, need[recompute] - state, ()
     saved = f"{need[True] / 1e9:.1f} GB instead of {need[False] / 1e9:.1f} GB"
-    return True, need[True] - state, (f"Layers are computed twice to save memory: {saved}.",)
+    notice = (f"Layers are computed twice to save memory: {saved}.",) if recompute and wanted == "auto" else ()
+    return recompute, need[recompute] - state, notice
 
 
 def _moments_bytes(job: Job) -> int:
