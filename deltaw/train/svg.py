@@ -7,9 +7,9 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -31,6 +31,11 @@ FLAT = 1e-6
 """Values that differ by less than this share are drawn as equal: it is noise of the arithmetic."""
 
 
+def known(y: float | None) -> TypeGuard[float]:
+    """Whether there is a number to draw."""
+    return y is not None and math.isfinite(y)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Series:
     """Values over x under one name; `points` draws circles, `faint` a thin line without an entry in the legend."""
@@ -42,7 +47,7 @@ class Series:
 
     def finite(self) -> list[tuple[float, float]]:
         """The points that can be drawn."""
-        return [(x, y) for x, y in self.points if y is not None and math.isfinite(y)]
+        return [(x, y) for x, y in self.points if known(y)]
 
 
 class Frame:
@@ -72,14 +77,8 @@ class Frame:
 
     def path(self, points: Sequence[Point]) -> str:
         """A line through the points, with a gap where there is none."""
-        drawn, pen_is_down = [], False
-        for x, y in _thinned(points):
-            if y is None or not math.isfinite(y):
-                pen_is_down = False
-                continue
-            drawn.append(f"{'L' if pen_is_down else 'M'}{self.x(x)} {self.y(y)}")
-            pen_is_down = True
-        return "".join(drawn)
+        drawn = [f"{self.x(x)} {self.y(y)}" if known(y) else "" for x, y in _thinned(points)]
+        return "".join(f"M{'L'.join(stretch)}" for there, stretch in groupby(drawn, bool) if there)
 
     def hovers(self, series: Sequence[Series], said: Callable[[float], str]
                ) -> Iterator[tuple[float, float, float, str]]:  # fmt: skip
@@ -87,7 +86,7 @@ class Frame:
         told: dict[float, list[str]] = {}
         for s in series:
             for x, y in s.points:
-                value = "not a number" if y is None or not math.isfinite(y) else said(y)
+                value = said(y) if known(y) else "not a number"
                 told.setdefault(x, []).append(f"{s.name} {value}")
         xs = sorted(told)
         always = {x for s in series if s.kind == "points" for x, _ in s.points}
@@ -124,7 +123,7 @@ def smooth(values: Sequence[float | None], weight: float = 0.9) -> list[float | 
     """The exponential moving average, unbiased at its start; where a value is missing or not a number, so is it."""
     mean, seen, out = 0.0, 0.0, list[float | None]()
     for value in values:
-        if value is None or not math.isfinite(value):
+        if not known(value):
             out.append(None)
             continue
         mean, seen = weight * mean + (1 - weight) * value, weight * seen + (1 - weight)
@@ -145,8 +144,7 @@ def _thinned(points: Sequence[Point]) -> Sequence[Point]:
 
 
 def _height(point: Point) -> float:
-    y = point[1]
-    return y if y is not None and math.isfinite(y) else math.inf
+    return point[1] if known(point[1]) else math.inf
 
 
 def placed(told: Iterable[str]) -> dict[str, dict[int, tuple[str, float]]]:
