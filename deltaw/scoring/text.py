@@ -239,13 +239,8 @@ def _folded(text: str) -> str:
 
 def _occurs(words: str, text: str) -> bool:
     """Whether `words` occur in a text with spaces around it, and no end of theirs cuts a word of the text."""
-    start = text.find(words)
-    while start > 0:
-        end = start + len(words)
-        if not _inside_word(text[start - 1 : start + 1]) and not _inside_word(text[end - 1 : end + 1]):
-            return True
-        start = text.find(words, start + 1)
-    return False
+    places = (found.span(1) for found in re.finditer(f"(?=({re.escape(words)}))", text))
+    return any(not any(_inside_word(text[end - 1 : end + 1]) for end in place) for place in places)
 
 
 def _inside_word(two: str) -> bool:
