@@ -24,9 +24,8 @@ from deltaw.web.adapters import WATCH_SECONDS, Shelf, adapter_routes
 from deltaw.web.answers import Choice, Hub, Piece, Refused, UnknownModel
 from deltaw.web.asked import Asked, ChatAsked, CompletionAsked, DetokenizeAsked, Prompt, TokenizeAsked, turns
 from deltaw.web.door import Door, manages, tenant_of
-from deltaw.web.forms import ChatForm, CompletionForm, Form, event
+from deltaw.web.forms import MISTAKE, Answer, ChatForm, CompletionForm, Form, Gone, event, fault, mistakes
 from deltaw.web.keys import Keys
-from deltaw.web.mistakes import MISTAKE, Answer, Gone, fault, mistakes
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deltaw.settings import Serving
+from deltaw.web.forms import Answer, fault
 from deltaw.web.keys import Keys, Tenant
-from deltaw.web.mistakes import Answer, fault
 
 OPEN = {"/", "/health", "/healthz", "/readyz", "/docs", "/openapi.json"}
 """Routes that ask for no key: they say nothing of anybody."""
