@@ -64,9 +64,7 @@ def available_bytes(device: torch.device) -> int:
 
 def existing(path: Path) -> Path:
     """The folder that is there of the path to one that may still be made."""
-    while not path.exists():
-        path = path.parent
-    return path
+    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def free_disk(path: Path) -> int:

@@ -50,10 +50,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        dh_ND, dhead_VD = ctx.saved_tensors
-        return (None if dh_ND is None else dh_ND * scale.to(dh_ND.dtype),
-                None if dhead_VD is None else dhead_VD * scale.to(dhead_VD.dtype), None, None)  # fmt: skip
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (None if d is None else d * scale.to(d.dtype) for d in ctx.saved_tensors)
+        return *gradients, None, None
 
 
 def cross_entropy(h_TD: Tensor, head_VD: Tensor, labels_T: Tensor, cap: float = 0.0) -> Tensor:

@@ -238,9 +238,7 @@ def _panel(title: str, rows: list[tuple[str, str]], color: str) -> Panel:
 def _flow(parts: list[tuple[str, str]], width: int) -> Text:
     """Styled words side by side, on a new line where the next would not fit: none is broken at its own spaces."""
     text, room = Text(), width
-    for phrase, style in parts:
-        if not phrase:
-            continue
+    for phrase, style in (part for part in parts if part[0]):
         if text and room < len(phrase) + 2:
             text, room = text.append("\n"), width
         elif text:
