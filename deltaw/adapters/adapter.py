@@ -114,12 +114,9 @@ class Method(ABC):
         return [Site(name, slot) for name, slot in slots.items() if name in wanted]
 
 
-def hold(owner: nn.Module, name: str, t: Tensor, trained: bool, stored: bool = True) -> None:
-    """Give a module a tensor: a parameter, or a buffer that is saved or is not."""
-    if trained:
-        owner.register_parameter(name, nn.Parameter(t))
-    else:
-        owner.register_buffer(name, t, persistent=stored)
+def held(t: Tensor, trained: bool, stored: bool = True) -> Tensor:
+    """A tensor as a module has it: a parameter, or a buffer that is saved or is not."""
+    return nn.Parameter(t) if trained else nn.Buffer(t, persistent=stored)
 
 
 def chosen(target: str, name: str, slot: object) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaw.adapters.adapter import Site
 from deltaw.methods.lora import LoRA, LowRank
@@ -23,10 +23,7 @@ class Moved(LowRank):
 
     def __init__(self, A_RI: Tensor, B_OR: Tensor, scale: float, dropout: float) -> None:
         super().__init__(A_RI, B_OR, scale, dropout)
-        self.A0: Tensor
-        self.B0: Tensor
-        self.register_buffer("A0", A_RI.clone())
-        self.register_buffer("B0", B_OR.clone())
+        self.A0, self.B0 = nn.Buffer(A_RI.clone()), nn.Buffer(B_OR.clone())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         # As differences, which are taken in fp32: in bf16 that of the two products would be their rounding.

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from deltaw.adapters.adapter import Adapter, Losses, Method, Site, bare, hold
+from deltaw.adapters.adapter import Adapter, Losses, Method, Site, bare, held
 from deltaw.errors import UserError
 from deltaw.models.decoder import Decoder
 from deltaw.models.seen import Documents, Seen, attention
@@ -44,10 +44,7 @@ class Prefix(Delta):
 
     def __init__(self, k_PKE: Tensor, v_PKE: Tensor, heads: int, gated: bool, points: Points | None = None) -> None:
         super().__init__()
-        self.k: Tensor
-        self.v: Tensor
-        hold(self, "k", k_PKE, trained=points is None)
-        hold(self, "v", v_PKE, trained=points is None)
+        self.k, self.v = (held(t, trained=points is None) for t in (k_PKE, v_PKE))
         self.before = 0 if gated else len(k_PKE)
         self._points = (points,)  # in a tuple, so that it is not registered here
         if gated:

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from deltaw.adapters.adapter import Method, Site, hold
+from deltaw.adapters.adapter import Method, Site, held
 from deltaw.errors import UserError
 from deltaw.methods.lora import Product
 from deltaw.settings import settings
@@ -29,8 +29,7 @@ class Tied(Product):
     def __init__(self, owner: nn.Module, names: tuple[str, str, str], i: int, v_O: Tensor, trained: bool) -> None:
         super().__init__()
         self._owner, self._names, self._i = (owner,), names, i  # in a tuple, so that it is not registered here
-        self.v: Tensor
-        hold(self, "v", v_O, trained)
+        self.v = held(v_O, trained)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A_RI, B_OR, u_R = (getattr(self._owner[0], name) for name in self._names)
@@ -63,7 +62,7 @@ class TiedLoRA(Method):
         for key, t, trained in ((names[0], A_RI, self.variant != "tl2"), (names[1], B_OR, self.variant != "tl2"),
                                 (u, torch.ones(self.rank), not fixed)):  # fmt: skip
             if not hasattr(site.shared, key):
-                hold(site.shared, key, t, trained)
+                setattr(site.shared, key, held(t, trained))
             elif getattr(site.shared, key).shape != t.shape:
                 raise UserError("Layers of different sizes cannot have one matrix.", where=site.name,
                                 why=f"{tuple(t.shape)} is not {tuple(getattr(site.shared, key).shape)}.",

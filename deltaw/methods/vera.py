@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from deltaw.adapters.adapter import Method, Site, hold
+from deltaw.adapters.adapter import Method, Site, held
 from deltaw.methods.tied_lora import Tied
 from deltaw.settings import settings
 
@@ -37,11 +37,11 @@ class VeRA(Method):
     def build(self, site: Site, rng: torch.Generator) -> Tied:  # noqa: ARG002 (its own seed decides)
         if not hasattr(site.shared, "A"):
             random = np.random.RandomState(self.projection_prng_key)
-            hold(site.shared, "A", _kaiming((self.rank, site.shape[1]), random), trained=False, stored=False)
-            hold(site.shared, "B", _kaiming((site.shape[0], self.rank), random), trained=False, stored=False)
+            site.shared.A = held(_kaiming((self.rank, site.shape[1]), random), trained=False, stored=False)
+            site.shared.B = held(_kaiming((site.shape[0], self.rank), random), trained=False, stored=False)
         o, i = site.slot.weight.shape
         u = site.name.replace(".", "/") + "/u"
-        hold(site.shared, u, torch.full((self.rank,), self.d_initial), trained=True)
+        setattr(site.shared, u, held(torch.full((self.rank,), self.d_initial), trained=True))
         return Tied(site.shared, ("A", "B", u), i, torch.zeros(o), trained=True)
 
 
