@@ -55,11 +55,6 @@ def drawn(rng: torch.Generator | None = None) -> Path:
 class General(Delta):
     """The terms of one layer. A vector or a number is a part of the matrices, which all paths of a supernet share."""
 
-    A_down: nn.Parameter
-    A_up: nn.Parameter
-    B_down: nn.Parameter
-    B_up: nn.Parameter
-
     def __init__(self, o: int, i: int, rank: int, path: Path, rng: torch.Generator) -> None:
         super().__init__()
         self.size, self.path, self.roams = (o, i, rank), path, False
@@ -80,17 +75,20 @@ class General(Delta):
         there = {name[0] for name, _ in self.named_parameters()}
         return Path(*(choice if term in there else "none" for term, choice in zip("ABCDE", path, strict=True)))
 
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """The two matrices of a term that is one of rank R: R x I and O x R."""
+        return self.get_parameter(f"{name}_up"), self.get_parameter(f"{name}_down")
+
     def term(self, name: str, choice: str) -> Tensor | None:
         """What a term is by this choice: O x I, O x 1 or 1 x 1 (A, B), I x 1 (C), O or 1 (D, E)."""
         if choice == "none":
             return None
         if name in "DE":
-            flat: Tensor = getattr(self, name)
+            flat = self.get_parameter(name)
             return flat[:1] if choice == "constant" else flat
-        down: Tensor = getattr(self, f"{name}_down")
+        down = self.get_parameter(f"{name}_down")
         if choice == "lora":
-            up: Tensor = getattr(self, f"{name}_up")
-            return down @ up
+            return down @ self.get_parameter(f"{name}_up")
         return down[:1, :1] if choice == "constant" else down[:, :1]
 
     def bias(self, slot: Linear, path: Path, dtype: torch.dtype) -> Tensor | None:
@@ -110,16 +108,16 @@ class General(Delta):
         if path.a == "lora":
             y_TO = y_TO + self._elementwise(slot, x_TI)
         if path.b == "lora":
-            low_TR = F.linear(x_TI, self.B_up.to(x_TI.dtype))
-            y_TO = y_TO + F.linear(low_TR, self.B_down.to(x_TI.dtype))
+            up_RI, down_OR = (t.to(x_TI.dtype) for t in self.pair("B"))
+            y_TO = y_TO + F.linear(F.linear(x_TI, up_RI), down_OR)
         elif (b := self.term("B", path.b)) is not None:
             y_TO = y_TO + x_TI.sum(-1, keepdim=True) * b.flatten().to(x_TI.dtype)
         return y_TO if bias_O is None else y_TO + bias_O.to(x_TI.dtype)
 
     def _elementwise(self, slot: Linear, x_TI: Tensor) -> Tensor:
         """(W ∘ A_down A_up) x: as `rank` products with W where there are fewer tokens than make that dearer."""
-        down_OR, up_RI, rank = self.A_down.to(x_TI.dtype), self.A_up.to(x_TI.dtype), self.size[2]
-        if len(x_TI) * (rank - 1) > rank + 1:
+        up_RI, down_OR = (t.to(x_TI.dtype) for t in self.pair("A"))
+        if len(x_TI) * (len(up_RI) - 1) > len(up_RI) + 1:
             return F.linear(x_TI, slot.weight.dense() * (down_OR @ up_RI))
         parts = [slot.weight(x_TI * up) * down for up, down in zip(up_RI, down_OR.t(), strict=True)]
         return torch.stack(parts).sum(0)
@@ -128,10 +126,9 @@ class General(Delta):
         w_OI = slot.weight.dense().float()
         a, b = self.term("A", self.path.a), self.term("B", self.path.b)
         new_OI = w_OI if a is None else w_OI + w_OI * a
-        dtype = slot.weight.dense().dtype
-        bias_O = self.bias(slot, self.path, dtype)
+        bias_O = self.bias(slot, self.path, slot.weight.dtype)
         parts: Parts = {"weight": slot.weight.repack(new_OI if b is None else new_OI + b)}
-        return parts if bias_O is None else {**parts, "bias": bias_O.to(dtype)}
+        return parts if bias_O is None else {**parts, "bias": bias_O.to(slot.weight.dtype)}
 
     def served(self, slot: Linear) -> Affine | None:
         if self.path.a == "lora":
@@ -140,10 +137,10 @@ class General(Delta):
         a = self.term("A", self.path.a)
         low: tuple[Tensor, Tensor] = torch.ones(1, i), torch.zeros(o, 1)
         if self.path.b == "lora":
-            low = self.B_up, self.B_down
+            low = self.pair("B")
         elif (b := self.term("B", self.path.b)) is not None:
             low = torch.ones(1, i), b.expand(o, 1)
-        bias_O = self.bias(slot, self.path, slot.weight.dense().dtype) if set(self.path[2:]) != {"none"} else None
+        bias_O = self.bias(slot, self.path, slot.weight.dtype) if set(self.path[2:]) != {"none"} else None
         return Affine(*low, 1.0, None if a is None else (1 + a).flatten().expand(o), bias_O)
 
     def along(self, path: Path) -> Delta:
