@@ -60,6 +60,4 @@ class DoRA(LoRA):
     """Train LoRA, and beside it the length of each row of the weights."""
 
     def pair(self, site: Site, rng: torch.Generator) -> LowRank:
-        o, i = site.slot.weight.shape
-        A_RI, B_OR = self.drawn(site.rank, i, rng), torch.zeros(o, site.rank)
-        return Directed(A_RI, B_OR, site.slot.weight.dense(), self.scale(site), self.dropout)
+        return Directed(*self.start(site, rng), site.slot.weight.dense(), self.scale(site), self.dropout)

@@ -56,9 +56,8 @@ class LoftQ(LoRA):
     """How often Q and B A take turns; the best turn is kept."""
 
     def pair(self, site: Site, rng: torch.Generator) -> LowRank:
-        (o, i), w = site.slot.weight.shape, site.slot.weight
-        A_RI, B_OR = self.drawn(site.rank, i, rng), torch.zeros(o, site.rank)
-        return Corrected(A_RI, B_OR, self.scale(site), self.dropout, self.form(site.name).pack(w.dense(), w.dtype))
+        weight = self.form(site.name).pack(site.slot.weight.dense(), site.slot.weight.dtype)
+        return Corrected(*self.start(site, rng), self.scale(site), self.dropout, weight)
 
     def patterns(self) -> list[str]:
         return [*super().patterns(), *self.format_pattern]

@@ -141,8 +141,12 @@ class LoRA(Method):
 
     def pair(self, site: Site, rng: torch.Generator) -> LowRank:
         """A and B of a site, and how they are used."""
+        return LowRank(*self.start(site, rng), self.scale(site), self.dropout)
+
+    def start(self, site: Site, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A and B of a site, as they start."""
         o, i = site.slot.weight.shape
-        return LowRank(self.drawn(site.rank, i, rng), torch.zeros(o, site.rank), self.scale(site), self.dropout)
+        return self.drawn(site.rank, i, rng), torch.zeros(o, site.rank)
 
     def drawn(self, rank: int, i: int, rng: torch.Generator) -> Tensor:
         """A, as it starts."""
