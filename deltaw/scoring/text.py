@@ -33,11 +33,12 @@ class Graded:
 
 def facts(rows: Sequence[Graded]) -> float:
     """Share of answers in which all facts occur as whole words, whatever their case, 0 to 1 (`5` occurs in `5:30`)."""
-    right = 0
-    for row in rows:
+
+    def right(row: Graded) -> bool:
         text = f" {_folded(row.answer)} "
-        right += all(any(_occurs(words, text) for words in _alternatives(fact)) for fact in row.facts)
-    return right / len(rows)
+        return all(any(_occurs(words, text) for words in _alternatives(fact)) for fact in row.facts)
+
+    return sum(map(right, rows)) / len(rows)
 
 
 def exact_match(rows: Sequence[Graded]) -> float:
@@ -87,11 +88,12 @@ def slot_f1(rows: Sequence[Graded]) -> float:
 
 def intent(rows: Sequence[Graded]) -> float:
     """Share of answers whose JSON `intent` is that of a reference, 0 to 1."""
-    right = 0
-    for row in rows:
+
+    def right(row: Graded) -> bool:
         told = _object(row.answer)
-        right += INTENT in told and told[INTENT] in [_object(text).get(INTENT) for text in row.references]
-    return right / len(rows)
+        return INTENT in told and told[INTENT] in [_object(text).get(INTENT) for text in row.references]
+
+    return sum(map(right, rows)) / len(rows)
 
 
 def label_accuracy(rows: Sequence[Graded]) -> float:
