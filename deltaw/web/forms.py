@@ -3,8 +3,7 @@
 import json
 import secrets
 import time
-from collections.abc import Callable
-from collections.abc import Sequence as Row
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -44,11 +43,11 @@ class Form:
         return self._object(self.part, [{**self.event(piece), "index": piece.choice.index,
                                          "finish_reason": piece.finish}])  # fmt: skip
 
-    def usage_chunk(self, choices: Row[Choice]) -> Json:
+    def usage_chunk(self, choices: Sequence[Choice]) -> Json:
         """What a stream ends with if it was asked for."""
         return {**self._object(self.part, []), "usage": self.usage(choices)}
 
-    def answer(self, pieces: Row[Piece], choices: Row[Choice]) -> Json:
+    def answer(self, pieces: Sequence[Piece], choices: Sequence[Choice]) -> Json:
         """All answers at once."""
         of = {choice: [p for p in pieces if p.choice is choice] for choice in choices}
         told = [{**self.said(Piece(c, "".join(p.text for p in own), [i for p in own for i in p.ids],
@@ -56,7 +55,7 @@ class Form:
                  "index": c.index, "finish_reason": c.finish} for c, own in of.items()]  # fmt: skip
         return {**self._object(self.whole, told), "usage": self.usage(choices)}
 
-    def usage(self, choices: Row[Choice]) -> Json:
+    def usage(self, choices: Sequence[Choice]) -> Json:
         """Tokens of prompts, each counted once, and of answers."""
         asked = sum(len(c.sequence.asked) for c in choices if c.sequence.stream == 0)
         said = 0 if self.silent else sum(c.told for c in choices)
@@ -83,7 +82,7 @@ class CompletionForm(Form):
 
     kind, whole, part = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, tokenizer: Tokenizer, asked: CompletionAsked, texts: Row[str]) -> None:
+    def __init__(self, model: str, tokenizer: Tokenizer, asked: CompletionAsked, texts: Sequence[str]) -> None:
         super().__init__(model, tokenizer)
         self.asked, self.texts, self.silent = asked, texts, asked.max_tokens == 0
 
@@ -95,7 +94,7 @@ class CompletionForm(Form):
             ids, own = [*piece.choice.sequence.asked, *ids], [None, *piece.choice.sequence.echoed, *scores]
         return {"text": text, "logprobs": None if self.asked.tops is None else self._logprobs(ids, own)}
 
-    def _logprobs(self, ids: Row[int], scores: Row[Score | None]) -> Json:
+    def _logprobs(self, ids: Sequence[int], scores: Sequence[Score | None]) -> Json:
         words = [self.word(i) for i in ids]
         tops = [score and self._tops(word, score) for word, score in zip(words, scores, strict=True)]
         return {"tokens": words, "token_logprobs": [s and s.logprob for s in scores], "top_logprobs": tops,
