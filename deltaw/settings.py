@@ -129,6 +129,8 @@ class Serving:
     chunk: Count = 256
     """Tokens of prompts that a step computes at most, beside a token of each answer."""
 
+    tensor_parallel: Count = 1
+    """Processes that compute the model together, each with a part of it."""
     keys: Path | None = None
     """A file of keys that `deltaw key` made: who may ask whom, and how much."""
     first_token_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0

@@ -36,7 +36,10 @@ struct Worn {
   void* y;
   const Group* groups;
   const Each* each;
-  int64_t count, layer, inputs, outputs, x_across, y_across;
+  // What is between A and B, a row of ranks for each row of x: only made where there is no y, only used where there is no
+  // x. Then A has only its part of the ranks, of so many.
+  float* down;
+  int64_t count, layer, inputs, outputs, x_across, y_across, down_across, part, parts;
   int32_t bf16, threads;
 };
 

@@ -146,11 +146,35 @@ void shrink(const uint16_t* A, const uint16_t* x, int64_t across, int64_t inputs
 
 #endif
 
+// One half of it, with `h` in between: rows of ranks of all adapters of a group, one after another.
 template <int N, typename T>
-void block(const Worn& w, const Group& g, const T* x, T* y, Room<float>& down) {
+void half(const Worn& w, const Group& g, int64_t row, float* down, int64_t ranks) {
+  const T* x = static_cast<const T*>(w.x) + row * w.x_across;
+  float *h = w.down + row * w.down_across, *to = down;
+  for (int64_t i = g.first; i < g.last; i++) {
+    const auto [adapter, weight] = w.each[i];
+    const Place& at = place(w, i);
+    const int64_t first = w.x ? (at.rank * w.part + w.parts - 1) / w.parts : 0;
+    const int64_t last = w.x ? (at.rank * (w.part + 1) + w.parts - 1) / w.parts : at.rank;
+    if (w.x) shrink<N>(part<T>(adapter, at.A), x, w.x_across, w.inputs, last - first, weight, to);
+    else std::fill(to, to + even(at.rank) * N, 0.f);
+    for (int64_t n = 0; n < N; n++)
+      for (int64_t r = first; r < last; r++) {
+        float &wide = h[n * w.down_across + r], &close = to[lies<N, T>(r - first, n)];
+        w.x ? wide = close : close = wide;
+      }
+    to += even(at.rank) * N, h += at.rank;
+  }
+  if (w.y) expand<N>(w, g, down, ranks, static_cast<T*>(w.y) + row * w.y_across);
+}
+
+template <int N, typename T>
+void block(const Worn& w, const Group& g, int64_t row, Room<float>& down) {
   int64_t ranks = 0;
   for (int64_t i = g.first; i < g.last; i++) ranks += even(place(w, i).rank);
   down.grow(ranks * N);
+  if (w.down) return half<N, T>(w, g, row, down.at(), ranks);
+  const T* x = static_cast<const T*>(w.x) + row * w.x_across;
   float* to = down.at();
   for (int64_t i = g.first; i < g.last; i++) {
     const auto [adapter, weight] = w.each[i];
@@ -158,7 +182,7 @@ void block(const Worn& w, const Group& g, const T* x, T* y, Room<float>& down) {
     shrink<N>(part<T>(adapter, at.A), x, w.x_across, w.inputs, at.rank, weight, to);
     to += even(at.rank) * N;
   }
-  expand<N>(w, g, down.at(), ranks, y);
+  expand<N>(w, g, down.at(), ranks, static_cast<T*>(w.y) + row * w.y_across);
 }
 
 struct Some {
@@ -183,12 +207,10 @@ void wear(const Worn& w) {
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < all.size(); i++) {
       const auto [group, row, count] = all[i];
-      const T* x = static_cast<const T*>(w.x) + row * w.x_across;
-      T* y = static_cast<T*>(w.y) + row * w.y_across;
-      if (count == 8) block<8>(w, *group, x, y, down);
-      else if (count == 4) block<4>(w, *group, x, y, down);
-      else if (count == 2) block<2>(w, *group, x, y, down);
-      else block<1>(w, *group, x, y, down);
+      if (count == 8) block<8, T>(w, *group, row, down);
+      else if (count == 4) block<4, T>(w, *group, row, down);
+      else if (count == 2) block<2, T>(w, *group, row, down);
+      else block<1, T>(w, *group, row, down);
     }
   }
 }

@@ -7,6 +7,7 @@ import os
 import secrets
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,7 @@ def serve(*, base: str | None = None, base_format: str = "",
     if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
         raise UserError(f"The server needs {', '.join(missing)}.", remedy="pip install 'deltaw[serve]'")
     from deltaw.api.persona import load_base
+    from deltaw.serve.parallel import follow, joined
     from deltaw.web.app import application
     from deltaw.web.server import Listener, bound, hub_of
 
@@ -59,18 +61,31 @@ def serve(*, base: str | None = None, base_format: str = "",
     if not (base or first):
         raise UserError(f"There is no adapter in {', '.join(map(str, folders))}, and no base is named.",
                         remedy="Take --base smollm2-135m, or other --personas.")  # fmt: skip
-    with bound(serving) as at:
+    machine, together = machine or Machine(), int(os.environ.get("WORLD_SIZE", serving.tensor_parallel))
+    if together > 1 and machine.threads is None:
+        machine = replace(machine, threads=max(1, (os.cpu_count() or 1) // together))
+    load = partial(load_base, base or first, base_format=base_format or form, **plain(machine))
+    others = joined(together, _lost) if together > 1 else nullcontext()
+    with nullcontext() if int(os.environ.get("RANK", 0)) else bound(serving) as at, others as ranks:
+        if at is None:
+            assert ranks is not None
+            return follow(load().model, ranks)
         # In a thread that ends: what computes in this one would keep OpenMP's threads, and with more of them than cores
         # those of the engine sleep after each product.
         with busy() as say, ThreadPoolExecutor(1) as loader:
-            how = {**plain(machine or Machine()), "say": say}
-            loaded = loader.submit(load_base, base or first, base_format=base_format or form, **how).result()
-        with hub_of(loaded, folders, serving) as (hub, shelf):
+            loaded = loader.submit(load, say=say).result()
+        with hub_of(loaded, folders, serving, ranks) as (hub, shelf):
             url = f"http://{serving.host}:{at.getsockname()[1]}"
             console = Console(highlight=False, soft_wrap=True)
             _tell(console, shelf, url)
             shelf.say = partial(console.print, markup=False)
             Listener(application(hub, shelf, serving), hub, shelf.say).run([at])
+    return None
+
+
+def _lost(number: int) -> None:
+    sys.stderr.write(f"Process {number} of those that compute the model has ended: nothing can be answered any more.\n")
+    os._exit(1)
 
 
 def key(name: str, /, *, file: Path = Path("keys.yaml"), rights: Flat[Rights] = None) -> None:

@@ -26,10 +26,12 @@ SIDE = 32
 FIELDS = 5
 """Of a directory's row: the rank, and how many bytes from the beginning A, B, gain and bias lie (0: nowhere)."""
 ALIGNED = 64
+Part = tuple[int, int]
+"""Which of how many."""
 
 
 class Change(NamedTuple):
-    """What an adapter adds to y = W x + b of one layer: gain y + B (A x) + bias."""
+    """What an adapter adds to y = W x + b of one layer: gain y + B (A x) + bias. A may be a part of its rows."""
 
     A_RI: Tensor
     B_RO: Tensor
@@ -49,7 +51,7 @@ class Slab:
         """Lay changes of all layers, in order, into memory of their own."""
         size, rows, parts = _up(len(changes) * FIELDS * 8), list[list[int]](), list[tuple[int, Tensor]]()
         for change in changes:
-            rows.append([0 if change is None else len(change.A_RI)])
+            rows.append([0 if change is None else len(change.B_RO)])
             for part in (None,) * 4 if change is None else change._replace(B_RO=_panels(change.B_RO, dtype)):
                 rows[-1].append(0 if part is None else size)
                 if part is not None:
@@ -90,8 +92,18 @@ class Slab:
         assert B is not None
         return Change(A_RI, B.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)[:rank, :outputs], *more)
 
+    def A_RI(self, layer: int, rows: int, inputs: int) -> Tensor:
+        """So many rows of A, which is as many as are here."""
+        return self._view(self.directory[layer][1], (rows, inputs))
+
     def _view(self, at: int, shape: tuple[int, ...]) -> Tensor:
         return self.memory[at : at + math.prod(shape) * self.dtype.itemsize].view(self.dtype).view(shape)
+
+
+def share(count: int, part: Part) -> range:
+    """What one of several has of so many; the first have one more."""
+    first, last = (-(-count * each // part[1]) for each in (part[0], part[0] + 1))
+    return range(first, last)
 
 
 def _up(size: int, to: int = ALIGNED) -> int:
@@ -120,8 +132,8 @@ class Each(ctypes.Structure):
 class Call(ctypes.Structure):
     """What is worn at one layer, as C has it."""
 
-    _fields_ = fields((AT, "x y groups each"), (COUNT, "count layer inputs outputs x_across y_across"),
-                      (FLAG, "bf16 threads"))  # fmt: skip
+    _fields_ = fields((AT, "x y groups each down"), (COUNT, "count layer inputs outputs x_across y_across"),
+                      (COUNT, "down_across part parts"), (FLAG, "bf16 threads"))  # fmt: skip
 
 
 class Rows(NamedTuple):
@@ -137,10 +149,10 @@ class Wear:
 
     def __init__(self, rows: Sequence[Rows]) -> None:
         self.native, few, self.many = function("wear"), list[Rows](), list[Rows]()
-        for each in rows:
-            if each.worn:
-                natively = self.native and all(slab.dtype in PLAIN and slab.memory.is_cpu for slab, _ in each.worn)
-                (few if natively else self.many).append(each)
+        self.rows = [each for each in rows if each.worn]
+        for each in self.rows:
+            natively = self.native and all(slab.dtype in PLAIN and slab.memory.is_cpu for slab, _ in each.worn)
+            (few if natively else self.many).append(each)
         ends = list(accumulate((len(each.worn) for each in few), initial=0))
         self.groups = (Group * len(few))(*(Group(r.start, r.stop, *ends[i : i + 2]) for i, r in enumerate(few)))
         self.each = (Each * ends[-1])(*(Each(slab.memory.data_ptr(), w) for r in few for slab, w in r.worn))
@@ -152,23 +164,58 @@ class Wear:
 
     def onto(self, y_TO: Tensor, x_TI: Tensor, layer: int) -> Tensor:
         """Add what is worn at this layer to its output y_TO, in place. Rows of both lie whole in memory."""
-        if len(self.groups):
-            told = {"x": x_TI.data_ptr(), "y": y_TO.data_ptr(), "layer": layer, "bf16": y_TO.dtype == torch.bfloat16}
-            told |= {"inputs": x_TI.shape[1], "outputs": y_TO.shape[1]}
-            told |= {"x_across": x_TI.stride(0), "y_across": y_TO.stride(0)}
-            self.native(ctypes.byref(Call(**self.told(), **told)))
+        self._call(layer, y_TO.dtype, x_TI.shape[1], y_TO.shape[1], x=x_TI, y=y_TO)
         for start, stop, worn in self.many:
-            _add(y_TO[start:stop], x_TI[start:stop], layer, worn)
+            changes = [slab.change(layer, x_TI.shape[1], y_TO.shape[1]) for slab, _ in worn]
+            x, weights = x_TI[start:stop], [weight for _, weight in worn]
+            downs = [c and summed([(x, c.A_RI.t())]).mul_(weight) for c, weight in zip(changes, weights, strict=True)]
+            _add(y_TO[start:stop], changes, weights, downs)
         return y_TO
 
+    def down(self, x_TI: Tensor, layer: int, part: Part) -> Tensor:
+        """What is between A and B: of each row weight * A x, of all adapters one after another, in float32.
 
-def _add(y_TO: Tensor, x_TI: Tensor, layer: int, worn: Sequence[tuple[Slab, float]]) -> None:
+        `part`: which of A's rows are here; what others make is 0, so that all parts' are to be summed.
+        """
+        ranks = [[slab.directory[layer][0] for slab, _ in each.worn] for each in self.rows]
+        h_TR = torch.zeros(len(x_TI), max(map(sum, ranks), default=0), device=x_TI.device)
+        self._call(layer, x_TI.dtype, x_TI.shape[1], 0, part, x=x_TI, down=h_TR)
+        for start, stop, worn in self.many:
+            first = 0
+            for slab, weight in worn:
+                rank, own = slab.directory[layer][0], share(slab.directory[layer][0], part)
+                if own:
+                    A_RI = slab.A_RI(layer, len(own), x_TI.shape[1])
+                    h_TR[start:stop, first + own.start : first + own.stop] = (x_TI[start:stop] @ A_RI.t()) * weight
+                first += rank
+        return h_TR
+
+    def up(self, y_TO: Tensor, h_TR: Tensor, layer: int) -> Tensor:
+        """Add what comes of it to this layer's output y_TO, in place, with what else is worn here."""
+        self._call(layer, y_TO.dtype, 0, y_TO.shape[1], y=y_TO, down=h_TR)
+        for start, stop, worn in self.many:
+            ranks = [slab.directory[layer][0] for slab, _ in worn]
+            downs = torch.split(h_TR[start:stop, : sum(ranks)].to(y_TO.dtype), ranks, 1)
+            changes = [slab.change(layer, 0, y_TO.shape[1]) for slab, _ in worn]
+            _add(y_TO[start:stop], changes, [weight for _, weight in worn], downs)
+        return y_TO
+
+    def _call(self, layer: int, dtype: torch.dtype, inputs: int, outputs: int, part: Part = (0, 1),
+              **tensors: Tensor) -> None:  # fmt: skip
+        if len(self.groups):
+            told = {name: t.data_ptr() for name, t in tensors.items()} | {"inputs": inputs, "outputs": outputs}
+            told |= {f"{name}_across": t.stride(0) for name, t in tensors.items()}
+            told |= {"part": part[0], "parts": part[1]}
+            self.native(ctypes.byref(Call(**self.told(), **told, layer=layer, bf16=dtype == torch.bfloat16)))
+
+
+def _add(y_TO: Tensor, changes: Sequence[Change | None], weights: Sequence[float],
+         downs: Sequence[Tensor | None]) -> None:  # fmt: skip
     products, more_TO = list[Product](), None
-    for slab, weight in worn:
-        change = slab.change(layer, x_TI.shape[1], y_TO.shape[1])
-        if change is None:
+    for change, weight, down_TR in zip(changes, weights, downs, strict=True):
+        if change is None or down_TR is None:
             continue
-        products.append((summed([(x_TI, change.A_RI.t())]).mul_(weight), change.B_RO))
+        products.append((down_TR, change.B_RO))
         for part, by in (change.gain_O, y_TO), (change.bias_O, None):
             if part is not None:
                 own_TO = weight * (part.float() if by is None else part.float() * by.float())

@@ -114,6 +114,9 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Token ids in, hidden states out; the head is applied by whoever needs logits, to the rows it needs."""
 
+    vocabulary = slice(None)
+    """The tokens whose logits it gives."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self._config = config
@@ -194,7 +197,7 @@ class Decoder(nn.Module):
 
     def logits(self, h_TD: Tensor) -> Tensor:
         """Logits of shape T x V."""
-        logits_TV, cap = times(h_TD, self.head_VD()), self._config.logit_cap
+        logits_TV, cap = times(h_TD, self.head_VD()[self.vocabulary]), self._config.logit_cap
         return logits_TV.div(cap).tanh().mul(cap) if cap else logits_TV
 
     def shares(self, longest: int) -> bool:

@@ -10,12 +10,13 @@ import hashlib
 import mmap
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from deltaw.kernels.attention import SIDE, Book
 from deltaw.models.decoder import Decoder
+from deltaw.models.slots import Before
 
 
 class Full(Exception):
@@ -41,6 +42,10 @@ class Arena:
         self.names: dict[int, bytes] = {}
         self.idle = OrderedDict[int, None]()
         """Known pages that nobody holds, the longest so first."""
+        self.heads = slice(None)
+        """Of the heads of keys and values, those that are kept here."""
+        self.wrote: Callable[..., None] = lambda *_: None
+        """Told of prefixes that are written."""
 
     @property
     def available(self) -> int:
@@ -74,6 +79,14 @@ class Arena:
             self.idle[page] = None
         else:
             self.free.append(page)
+
+    def write(self, pages: Sequence[int], first: int, before: Sequence[Before]) -> None:
+        """Put a prefix, from its token number `first` on, into the pages of a sequence."""
+        self.wrote(pages, first, before)
+        self.pages[pages[(len(before[0].k_PKE) - 1) // SIDE]] = 0  # what is behind it is multiplied too
+        table = torch.tensor(pages, dtype=torch.int32)
+        for book, each in zip(self.books, before, strict=True):
+            book.write(table, first, *(t[first:, self.heads].to(book.pages.dtype) for t in each))
 
     def learn(self, page: int, name: bytes) -> None:
         """Know a full page by what its tokens saw, if no other is known so."""

@@ -104,6 +104,8 @@ class Catalog:
         self.sources: dict[str, Source] = {}
         self.seen: dict[str, str] = {}
         """Stamps of what the folders held when they were looked at last."""
+        self.apart: Callable[[Served], Served] = lambda served: served
+        """What of an adapter is kept here, where others compute with this process."""
 
     def found(self, known: Mapping[str, Source]) -> dict[str, Source]:
         """What there is in the folders now. What is `known` and as it was is not read again."""
@@ -135,7 +137,15 @@ class Catalog:
         """Know a persona by this name; whoever talks with one that had it goes on with that."""
         self.sources[name] = source
         stamp = bytes.fromhex(source.stamp)
-        return self.wardrobe.add(name, stamp, lambda: source.read(self.model, self.fingerprint, self.kept))
+        return self.wardrobe.add(name, stamp, lambda: self.read(source))
+
+    def read(self, source: Source) -> Served:
+        """An adapter as it is served here.
+
+        Raises:
+            UserError: it is damaged, not for this base, or was changed meanwhile.
+        """
+        return self.apart(source.read(self.model, self.fingerprint, self.kept))
 
     def remove(self, name: str) -> None:
         """Know it no longer; its files stay.

@@ -3,40 +3,40 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain, groupby
 from time import monotonic
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from deltaw.adapters.adapter import Adapter
 from deltaw.errors import UserError
 from deltaw.kernels.attention import SIDE, Run
-from deltaw.kernels.worn import Rows, Wear
+from deltaw.kernels.worn import Rows
 from deltaw.models.decoder import Decoder
 from deltaw.serve.arena import Arena
 from deltaw.serve.choice import allowed, choose, scores
-from deltaw.serve.layers import Layers, Pieces
+from deltaw.serve.forward import Forward, Step
 from deltaw.serve.order import SAID, STARVED_SECONDS, Order
 from deltaw.serve.sequence import End, Sequence
 from deltaw.serve.wardrobe import Wardrobe
-from deltaw.serve.wearing import Floor
 from deltaw.words import some
 
 log = logging.getLogger(__name__)
 Piece = tuple[Sequence, int]
 """A sequence and how many of its tokens a step computes."""
+Compute = Callable[[Step, Adapter | None], Tensor]
 
 
 class Engine:
     """One model for all. `most` sequences run at once; a step computes at most `chunk` tokens of prompts."""
 
     def __init__(self, model: Decoder, budget_bytes: int, most: int = 32, chunk: int = 256) -> None:
-        self.model, self.arena, self.floor = model, Arena(model, budget_bytes), Floor(model)
+        self.model, self.arena = model, Arena(model, budget_bytes)
         self.wardrobe = Wardrobe(self.arena)
-        self.layers = Layers.of(model, self.arena, chunk + most)
+        self.compute: Compute = Forward(model, self.arena, chunk + most)
         self.most, self.chunk = most, chunk
         self.waiting = Order(self.arena, most)
         self.running: list[Sequence] = []
@@ -221,18 +221,12 @@ class Engine:
             places += range(sequence.known, sequence.known + count)
             ids += sequence.ids[sequence.known : sequence.known + count]
             at += count
-        seen = Pieces(self.arena.books, runs, [s.pages for s, _ in pieces], [s.most for s, _ in pieces])
         due = [i for i, (sequence, count) in enumerate(pieces) if count == sequence.pending]
         echoed = [range(run.start, run.start + s.unscored(count)) for (s, count), run in zip(pieces, runs, strict=True)]
         ends = [*(runs[i].stop - 1 for i in due), *chain(*echoed)]
-        if self.layers is not None and pieces[0][0].alone is None:
-            x_TD = self.layers.hidden(torch.tensor(ids), torch.tensor(places), seen, Wear(self._rows(pieces, runs)))
-            logits_NV = self.model.logits(self.model.norm(x_TD[ends]))
-        else:
-            with self._worn(pieces, runs):
-                h_TD = self.model.hidden(torch.tensor(ids), torch.tensor(places), seen)
-                logits_NV = self.model.logits(h_TD[ends])
-        return [pieces[i][0] for i in due], logits_NV
+        tables, lengths = [s.pages for s, _ in pieces], [s.most for s, _ in pieces]
+        step = Step(ids, places, runs, tables, lengths, ends, self._rows(pieces, runs))
+        return [pieces[i][0] for i in due], self.compute(step, pieces[0][0].alone)
 
     def _choose(self, sequences: list[Sequence], logits_NV: Tensor) -> None:
         """Say the next token of each; what makes that fail is one's own."""
@@ -264,10 +258,6 @@ class Engine:
                 ids, tops = sequence.asked[first : first + fresh], [sequence.tops or 0] * fresh
                 sequence.echoed += scores(logits_NV[at : at + fresh], ids, tops)
                 at += fresh
-
-    def _worn(self, pieces: list[Piece], runs: list[Run]) -> AbstractContextManager[Any]:
-        adapter = pieces[0][0].alone
-        return self.floor.on(Wear(self._rows(pieces, runs))) if adapter is None else adapter.on()
 
     def _rows(self, pieces: list[Piece], runs: list[Run]) -> list[Rows]:
         """What each row wears, where it shares its batch."""

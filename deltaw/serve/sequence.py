@@ -178,10 +178,7 @@ class Sequence:
         for _ in range(self.missing(count)):
             self.pages.append(arena.take())
         if self.known < self.prefix:
-            arena.pages[self.pages[(self.prefix - 1) // SIDE]] = 0  # what is behind it is multiplied too
-            table = torch.tensor(self.pages, dtype=torch.int32)
-            for book, (k_PKE, v_PKE) in zip(arena.books, self.before, strict=True):
-                book.write(table, self.known, *(t[self.known :].to(book.pages.dtype) for t in (k_PKE, v_PKE)))
+            arena.write(list(self.pages), self.known, self.before)
             self.known = self.prefix
 
     def advance(self, arena: Arena, count: int) -> None:

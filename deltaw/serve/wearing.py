@@ -110,7 +110,7 @@ class Floor:
     def __init__(self, model: Decoder) -> None:
         self.wear = Wear(())
         self.slots = [slot for _, slot in linears(model)]
-        self.deltas = [Mixed(self, i) for i in range(len(self.slots))]
+        self.deltas: list[Delta] = [Mixed(self, i) for i in range(len(self.slots))]
 
     @contextmanager
     def on(self, wear: Wear) -> Iterator[None]:

@@ -60,8 +60,7 @@ class Shelf:
         if found is None:
             raise UserError("There is no adapter here.", where=str(path))
         source = await asyncio.to_thread(Source.of, found, self.catalog.fingerprint)
-        read = partial(source.read, self.catalog.model, self.catalog.fingerprint, self.catalog.kept)
-        await asyncio.wrap_future(self.catalog.wardrobe.reader.submit(read))
+        await asyncio.wrap_future(self.catalog.wardrobe.reader.submit(self.catalog.read, source))
         await self._do(partial(self.catalog.add, name, source))
         self.say(f"+ {name} from {found}")
         return self.card(name)

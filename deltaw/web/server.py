@@ -15,9 +15,11 @@ from fastapi import FastAPI
 from deltaw.api.persona import Base
 from deltaw.errors import UserError
 from deltaw.models import source
+from deltaw.models.shard import part_of
 from deltaw.serve.catalog import BASE, Catalog
 from deltaw.serve.engine import Engine
 from deltaw.serve.grammar import Grammars
+from deltaw.serve.parallel import Leader, Ranks
 from deltaw.serve.service import Service
 from deltaw.settings import Serving
 from deltaw.web.adapters import Shelf
@@ -30,15 +32,22 @@ GIGABYTE = 1 << 30
 
 
 @contextmanager
-def hub_of(base: Base, folders: Sequence[Path], serving: Serving) -> Iterator[tuple[Hub, Shelf]]:
-    """A base with the personas of these files and folders, answering until the end of a `with` block."""
-    engine = Engine(base.model, int(serving.budget_gb * GIGABYTE), serving.most, serving.chunk)
+def hub_of(base: Base, folders: Sequence[Path], serving: Serving,
+           ranks: Ranks | None = None) -> Iterator[tuple[Hub, Shelf]]:  # fmt: skip
+    """A base with the personas of these files and folders, answering until the end of a `with` block.
+
+    `ranks`: processes that compute it together, of which this is the first.
+    """
+    model = base.model if ranks is None else part_of(base.model, ranks.part)
+    engine = Engine(model, int(serving.budget_gb * GIGABYTE), serving.most, serving.chunk)
     if engine.arena.count < serving.most:
         least = math.ceil(1000 * serving.most * engine.arena.page_bytes / GIGABYTE) / 1000
         raise UserError(f"{serving.budget_gb:g} GB have no room for {serving.most} answers at once.",
                         remedy=f"Take --budget-gb {least} or more, or a smaller --most.")  # fmt: skip
     kept = source.cache() / "served"
     catalog = Catalog(base.model, base.fingerprint, engine.wardrobe, folders, kept)
+    leader = None if ranks is None else Leader(base.model, engine, ranks)
+    catalog.apart = catalog.apart if leader is None else leader.apart
     catalog.update(catalog.found({}))
     catalog.sweep()
     name = (Path(base.name).name or base.path.resolve().name) if Path(base.name).exists() else base.name
@@ -46,6 +55,8 @@ def hub_of(base: Base, folders: Sequence[Path], serving: Serving) -> Iterator[tu
         hub = Hub(base, name or BASE, service, catalog, Grammars(base.tokenizer, base.model.config.vocab),
                   Metrics(engine), Post(), serving)  # fmt: skip
         yield hub, Shelf(hub, int(time.time()))
+    if leader is not None:
+        leader.close()
 
 
 def bound(serving: Serving) -> socket.socket:

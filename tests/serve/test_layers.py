@@ -32,8 +32,8 @@ def loaded(folder, changes, dtype=torch.bfloat16):
 def answers(model, asked, *, native):
     """What is said, and all scores, in steps of several sequences, with prompts in pieces."""
     engine = Engine(model, 1 << 21, most=6, chunk=40)
-    assert engine.layers or not native
-    engine.layers = engine.layers if native else None
+    assert engine.compute.layers or not native
+    engine.compute.layers = engine.compute.layers if native else None
     own = Sampling(max_new_tokens=9)
     sequences = [Sequence(ids, own, frozenset(), worn, tops=5) for ids, worn in asked]
     for sequence in sequences:

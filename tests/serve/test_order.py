@@ -316,7 +316,7 @@ def test_who_makes_a_step_fail_ends_alone(tiny, monkeypatch):
         return forward(ids_T, *more)
 
     monkeypatch.setattr(tiny, "hidden", hidden)
-    monkeypatch.setattr(engine, "layers", None)
+    monkeypatch.setattr(engine.compute, "layers", None)
     heard = []
     guilty.heard = heard.append
     begun(engine, [])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from small import ROOT
@@ -82,6 +83,32 @@ def test_a_process_serves_files_runs_and_folders_and_says_what_it_cannot(persona
     assert code == 128 + signal.SIGTERM
     assert any(line.startswith("Not served: broken.") for line in server.told)
     assert "Traceback" not in rest
+
+
+def test_two_processes_say_what_one_says_and_one_that_is_lost_is_told(personas):
+    def told(server):
+        asked = {"prompt": "abc", "max_tokens": 12, "temperature": 0, "logprobs": 2}
+        answers = [server.get("/v1/completions", {"model": model, **asked}) for model in ("base", "poet", "pefted")]
+        return [answer["choices"][0]["logprobs"]["tokens"] for answer in answers]
+
+    alone = Process(personas, "--personas", "runs", "more")
+    want = told(alone)
+    assert alone.end()[0] == 143
+    both = Process(personas, "--personas", "runs", "more", "--tensor-parallel", "2")
+    assert told(both) == want
+    code, rest = both.end()
+    assert code == 143
+    assert "Traceback" not in rest
+    both = Process(personas, "--personas", "runs", "more", "--tensor-parallel", "2")
+    other = int(Path(f"/proc/{both.process.pid}/task/{both.process.pid}/children").read_text().split()[0])
+    os.kill(other, signal.SIGKILL)
+    assert both.process.wait(PATIENCE) == 1
+    assert "Process 1 of those that compute the model has ended" in both.process.communicate()[0].decode()
+    told = {"cwd": personas, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "timeout": PATIENCE}
+    three = [*both.process.args[:-1], "3"]
+    refused = subprocess.run(three, capture_output=True, text=True, check=False, **told)
+    assert refused.returncode == 2
+    assert "2 heads of keys and values are not shared by 3 processes" in refused.stderr
 
 
 def test_the_base_and_its_form_are_those_of_the_first_persona(personas):

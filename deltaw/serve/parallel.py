@@ -1,0 +1,245 @@
+"""One model computed by several processes (tensor parallelism), of which the first has the engine.
+
+It tells the others every step, and all sum what layers behind give; rows of A are shared among them where the layer's
+outputs are, and A's columns where its inputs are (S-LoRA, Sheng et al. 2023, arXiv:2311.03285, section 6). B is shared
+with the outputs; where a layer's outputs are whole, so is B, and what is between A and B is summed with them.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import timedelta
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltaw.adapters.adapter import Adapter
+from deltaw.errors import UserError
+from deltaw.kernels.worn import Change, Part, Rows, Slab, share
+from deltaw.models.decoder import Decoder
+from deltaw.models.shard import Cut, cut, part_of
+from deltaw.models.slots import Before, Delta, Linear
+from deltaw.serve.arena import Arena
+from deltaw.serve.engine import Engine
+from deltaw.serve.forward import Forward, Step
+from deltaw.serve.wearing import Floor, Served, linears
+
+FOR_EVER = timedelta(days=3650)
+"""How long the others wait for a step: a server may have nothing to do."""
+MEET = "DELTAW_MEET"
+"""Where others that this process began find it."""
+
+
+class Ranks:
+    """The processes that compute together, and which of them this is."""
+
+    def __init__(self, part: Part) -> None:
+        self.part, (self.own, self.count) = part, part
+
+    def sum(self, t: Tensor) -> Tensor:
+        """What all have, summed, in its place."""
+        dist.all_reduce(t)
+        return t
+
+    def beside(self, t_TV: Tensor, columns: int) -> Tensor:
+        """The columns of all, beside each other; only the first process hears them."""
+        widest = len(share(columns, (0, self.count)))
+        own = F.pad(t_TV, (0, widest - t_TV.shape[1]))
+        all_of = [torch.empty_like(own) for _ in range(self.count)] if self.own == 0 else None
+        dist.gather(own, all_of, 0)
+        widths = [len(share(columns, (k, self.count))) for k in range(self.count)]
+        return own if all_of is None else torch.cat([t[:, :w] for t, w in zip(all_of, widths, strict=True)], 1)
+
+    def tell(self, messages: Sequence[Any]) -> None:
+        """Tell each of the others its own."""
+        dist.scatter_object_list([None], [None, *messages], 0)
+
+    def hear(self) -> Any:
+        """What the first process tells this one, as soon as it does; None: it ends, or is gone."""
+        heard: list[Any] = [None]
+        with suppress(RuntimeError):  # nobody is left to compute for
+            dist.scatter_object_list(heard, None, 0)
+        return heard[0]
+
+
+class Told(NamedTuple):
+    """What another process is told of a step, whose adapters are numbers: some of them are new, some are gone."""
+
+    step: Step
+    rows: list[tuple[int, int, list[tuple[int, float]]]]
+    new: dict[int, Slab]
+    gone: list[int]
+    written: list[tuple[list[int], int, tuple[Before, ...]]]
+
+
+class Apart(Delta):
+    """What a linear layer of a part does, and with it what rows wear there."""
+
+    def __init__(self, floor: "Hall", layer: int, here: Cut) -> None:
+        super().__init__()
+        self.floor, self.layer, self.here = floor, layer, here
+
+    def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
+        wear, ranks = self.floor.wear, self.floor.ranks
+        if self.here.inputs is None:
+            return wear.up(slot.run(x_TI), self.floor.between(self.layer, x_TI), self.layer)
+        y_TO, h_TR = slot.weight(x_TI), wear.down(x_TI, self.layer, (0, 1))
+        # In float32, so that it is rounded once, as where one process computes it.
+        both = ranks.sum(torch.cat([y_TO.float(), h_TR], 1))
+        y_TO = both[:, : y_TO.shape[1]].to(y_TO.dtype)
+        return wear.up(y_TO if slot.bias is None else y_TO + slot.bias, both[:, y_TO.shape[1] :], self.layer)
+
+
+class Hall(Floor):
+    """Where rows wear what they do in a part of a model. What layers that read the same x need is summed at once."""
+
+    def __init__(self, part: Decoder, cuts: Sequence[Cut], ranks: Ranks) -> None:
+        super().__init__(part)
+        self.ranks, self.found = ranks, dict[int, Tensor]()
+        self.cuts, self.deltas = cuts, [Apart(self, i, here) for i, here in enumerate(cuts)]
+
+    def between(self, layer: int, x_TI: Tensor) -> Tensor:
+        """What is between A and B at a layer; its neighbours' is kept until they ask."""
+        if layer not in self.found:
+            last = next(i for i in range(layer, len(self.cuts)) if self.cuts[i].outputs is None)
+            each = [self.wear.down(x_TI, i, self.ranks.part) for i in range(layer, last)]
+            all_TR = torch.cat(each, 1)
+            summed = self.ranks.sum(all_TR) if all_TR.shape[1] else all_TR
+            self.found = dict(enumerate(torch.split(summed, [h_TR.shape[1] for h_TR in each], 1), layer))
+        return self.found.pop(layer)
+
+
+class Forwards(Forward):
+    """A part of a model; only the first process has the logits."""
+
+    def __init__(self, whole: Decoder, part: Decoder, arena: Arena, ranks: Ranks) -> None:
+        self.model, self.arena, self.layers, self.ranks = part, arena, None, ranks
+        self.floor: Hall = Hall(part, [cut(name, whole.config, ranks.part) for name, _ in linears(part)], ranks)
+
+    def __call__(self, step: Step, alone: Adapter | None = None) -> Tensor:
+        self.floor.found.clear()
+        return self.ranks.beside(super().__call__(step, alone), self.model.config.vocab)
+
+
+class Leader:
+    """The first of the processes, with the engine: it tells the others what is computed, and computes its part."""
+
+    def __init__(self, whole: Decoder, engine: Engine, ranks: Ranks) -> None:
+        self.whole, self.ranks = whole, ranks
+        self.forward = Forwards(whole, engine.model, engine.arena, ranks)
+        self.numbers, self.unsent, self.clock = weakref.WeakKeyDictionary[Slab, int](), dict[int, list[Slab]](), count()
+        self.gone, self.written = deque[int](), list[tuple[list[int], int, tuple[Before, ...]]]()
+        engine.compute, engine.arena.wrote = self, lambda *told: self.written.append(told)
+        engine.arena.heads = _heads(whole, ranks)
+        ranks.tell([engine.arena.count] * (ranks.count - 1))
+
+    def apart(self, served: Served) -> Served:
+        """An adapter's part for this process; those of others are kept until it is worn.
+
+        Raises:
+            UserError: it is not of the form that is shared.
+        """
+        if served.alone is not None:
+            raise UserError("It does more than several processes compute.", remedy="Leave --tensor-parallel out.")
+        if served.slab is None:
+            return served
+        slab, *others = (slab_of(served.slab, self.whole, (k, self.ranks.count)) for k in range(self.ranks.count))
+        self.numbers[slab] = number = next(self.clock)
+        self.unsent[number] = others
+        weakref.finalize(slab, self.gone.append, number)
+        return replace(served, slab=slab)
+
+    def __call__(self, step: Step, alone: Adapter | None = None) -> Tensor:
+        rows = [(start, stop, [(self.numbers[slab], w) for slab, w in worn]) for start, stop, worn in step.rows]
+        new = {n: self.unsent.pop(n) for *_, worn in rows for n, _ in worn if n in self.unsent}
+        written, self.written = self.written, []
+        gone = [self.gone.popleft() for _ in range(len(self.gone))]
+        sent = [number for number in gone if self.unsent.pop(number, None) is None]
+        self.ranks.tell([Told(step._replace(rows=[]), rows, {n: slabs[k] for n, slabs in new.items()}, sent, written)
+                         for k in range(self.ranks.count - 1)])  # fmt: skip
+        return self.forward(step, alone)
+
+    def close(self) -> None:
+        """Let the others end."""
+        self.ranks.tell([None] * (self.ranks.count - 1))
+
+
+@torch.inference_mode()
+def follow(whole: Decoder, ranks: Ranks) -> None:
+    """Compute a part of every step that the first process tells, until it tells no more."""
+    part = part_of(whole, ranks.part)
+    arena = Arena(part, (ranks.hear() or 0) * Arena(part, 0).page_bytes)
+    arena.heads = _heads(whole, ranks)
+    forward, slabs = Forwards(whole, part, arena, ranks), dict[int, Slab]()
+    while (told := ranks.hear()) is not None:
+        slabs = {number: slab for number, slab in (slabs | told.new).items() if number not in told.gone}
+        for each in told.written:
+            arena.write(*each)
+        rows = [Rows(start, stop, tuple((slabs[n], w) for n, w in worn)) for start, stop, worn in told.rows]
+        forward(told.step._replace(rows=rows))
+
+
+def slab_of(slab: Slab, whole: Decoder, part: Part) -> Slab:
+    """An adapter's part: rows of A and columns of B where the layer's outputs are shared, else columns of A."""
+    changes = list[Change | None]()
+    for i, (name, slot) in enumerate(linears(whole)):
+        outputs, inputs = cut(name, whole.config, part)
+        change = slab.change(i, slot.weight.shape[1], slot.weight.shape[0])
+        if change is not None and outputs is None:
+            change = change._replace(A_RI=change.A_RI[:, inputs])
+        elif change is not None:
+            own, (B_RO, *more) = share(len(change.A_RI), part), change[1:]
+            gain_O, bias_O = (None if t_O is None else t_O[outputs] for t_O in more)
+            change = Change(change.A_RI[own.start : own.stop], B_RO[:, outputs], gain_O, bias_O)
+        changes.append(change)
+    return Slab.of(changes, slab.dtype)
+
+
+def _heads(whole: Decoder, ranks: Ranks) -> slice:
+    own = share(whole.config.kv_heads, ranks.part)
+    return slice(own.start, own.stop)
+
+
+@contextmanager
+def joined(ranks: int, lost: Callable[[int], None]) -> Iterator[Ranks]:
+    """The processes that compute one model: those that `torchrun` began, or else this one and others like it.
+
+    Others run the same command, on this machine. `lost` is told of one that ended before it was to, by its number.
+    """
+    others, ended, env = list[subprocess.Popen[bytes]](), threading.Event(), os.environ
+
+    def watch(other: subprocess.Popen[bytes], number: int) -> None:
+        if other.wait() is not None and not ended.is_set():
+            lost(number)
+
+    with tempfile.TemporaryDirectory(prefix="deltaw-") as folder:  # which nobody else reads, unlike a port
+        meet, number, count = env.get(MEET), int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", ranks))
+        if "RANK" not in env:
+            env.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+            meet = f"file://{folder}/meet"
+            for each in range(1, ranks):
+                told = {**env, MEET: meet, "RANK": str(each), "WORLD_SIZE": str(ranks)}
+                command = [sys.executable, "-m", "deltaw.cli", *sys.argv[1:]]
+                others.append(subprocess.Popen(command, env=told, start_new_session=True))  # Ctrl-C is the first one's
+                threading.Thread(target=watch, args=(others[-1], each), daemon=True).start()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(env.get("LOCAL_RANK", number)))
+        dist.init_process_group(init_method=meet, rank=number, world_size=count, timeout=FOR_EVER)
+        try:
+            yield Ranks((number, count))
+        finally:
+            ended.set()
+            dist.destroy_process_group()
+            for other in others:
+                other.wait()

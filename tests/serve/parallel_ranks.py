@@ -1,0 +1,89 @@
+"""One of several processes that compute the models of a folder together; the first writes down what was said."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from oracles import scramble
+from variants import CASES
+
+from deltaw.adapters.adapter import Adapter
+from deltaw.decode.sampling import Sampling
+from deltaw.errors import UserError
+from deltaw.methods import method
+from deltaw.models import checkpoint
+from deltaw.models.shard import part_of
+from deltaw.serve.engine import Engine
+from deltaw.serve.parallel import Leader, follow, joined
+from deltaw.serve.sequence import Sequence
+from deltaw.serve.wardrobe import Entry
+from deltaw.serve.wearing import Served
+
+SEVERAL = 3
+"""Adapters of some names are blended, too."""
+
+
+def personas(model):
+    """An adapter of every kind that shares a batch, as it is served."""
+    made = {}
+    for i, case in enumerate(CASES):
+        name, chosen = case.values
+        try:
+            adapter = scramble(Adapter.build(method(name, **chosen), model, seed=i).eval(), seed=i)
+        except UserError as e:
+            if not model.config.family.fused or "names no layer of this model" not in e.what:
+                raise
+            continue  # there is no q where there is one qkv
+        if (served := Served.of(adapter, model)).alone is None:
+            made[case.id] = served
+    return made
+
+
+def asking(served):
+    """Sequences that wear none, each, and blends: some with prompts in pieces, some that begin alike."""
+    worn = [
+        (),
+        *(((name, 1.0),) for name in served),
+        (("lora-0", 0.7), ("dora-0", 0.4)),
+        (("dora-0", 2.0), ("vera-0", 1)),
+    ]
+    for i, told in enumerate(worn):
+        ids = torch.randint(0, 256, (20 + 9 * i % 70,), generator=torch.Generator().manual_seed(i % 5)).tolist()
+        entries = tuple((Entry(name, name.encode(), None, served[name]), weight) for name, weight in told)
+        yield Sequence(tuple(ids), Sampling(max_new_tokens=8), frozenset(), entries, tops=2)
+
+
+def said(engine, served):
+    """What each says, with scores."""
+    asked = list(asking(served))
+    for sequence in asked:
+        engine.submit(sequence)
+    while engine.step():
+        engine.check_integrity()
+    return [[sequence.said, [score.logprob for score in sequence.scores]] for sequence in asked]
+
+
+def main(folder, processes):
+    torch.set_num_threads(1)
+    with joined(processes, print) as ranks:
+        for path in sorted(folder.iterdir()):
+            model = checkpoint.load(path)
+            if ranks.own:
+                follow(model, ranks)
+                continue
+            engine = Engine(part_of(model, ranks.part), 8 << 20, most=9, chunk=40)
+            leader, whole = Leader(model, engine, ranks), personas(model)
+            told = said(engine, {name: leader.apart(each) for name, each in whole.items()})
+            assert not leader.unsent
+            full = Served(alone=Adapter.build(method("full"), model))
+            try:
+                leader.apart(full)
+            except UserError as e:
+                told.append(e.what)
+            leader.close()
+            (path / f"said-{processes}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
