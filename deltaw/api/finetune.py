@@ -25,6 +25,7 @@ from deltaw.files.runs import Run
 from deltaw.kernels.library import instruction_set
 from deltaw.kernels.memory import is_full
 from deltaw.models.checkpoint import count
+from deltaw.models.ranks import Ranks
 from deltaw.settings import Training, build, names, plain
 from deltaw.train.checkpoint import guarded
 from deltaw.train.events import Event, Finished, Planned, Started, Warned
@@ -136,11 +137,13 @@ class Prepared:
         lost = trainer.resume()
         yield replace(self.started, resumed_at=trainer.progress.step, notices=(*self.started.notices, *lost))
         if self.plan is None:
-            self.plan = planning.measure(self.job, self.job.settings.minutes)
+            self.plan = self.job.ranks.agreed(planning.measure(self.job, self.job.settings.minutes))
             self.job.steps = trainer.progress.steps or self.plan.steps
             self.job.recompute = self.plan.recompute
             yield from self._write_plan({})
         yield _planned(self.plan)
+        if self.job.ranks.count > 1:
+            self.job.ranks.shard(self.job.model)
         for event in trainer.run():
             if isinstance(event, Finished):
                 event = replace(event, predicted_seconds=self.plan.after(event.step),
@@ -162,6 +165,8 @@ def prepare(data: Sequence[str], values: Mapping[str, Any], stop: Callable[[], b
         UserError: wrong settings or data. WillNotFit: too little disk.
     """
     settings, method = resolve(values)
+    if Ranks.joined().own:
+        settings = replace(settings, runs=runs.scratch())
     loaded = load(data, settings, stop)  # before the model: a fault in the data is found at once
     base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say, packing(settings, method))
     adapter, encoded = begun(method, base, settings, loaded, stop)
@@ -184,7 +189,8 @@ def resume(name: str | None, folder: Path, stop: Callable[[], bool] = lambda: Fa
         UserError: there is no such run, it has ended or is still being trained, or its base or data are not what they
         were.
     """
-    run = runs.find(name, folder, lambda run: bool(run.checkpoints()) and not run.adapter.exists() and not run.busy())
+    run = runs.for_all(Ranks.joined(), lambda: runs.find(
+        name, folder, lambda run: bool(run.checkpoints()) and not run.adapter.exists() and not run.busy()))  # fmt: skip
     config = run.read_config()
     data = config.pop("data")
     if run.adapter.exists():
@@ -242,14 +248,16 @@ def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loa
         asked = question(loaded, base, settings)
     header, rate = base.header(adapter, loaded.system), settings.learning_rate or 0.0
     job = Job(run, base.model, base.tokenizer, adapter, header, settings, encoded.rows, encoded.weights, encoded.val,
-              steps, rate, question=asked, stop=stop)  # fmt: skip
+              steps, rate, question=asked, stop=stop, ranks=(ranks := Ranks.joined()))  # fmt: skip
+    together = [f"{ranks.count} processes train together; the plan is that of one."] * (ranks.count > 1)
+    notices = (*loaded.notices, *encoded.notices, *together)
     started = Started(
         run=str(run.folder), base=base.name, method=settings.method, trained_parameters=adapter.parameter_count,
         base_parameters=count(base.model), rows=len(encoded.rows), val_rows=encoded.val_rows,
         tokens=encoded.rows.tokens, trained_tokens=encoded.rows.targets, batch_rows=job.batch_rows,
         dtype=str(base.model.dtype).removeprefix("torch."), device=str(base.model.device),
         threads=torch.get_num_threads(), learning_rate=job.learning_rate, packed=packed_by_layer(adapter),
-        base_form=base.form, kernels=instruction_set(), notices=(*loaded.notices, *encoded.notices))  # fmt: skip
+        base_form=base.form, kernels=instruction_set(), notices=notices)  # fmt: skip
     return job, started
 
 

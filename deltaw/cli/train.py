@@ -1,6 +1,8 @@
 """`deltaw train`: flags, a configuration file and a method's own settings in, a run folder out."""
 
 import json as json_text
+import os
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -53,12 +55,15 @@ def register(app: App, arguments: Sequence[str]) -> None:
             Print events as JSON lines.
         """
         from deltaw.api import finetune
+        from deltaw.models.ranks import Ranks
 
         settings, own = settings or Training(), own or method()
         if resume:
             _refuse_changes(arguments, (settings, Training()), (own, method()))
         if resume and len(files) > 1:
             raise UserError("Only one run is resumed at a time.", remedy=f"deltaw train --resume {files[0]}")
+        if Ranks.joined().own:  # what several processes do together is shown once
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (until it ends)
         with interruptible() as stop:
             with busy(json) as say:
                 if resume:

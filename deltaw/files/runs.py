@@ -7,11 +7,13 @@ manifest.json   fingerprints of base, tokenizer, template and data, and the sett
 MODEL_CARD.md   what was made, from what, and what was measured
 """
 
+import atexit
 import hashlib
 import json
 import re
 import shlex
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from deltaw.adapters.adapter import Adapter
 from deltaw.errors import UserError, explained, nearest
 from deltaw.files import adapters
 from deltaw.files.atomic import replacing_folder, write_text
+from deltaw.models.ranks import Ranks
 
 FORMAT = 2
 """Of the run folder; a folder of a higher one was made by a newer version."""
@@ -236,3 +239,23 @@ def digest(path: Path) -> str:
     """The sha256 of a file."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def scratch() -> Path:
+    """Where a process that trains with others keeps its records, which are the first one's too; it goes with it."""
+    folder = tempfile.mkdtemp(prefix="deltaw-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def for_all(ranks: Ranks, find: Callable[[], Run]) -> Run:
+    """The run that the first process finds; others have a copy of what it resumes from."""
+    run = Run(scratch() / "run") if ranks.own else find()
+    files = [] if ranks.own or ranks.count == 1 else [run.config, run.manifest, run.plan, run.best, *run.checkpoints()]
+    there = {str(f.relative_to(run.folder)): f.read_bytes() for f in files if f.exists()}
+    for name, content in ranks.agreed(there).items():
+        if not ranks.own:
+            break
+        (run.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.folder / name).write_bytes(content)
+    return run

@@ -15,62 +15,24 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import timedelta
 from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.errors import UserError
 from deltaw.kernels.worn import Change, Part, Rows, Slab, share
 from deltaw.models.decoder import Decoder
+from deltaw.models.ranks import MEET, Ranks
 from deltaw.models.shard import Cut, cut, part_of
 from deltaw.models.slots import Before, Delta, Linear
 from deltaw.serve.arena import Arena
 from deltaw.serve.engine import Engine
 from deltaw.serve.forward import Forward, Step
 from deltaw.serve.wearing import Floor, Served, linears
-
-FOR_EVER = timedelta(days=3650)
-"""How long the others wait for a step: a server may have nothing to do."""
-MEET = "DELTAW_MEET"
-"""Where others that this process began find it."""
-
-
-class Ranks:
-    """The processes that compute together, and which of them this is."""
-
-    def __init__(self, part: Part) -> None:
-        self.part, (self.own, self.count) = part, part
-
-    def sum(self, t: Tensor) -> Tensor:
-        """What all have, summed, in its place."""
-        dist.all_reduce(t)
-        return t
-
-    def beside(self, t_TV: Tensor, columns: int) -> Tensor:
-        """The columns of all, beside each other; only the first process hears them."""
-        widest = len(share(columns, (0, self.count)))
-        own = F.pad(t_TV, (0, widest - t_TV.shape[1]))
-        all_of = [torch.empty_like(own) for _ in range(self.count)] if self.own == 0 else None
-        dist.gather(own, all_of, 0)
-        widths = [len(share(columns, (k, self.count))) for k in range(self.count)]
-        return own if all_of is None else torch.cat([t[:, :w] for t, w in zip(all_of, widths, strict=True)], 1)
-
-    def tell(self, messages: Sequence[Any]) -> None:
-        """Tell each of the others its own."""
-        dist.scatter_object_list([None], [None, *messages], 0)
-
-    def hear(self) -> Any:
-        """What the first process tells this one, as soon as it does; None: it ends, or is gone."""
-        heard: list[Any] = [None]
-        with suppress(RuntimeError):  # nobody is left to compute for
-            dist.scatter_object_list(heard, None, 0)
-        return heard[0]
 
 
 class Told(NamedTuple):
@@ -179,10 +141,10 @@ class Leader:
 def follow(whole: Decoder, ranks: Ranks) -> None:
     """Compute a part of every step that the first process tells, until it tells no more."""
     part = part_of(whole, ranks.part)
-    arena = Arena(part, (ranks.hear() or 0) * Arena(part, 0).page_bytes)
+    arena = Arena(part, (_heard(ranks) or 0) * Arena(part, 0).page_bytes)
     arena.heads = _heads(whole, ranks)
     forward, slabs = Forwards(whole, part, arena, ranks), dict[int, Slab]()
-    while (told := ranks.hear()) is not None:
+    while (told := _heard(ranks)) is not None:
         slabs = {number: slab for number, slab in (slabs | told.new).items() if number not in told.gone}
         for each in told.written:
             arena.write(*each)
@@ -206,6 +168,11 @@ def slab_of(slab: Slab, whole: Decoder, part: Part) -> Slab:
     return Slab.of(changes, slab.dtype)
 
 
+def _heard(ranks: Ranks) -> Any:
+    with suppress(RuntimeError):  # the first process is gone, and nobody is left to compute for
+        return ranks.hear()
+
+
 def _heads(whole: Decoder, ranks: Ranks) -> slice:
     own = share(whole.config.kv_heads, ranks.part)
     return slice(own.start, own.stop)
@@ -224,22 +191,19 @@ def joined(ranks: int, lost: Callable[[int], None]) -> Iterator[Ranks]:
             lost(number)
 
     with tempfile.TemporaryDirectory(prefix="deltaw-") as folder:  # which nobody else reads, unlike a port
-        meet, number, count = env.get(MEET), int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", ranks))
         if "RANK" not in env:
             env.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-            meet = f"file://{folder}/meet"
-            for each in range(1, ranks):
-                told = {**env, MEET: meet, "RANK": str(each), "WORLD_SIZE": str(ranks)}
-                command = [sys.executable, "-m", "deltaw.cli", *sys.argv[1:]]
-                others.append(subprocess.Popen(command, env=told, start_new_session=True))  # Ctrl-C is the first one's
-                threading.Thread(target=watch, args=(others[-1], each), daemon=True).start()
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(env.get("LOCAL_RANK", number)))
-        dist.init_process_group(init_method=meet, rank=number, world_size=count, timeout=FOR_EVER)
+            env |= {MEET: f"file://{folder}/meet", "WORLD_SIZE": str(ranks)}
+            command = [sys.executable, "-m", "deltaw.cli", *sys.argv[1:]]
+            for number in range(1, ranks):  # in sessions of their own, as Ctrl-C is for the first
+                other = subprocess.Popen(command, env={**env, "RANK": str(number)}, start_new_session=True)
+                threading.Thread(target=watch, args=(other, number), daemon=True).start()
+                others.append(other)
         try:
-            yield Ranks((number, count))
+            yield Ranks.joined()
         finally:
             ended.set()
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
             for other in others:
                 other.wait()

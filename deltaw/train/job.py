@@ -9,6 +9,7 @@ from deltaw.data.store import Rows
 from deltaw.files import adapters
 from deltaw.files.runs import Run
 from deltaw.models.decoder import Decoder
+from deltaw.models.ranks import Ranks
 from deltaw.models.tokenizer import Tokenizer
 from deltaw.settings import Training
 
@@ -43,6 +44,8 @@ class Job:
     question: Question | None = None
     stop: Callable[[], bool] = field(default=lambda: False)
     """Asked after each micro-step; true: save and end."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """The processes that train together, each on its rows of every step."""
 
     @property
     def batch_rows(self) -> int:

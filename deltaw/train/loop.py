@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from deltaw.data.batch import Batch, micro_batches, steps
+from deltaw.data.batch import IGNORED, Batch, lay, micro_batches, steps
 from deltaw.decode.generate import complete
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import Diverged, UserError
@@ -121,15 +121,22 @@ class Trainer:
         """Take one optimizer step. None: asked to stop halfway; a warning: the loss was not finite, nothing moved."""
         job, progress = self.job, self.progress
         start = time.monotonic()
-        batches = micro_batches([job.rows[i] for i in rows], job.settings.micro_tokens, job.model.shares)
-        targets = sum(b.targets for b in batches)
+        own = rows[job.ranks.own :: job.ranks.count]
+        batches = micro_batches([job.rows[i] for i in own], job.settings.micro_tokens, job.model.shares)
+        sizes = job.ranks.all((len(batches), sum(b.targets for b in batches), sum(b.row_tokens for b in batches)))
+        most, targets, tokens = max(sizes)[0], sum(t for _, t, _ in sizes), sum(t for *_, t in sizes)
+        if job.ranks.count > 1:  # of dropout, each has its own, wherever the run goes on
+            torch.manual_seed(job.settings.seed + progress.step * job.ranks.count + job.ranks.own)
         job.adapter.train()
         self.optimizer.zero_grad(set_to_none=False)
         total = 0.0
-        for batch in batches:
+        empty = lay([job.rows[rows[0]]])  # for those with fewer: every layer is computed by all at once
+        empty = replace(empty, labels_T=torch.full_like(empty.labels_T, IGNORED))
+        for batch in [*batches, *[empty] * (most - len(batches))]:
             total += self._micro_step(batch, targets)
-            if job.stop():
+            if any(job.ranks.all(job.stop())):
                 return None
+        total = self._together(total)
         norm = self._clip()
         now = rate(progress.step, job.steps, job.learning_rate, job.settings) * progress.rate_scale
         if not (math.isfinite(total) and math.isfinite(norm)):
@@ -140,7 +147,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = now * group["pace"]
         self.optimizer.step()
-        tokens, self.last_loss = sum(b.row_tokens for b in batches), total / targets
+        self.last_loss = total / targets
         self.recent.append((tokens, time.monotonic() - start))
         return Stepped(step=progress.step + 1, steps=job.steps, epoch=epoch, loss=self.last_loss, learning_rate=now,
                        gradient_norm=norm, tokens=tokens, trained_tokens=targets,
@@ -152,6 +159,17 @@ class Trainer:
         loss = batch_loss(self.job.model, batch.to(self.job.model.device), self.job.recompute)
         (loss / targets).backward()  # type: ignore[no-untyped-call]
         return loss.item()
+
+    def _together(self, total: float) -> float:
+        """Sum gradients, and what they are of, over all processes."""
+        if self.job.ranks.count == 1:
+            return total
+        grads = [p.grad for p in self.job.adapter.parameters() if p.grad is not None]
+        last = torch.tensor([total], device=self.job.model.device)
+        summed = self.job.ranks.sum(torch.cat([t.flatten() for t in (*grads, last)]))
+        for grad, t in zip(grads, torch.split(summed, [t.numel() for t in (*grads, last)]), strict=False):
+            grad.copy_(t.view_as(grad))
+        return float(summed[-1])
 
     def _clip(self) -> float:
         grads = [p.grad for p in self.job.adapter.parameters() if p.grad is not None]
@@ -197,6 +215,7 @@ class Trainer:
         elif self.sampled_at != progress.step:
             yield from self._sample()
         job.adapter.eval()
+        job.ranks.whole(job.model)
         yield from self.saver.result()
         yield self._finished(reason if job.run.adapter.exists() else DISK_FULL)
 
@@ -233,5 +252,9 @@ class Trainer:
 def validation_loss(job: Job) -> float:
     """Mean loss over the trained tokens of the validation rows, in nats."""
     job.adapter.eval()
-    total = sum(batch_loss(job.model, batch.to(job.model.device)).item() for batch in job.val)
-    return total / sum(batch.targets for batch in job.val)
+    ranks, total = job.ranks, torch.zeros(1, dtype=torch.float64, device=job.model.device)
+    for first in range(0, len(job.val), ranks.count):
+        own = min(first + ranks.own, len(job.val) - 1)  # of the last few, some compute one that is another's
+        loss = batch_loss(job.model, job.val[own].to(job.model.device))
+        total += loss if own == first + ranks.own else 0.0
+    return ranks.sum(total).item() / sum(batch.targets for batch in job.val)

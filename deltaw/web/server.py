@@ -15,11 +15,12 @@ from fastapi import FastAPI
 from deltaw.api.persona import Base
 from deltaw.errors import UserError
 from deltaw.models import source
+from deltaw.models.ranks import Ranks
 from deltaw.models.shard import part_of
 from deltaw.serve.catalog import BASE, Catalog
 from deltaw.serve.engine import Engine
 from deltaw.serve.grammar import Grammars
-from deltaw.serve.parallel import Leader, Ranks
+from deltaw.serve.parallel import Leader
 from deltaw.serve.service import Service
 from deltaw.settings import Serving
 from deltaw.web.adapters import Shelf

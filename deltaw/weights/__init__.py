@@ -93,8 +93,8 @@ class Packed(Weight):
 
     @property
     def kept(self) -> dict[str, Tensor]:
-        """What is stored, by name."""
-        return dict(self.named_buffers())
+        """What is stored, by name: where processes share it, its matrices are parameters."""
+        return {**dict(self.named_buffers()), **dict(self.named_parameters())}
 
     def layout(self) -> Layout:
         """How native code reads it."""
@@ -106,7 +106,8 @@ class Packed(Weight):
 
     def native(self) -> Native | None:
         """What reads this natively, if anything does: made anew only when what is stored was replaced."""
-        at = tuple([t.data_ptr() for t in self._buffers.values() if t is not None])  # asked for every product: quickly
+        stored = *self._buffers.values(), *self._parameters.values()  # asked for every product: quickly
+        at = tuple([t.data_ptr() for t in stored if t is not None])
         if self._native is None or at != self._native_of:
             made = native(self.layout())
             if made is None or not made.layout.lasting:
