@@ -131,6 +131,8 @@ class Serving:
 
     tensor_parallel: Count = 1
     """Processes that compute the model together, each with a part of it."""
+    replicas: Count = 1
+    """Servers that answer side by side, on Ray Serve; who asks for a persona comes to where it is loaded."""
     keys: Path | None = None
     """A file of keys that `deltaw key` made: who may ask whom, and how much."""
     first_token_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0

@@ -1,7 +1,5 @@
 """`deltaw serve`: one model, many personas, over HTTP as OpenAI's clients speak it."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import secrets
@@ -11,7 +9,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from socket import socket
+from typing import Annotated, Any
 
 import yaml
 from cyclopts import Parameter
@@ -24,9 +23,6 @@ from deltaw.files.runs import check_name
 from deltaw.settings import KEY, Machine, Rights, Serving, plain, read_yaml
 from deltaw.web.keys import hashed
 from deltaw.words import some
-
-if TYPE_CHECKING:
-    from deltaw.web.adapters import Shelf
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "multipart", "llguidance")
 
@@ -62,9 +58,11 @@ def serve(*, base: str | None = None, base_format: str = "",
         raise UserError(f"There is no adapter in {', '.join(map(str, folders))}, and no base is named.",
                         remedy="Take --base smollm2-135m, or other --personas.")  # fmt: skip
     machine, together = machine or Machine(), int(os.environ.get("WORLD_SIZE", serving.tensor_parallel))
-    if together > 1 and machine.threads is None:
-        machine = replace(machine, threads=max(1, (os.cpu_count() or 1) // together))
+    if (shared := max(together, serving.replicas)) > 1 and machine.threads is None:
+        machine = replace(machine, threads=max(1, (os.cpu_count() or 1) // shared))
     load = partial(load_base, base or first, base_format=base_format or form, **plain(machine))
+    if serving.replicas > 1:
+        return _replicated(load, folders, serving)
     others = joined(together, _lost) if together > 1 else nullcontext()
     with nullcontext() if int(os.environ.get("RANK", 0)) else bound(serving) as at, others as ranks:
         if at is None:
@@ -75,12 +73,29 @@ def serve(*, base: str | None = None, base_format: str = "",
         with busy() as say, ThreadPoolExecutor(1) as loader:
             loaded = loader.submit(load, say=say).result()
         with hub_of(loaded, folders, serving, ranks) as (hub, shelf):
-            url = f"http://{serving.host}:{at.getsockname()[1]}"
-            console = Console(highlight=False, soft_wrap=True)
-            _tell(console, shelf, url)
+            cards = [shelf.card(name) for name in shelf.catalog.sources]
+            faulty = [card for card in cards if card["fault"]]
+            console = _tell(f"{hub.name} with {some(len(cards) - len(faulty), 'persona')}", at, serving)
+            for card in faulty:
+                console.print(f"Not served: {card['id']}. {card['fault']}", style="yellow", markup=False)
             shelf.say = partial(console.print, markup=False)
             Listener(application(hub, shelf, serving), hub, shelf.say).run([at])
     return None
+
+
+def _replicated(load: partial[Any], folders: list[Path], serving: Serving) -> None:
+    if serving.tensor_parallel > 1:
+        raise UserError("A replica is one process.", remedy="Leave --tensor-parallel or --replicas out.")
+    if not importlib.util.find_spec("ray"):
+        raise UserError("Replicas need Ray.", remedy="pip install 'deltaw[serve,scale]'")
+    import uvicorn
+
+    from deltaw.web.replicas import front, replicas_of
+    from deltaw.web.server import bound
+
+    with bound(serving) as at, replicas_of(load, [folder.absolute() for folder in folders], serving) as replicas:
+        _tell(some(serving.replicas, "replica"), at, serving)
+        uvicorn.Server(uvicorn.Config(front(replicas, serving), log_level="warning", access_log=False)).run([at])
 
 
 def _lost(number: int) -> None:
@@ -123,13 +138,10 @@ def _trained_on(folders: list[Path]) -> tuple[str, str]:
     return "", ""
 
 
-def _tell(console: Console, shelf: Shelf, url: str) -> None:
-    """Where it is, and who is there; what cannot be served is named with its reason."""
-    cards = [shelf.card(name) for name in shelf.catalog.sources]
-    well = [card for card in cards if not card["fault"]]
-    console.print(f"{shelf.hub.name} with {some(len(well), 'persona')} at {url}", markup=False)
+def _tell(what: str, at: socket, serving: Serving) -> Console:
+    """Where it is."""
+    console, url = Console(highlight=False, soft_wrap=True), f"http://{serving.host}:{at.getsockname()[1]}"
+    console.print(f"{what} at {url}", markup=False)
     console.print(f"  a page to talk with them   {url}/", markup=False)
     console.print(f"  for OpenAI's clients       {url}/v1", markup=False)
-    for card in cards:
-        if card["fault"]:
-            console.print(f"Not served: {card['id']}. {card['fault']}", style="yellow", markup=False)
+    return console

@@ -13,7 +13,6 @@ from typing import Any, TypeVar, cast
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from deltaw import __version__
 from deltaw.api.persona import Persona
@@ -23,16 +22,15 @@ from deltaw.settings import Serving
 from deltaw.web.adapters import WATCH_SECONDS, Shelf, adapter_routes
 from deltaw.web.answers import Choice, Hub, Piece, Refused, UnknownModel
 from deltaw.web.asked import Asked, ChatAsked, CompletionAsked, DetokenizeAsked, Prompt, TokenizeAsked, turns
-from deltaw.web.door import Door, manages, tenant_of
+from deltaw.web.door import guarded, manages, tenant_of
 from deltaw.web.forms import MISTAKE, Answer, ChatForm, CompletionForm, Form, Gone, event, fault, mistakes
-from deltaw.web.keys import Keys
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-def application(hub: Hub, shelf: Shelf, serving: Serving) -> FastAPI:
-    """The server. At addresses that only this machine has, it answers only to their names.
+def application(hub: Hub, shelf: Shelf, serving: Serving, guard: bool = True) -> FastAPI:
+    """The server; without `guard`, of those whom another one let in.
 
     Raises:
         UserError: the file of keys cannot be read.
@@ -47,9 +45,8 @@ def application(hub: Hub, shelf: Shelf, serving: Serving) -> FastAPI:
 
     app = FastAPI(title="deltaw", version=__version__, lifespan=watching, redoc_url=None, default_response_class=Answer,
                   responses={"4XX": MISTAKE, "5XX": MISTAKE})  # fmt: skip
-    app.add_middleware(Door, keys=Keys(serving.keys, serving.key), serving=serving)
-    if serving.alone:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", serving.host])
+    if guard:
+        guarded(app, serving)
     routes, managing = APIRouter(), APIRouter(dependencies=[Depends(manages)])
     _answering(routes, hub)
     _telling(routes, managing, hub, shelf)

@@ -1,7 +1,8 @@
 """Who comes in: only who brings a key where one is asked for, and with no more than a request may be."""
 
-from fastapi import Request
+from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deltaw.settings import Serving
@@ -29,6 +30,17 @@ class Door:
             upload = scope["path"] == "/v1/adapters/upload" and tenant is not None and tenant.rights.manage
             receive = _counted(receive, 1e6 * (self.serving.upload_mb if upload else self.serving.body_mb))
         return await self.app(scope, receive, send)
+
+
+def guarded(app: FastAPI, serving: Serving) -> None:
+    """Put the door before a server; at addresses that only this machine has, it answers only to their names.
+
+    Raises:
+        UserError: the file of keys cannot be read.
+    """
+    app.add_middleware(Door, keys=Keys(serving.keys, serving.key), serving=serving)
+    if serving.alone:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", serving.host])
 
 
 def tenant_of(request: Request) -> Tenant:

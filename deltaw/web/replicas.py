@@ -1,0 +1,226 @@
+"""Replicas of a server on Ray Serve: who asks for a persona comes to where it is loaded, and one that dies is replaced.
+
+The process that listens lets people in, and passes each request on. What had been told when a replica died is not told
+again: another one says the same from the same seed.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import random
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import Depends, FastAPI, Request, Response
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from ray import serve
+from ray.exceptions import RayActorError
+from starlette.types import Message, Receive, Scope, Send
+
+from deltaw.api.persona import Base
+from deltaw.errors import UserError
+from deltaw.settings import Rights, Serving
+from deltaw.web.answers import Refused
+from deltaw.web.app import application
+from deltaw.web.door import guarded, manages, tenant_of
+from deltaw.web.forms import mistakes
+from deltaw.web.keys import Tenant
+from deltaw.web.server import hub_of
+
+MOST_KNOWN = 10_000
+"""Personas that a replica is known to have had; which of them are in memory, its own budget says."""
+TOLD = ("type", "http_version", "method", "path", "raw_path", "query_string", "headers", "root_path", "scheme")
+ANSWERING = {"/v1/completions", "/v1/chat/completions"}
+ATTEMPTS = 3
+"""How often a request is asked anew, beside once of each replica, before it is given up."""
+METHODS = ["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"]
+
+
+class Spent(Tenant):
+    """Who asks, as a replica knows it: it was let in, and what it has is told to who let it in."""
+
+    def __init__(self, name: str, rights: Rights, tell: Callable[[Message], None]) -> None:
+        super().__init__(name, rights)
+        self.tell = tell
+
+    def ask(self) -> None:
+        """It may."""
+
+    def had(self, tokens: int, requests: int = 0) -> None:
+        """Tell what it had."""
+        self.tell({"type": "spent", "tokens": tokens, "requests": requests})
+
+
+class Replica:
+    """One server of several, asked through Ray."""
+
+    async def __init__(self, load: Callable[[], Base], folders: Sequence[Path], serving: Serving) -> None:  # type: ignore[misc]  # Ray awaits it
+        self.stack = AsyncExitStack()
+        base = await asyncio.to_thread(load)
+        self.hub, shelf = self.stack.enter_context(hub_of(base, folders, serving))
+        self.app = application(self.hub, shelf, serving, guard=False)
+        await self.stack.enter_async_context(self.app.router.lifespan_context(self.app))
+
+    @serve.multiplexed(max_num_models_per_replica=MOST_KNOWN)  # type: ignore[untyped-decorator]  # Ray's
+    async def known(self, persona: str) -> str:
+        """Let Ray know that who asks for this persona is best sent here."""
+        return persona
+
+    async def ask(self, scope: Scope, body: bytes, name: str, rights: Rights) -> AsyncIterator[Message]:
+        """What the server sends; before it, whether the persona was loaded, and between, what the tenant has."""
+        persona = serve.get_multiplexed_model_id()
+        entry = self.hub.catalog.wardrobe.entries.get(persona)
+        yield {"type": "from", "loaded": "no persona" if entry is None else str(entry.state == "ready").lower()}
+        if persona:
+            await self.known(persona)
+        sent, asked, left = asyncio.Queue[Message | None](), asyncio.Event(), asyncio.Event()
+        tenant = Spent(name, rights, sent.put_nowait)
+
+        async def receive() -> Message:
+            if not asked.is_set():
+                asked.set()
+                return {"type": "http.request", "body": body, "more_body": False}
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def run() -> None:
+            try:
+                await self.app({**scope, "state": {"tenant": tenant}}, receive, sent.put)
+            finally:
+                sent.put_nowait(None)
+
+        running = asyncio.create_task(run())
+        try:
+            while (message := await sent.get()) is not None:
+                yield message
+            await running
+        finally:
+            left.set()
+
+    async def check_health(self) -> None:
+        """Ray begins another in the place of one that is not well."""
+        if self.hub.service.status != "ok":
+            raise RuntimeError(self.hub.service.status)
+
+
+class Front:
+    """What listens: it passes requests on to replicas, and counts where they went."""
+
+    def __init__(self, replicas: Any, serving: Serving) -> None:
+        self.replicas, self.serving, self.registry = replicas, serving, CollectorRegistry()
+        self.routed = Counter("deltaw_routed", "Requests by whether their persona was loaded where they went.",
+                              ["loaded"], registry=self.registry)  # fmt: skip
+        self.again = Counter("deltaw_again", "Requests asked again, as a replica died.", registry=self.registry)
+
+    async def pass_on(self, scope: Scope, body: bytes, tenant: Tenant, persona: str, send: Send) -> None:
+        """Send what a replica answers; if it dies, what is missing of it, from another."""
+        told, scope = 0, {name: scope[name] for name in TOLD if name in scope}
+        for _ in range(ATTEMPTS + self.serving.replicas):
+            stream = self.replicas.options(multiplexed_model_id=persona, stream=True)
+            answer, at = stream.ask.remote(scope, body, tenant.name, tenant.rights), 0
+            try:
+                async for message in answer:
+                    if message["type"] == "from":
+                        self.routed.labels(message["loaded"]).inc()
+                    elif message["type"] == "spent":
+                        tenant.had(message["tokens"], message["requests"])
+                    elif (at := at + 1) > told:
+                        await send(message)
+                        told += 1
+                return
+            except RayActorError:
+                self.again.inc()
+                await asyncio.sleep(0.1)
+            finally:
+                answer.cancel()
+        raise Refused("Every replica that was asked has died.", 503)
+
+
+class Passed(Response):
+    """An answer that comes from elsewhere."""
+
+    def __init__(self, passing: Callable[[Send], Awaitable[None]]) -> None:
+        super().__init__()
+        self.passing = passing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 (ASGI's)
+        """Until it is whole, or the client gone."""
+
+        async def gone() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        tasks = [asyncio.ensure_future(self.passing(send)), asyncio.create_task(gone())]
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for task in done:
+            task.result()
+
+
+def front(replicas: Any, serving: Serving) -> FastAPI:
+    """The server that passes requests on.
+
+    Raises:
+        UserError: the file of keys cannot be read.
+    """
+    app, own = FastAPI(openapi_url=None), Front(replicas, serving)
+
+    @app.get("/metrics/routing", dependencies=[Depends(manages)])
+    async def metrics() -> Response:
+        return Response(generate_latest(own.registry), media_type="text/plain; version=0.0.4")
+
+    @app.api_route("/{path:path}", methods=METHODS)
+    async def passed(request: Request) -> Response:
+        tenant, (persona, body) = tenant_of(request), _asked(await request.body())
+        if request.url.path in ANSWERING:
+            tenant.ask()
+        return Passed(partial(own.pass_on, request.scope, body, tenant, persona))
+
+    guarded(app, serving)
+    mistakes(app)
+    return app
+
+
+@contextmanager
+def replicas_of(load: Callable[[], Base], folders: Sequence[Path], serving: Serving) -> Iterator[Any]:
+    """Replicas on this machine's processors, or on the cluster that RAY_ADDRESS names.
+
+    Raises:
+        UserError: they did not come up.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    ends = signal.getsignal(signal.SIGTERM)
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    signal.signal(signal.SIGTERM, ends)  # Ray has one of its own, which leaves at once
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(proxy_location="Disabled")
+    options = {"num_cpus": (os.cpu_count() or 1) / serving.replicas}
+    made = serve.deployment(num_replicas=serving.replicas, max_ongoing_requests=MOST_KNOWN, ray_actor_options=options)
+    try:
+        yield serve.run(made(Replica).bind(load, folders, serving), name="deltaw", route_prefix=None)
+    except RuntimeError as e:
+        raise UserError("The replicas did not come up.", why=str(e).splitlines()[0]) from None
+    finally:
+        if "RAY_ADDRESS" in os.environ:  # else all of Ray ends with this process
+            serve.delete("deltaw")
+        ray.shutdown()
+
+
+def _asked(body: bytes) -> tuple[str, bytes]:
+    """The persona that is asked for; and the body, with a seed, so that another replica can say the same."""
+    with suppress(ValueError, UnicodeError):
+        told = json.loads(body)
+        if isinstance(told, dict) and isinstance(told.get("model"), str):
+            if {"prompt", "messages"} & told.keys() and told.get("seed") is None:
+                body = json.dumps(told | {"seed": random.getrandbits(31)}).encode()
+            return told["model"].partition("+")[0].partition(":")[0].strip(), body
+    return "", body
