@@ -1,19 +1,24 @@
 """Personas by name: adapters in files and folders, ours and PEFT's, which come, change and go while a server runs."""
 
 import hashlib
+import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from time import time
 
 import torch
+from filelock import FileLock
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.errors import UserError, nearest
 from deltaw.files import adapters, foreign, peft
+from deltaw.files.atomic import write_text
 from deltaw.files.runs import Run
 from deltaw.kernels.worn import LAYOUT
 from deltaw.models.checkpoint import read_json
@@ -21,6 +26,7 @@ from deltaw.models.decoder import Decoder
 from deltaw.serve.wardrobe import Entry, Wardrobe
 from deltaw.serve.wearing import Served, served
 
+log = logging.getLogger(__name__)
 KEPT_SECONDS = 30 * 24 * 3600.0
 """How long laid files are kept that nobody uses."""
 MOST_BLENDED = 16
@@ -106,11 +112,40 @@ class Catalog:
         """Stamps of what the folders held when they were looked at last."""
         self.apart: Callable[[Served], Served] = lambda served: served
         """What of an adapter is kept here, where others compute with this process."""
+        told = os.fsencode("\n".join(str(folder.absolute()) for folder in folders))
+        self.noted = kept / f"{fingerprint[:16]}-{hashlib.blake2b(told, digest_size=8).hexdigest()}.json"
+        """Where it is noted what was put up by its path, and taken down: for after a restart, and for replicas."""
+
+    def notes(self) -> dict[str, dict[str, str]]:
+        """Paths of what is `up` by a name of its own, and stamps of what is `down` though a folder has it."""
+        told: dict[str, dict[str, str]] = {"up": {}, "down": {}}
+        try:
+            return told | read_json(self.noted) if self.noted.exists() else told
+        except UserError as e:
+            log.warning("What was put up and taken down is forgotten. %s", e)
+            return told
+
+    def note(self, name: str, source: Source | None) -> None:
+        """Remember that it was put up, or taken down."""
+        try:
+            self.noted.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.noted.with_suffix(".lock")):
+                told = self.notes()
+                for kind in told.values():
+                    kind.pop(name, None)
+                if source is not None:
+                    told["up"][name] = str(source.path.absolute())
+                elif name in self.sources:
+                    told["down"][name] = self.sources[name].stamp
+                write_text(self.noted, json.dumps(told))
+        except OSError as e:
+            log.warning("After a restart, '%s' will not be as it is now: it cannot be noted. %s", name, e)
 
     def found(self, known: Mapping[str, Source]) -> dict[str, Source]:
         """What there is in the folders now. What is `known` and as it was is not read again."""
-        there: dict[str, Source] = {}
-        for name, path in (pair for folder in self.folders for pair in adapters_in(folder)):
+        there, noted = dict[str, Source](), self.notes()
+        up = ((name, Path(path)) for name, path in noted["up"].items() if Path(path).exists())
+        for name, path in chain(up, *map(adapters_in, self.folders)):
             own = known.get(name)
             try:
                 if name not in there:
@@ -121,7 +156,7 @@ class Catalog:
             except OSError:  # which may pass
                 if own is not None:
                     there[name] = own
-        return there
+        return {name: source for name, source in there.items() if noted["down"].get(name) != source.stamp}
 
     def update(self, there: Mapping[str, Source]) -> None:
         """Take what the folders hold: what is new or was changed is added, what is gone is removed."""
@@ -129,7 +164,7 @@ class Catalog:
             if name in self.sources and self.sources[name].stamp == self.seen[name]:
                 self.remove(name)
         for name, source in there.items():
-            if self.seen.get(name) != source.stamp:
+            if source.stamp not in (self.seen.get(name), self.sources[name].stamp if name in self.sources else None):
                 self.add(name, source)
         self.seen = {name: source.stamp for name, source in there.items()}
 

@@ -61,6 +61,7 @@ class Shelf:
             raise UserError("There is no adapter here.", where=str(path))
         source = await asyncio.to_thread(Source.of, found, self.catalog.fingerprint)
         await asyncio.wrap_future(self.catalog.wardrobe.reader.submit(self.catalog.read, source))
+        await asyncio.to_thread(self.catalog.note, name, source)
         await self._do(partial(self.catalog.add, name, source))
         self.say(f"+ {name} from {found}")
         return self.card(name)
@@ -92,6 +93,7 @@ class Shelf:
         """Know it no longer; whoever talks with it is answered to the end, and its files stay."""
         if name not in self.catalog.sources:
             raise UnknownModel(f"There is no persona '{name}'.")
+        await asyncio.to_thread(self.catalog.note, name, None)
         await self._do(partial(self.catalog.remove, name))
         self.say(f"- {name}")
 

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from deltaw.errors import UserError, nearest
+from deltaw.files.atomic import disk_is_full
 from deltaw.models.tokenizer import Tokenizer
 from deltaw.serve.choice import Score
 from deltaw.serve.order import Busy
@@ -169,6 +170,7 @@ def mistakes(app: FastAPI) -> None:
     handle(TooMuch, lambda e: (429, str(e), "rate_limit_exceeded"))
     handle(Gone, lambda _: (499, "The client left.", "client_closed_request"))
     handle(Closed, lambda e: (503, str(e), "server_error"))
+    handle(OSError, lambda e: (507 if disk_is_full(e) else 500, f"{e.strerror or e}.", "server_error"))
 
 
 def fault(text: str, name: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A server at work: adapters come and go, clients leave, keys are asked for, what is measured is true; its end."""
 
+import errno
 import json
 import os
 import shutil
@@ -334,3 +335,64 @@ def test_laid_files_are_kept_between_servers_and_go_when_nobody_used_them_for_lo
     assert once()[1].keys() == laid.keys()  # another server may have its folder
     os.utime(old, (1, 1))
     assert once() == ("", {})
+
+
+def test_after_a_restart_what_was_put_up_and_taken_down_is_as_it_was(base, tmp_path, monkeypatch):
+    """By its path, under another name; taken down though its file is there; both again, once that file is another."""
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
+    home = tmp_path / "personas"
+    for i, name in enumerate(("one", "two", "deep/three")):
+        saved(base, home / f"{name}.safetensors", "lora", {"rank": 2}, seed=i)
+    for restart in range(3):
+        with running(base, [home]) as (url, _), httpx.Client(base_url=url, timeout=PATIENCE) as http:
+            if not restart:
+                told = {"name": "alias", "path": str(home / "deep" / "three.safetensors")}
+                assert http.post("/v1/adapters", json=told).status_code == 201
+                assert http.delete("/v1/adapters/one").status_code == 200
+            if restart == 2:
+                saved(base, home / "one.safetensors", "lora", {"rank": 2}, seed=9)
+                until(lambda: names(http) == {"one", "two", "alias"})
+                assert http.delete("/v1/adapters/alias").status_code == 200
+                continue
+            assert names(http) == {"two", "alias"}
+            assert text(http, "alias") not in (text(http, "two"), text(http, "base"))
+            time.sleep(2.5)  # the folders are looked at
+            assert names(http) == {"two", "alias"}
+    (noted,) = (tmp_path / "cache" / "served").glob("*.json")
+    noted.write_text("{")
+    with running(base, [home]) as (url, _), httpx.Client(base_url=url, timeout=PATIENCE) as http:
+        assert names(http) == {"one", "two"}
+
+
+def test_a_full_disk_ends_no_answer_and_leaves_nothing_half(shelf, base, monkeypatch):
+    """Neither what is laid, nor what is uploaded, nor what is noted can be written."""
+    http, home, hub = shelf
+    saved(base, home / "deep" / "two.safetensors", "lora", {"rank": 3}, seed=2)
+    saved(base, home.parent / "away.safetensors", "lora", {"rank": 3}, seed=4)
+
+    def full(path, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    real, denied = Path.open, []
+
+    def opened(path, mode="r", *more, **told):
+        if {"w", "a", "x"} & {*mode} and str(path).startswith((str(home), str(home.parent / "cache"))):
+            denied.append(path)
+            full(path)
+        return real(path, mode, *more, **told)
+
+    monkeypatch.setattr(Path, "open", opened)
+    before = sorted(home.rglob("*"))
+    assert text(http, "base")
+    assert "The adapter 'one' cannot be read now. [Errno 28] No space left" in text(http, "one")
+    with real(home.parent / "away.safetensors", "rb") as file:
+        files = [("files", ("adapter.safetensors", file.read()))]
+    refused = http.post("/v1/adapters/upload", data={"name": "up"}, files=files)
+    assert refused.status_code == 507
+    assert refused.json()["error"]["message"] == "No space left on device."
+    assert sorted(home.rglob("*")) == before
+    assert denied
+    monkeypatch.setattr(Path, "open", real)
+    assert text(http, "one") != text(http, "base")
+    assert http.post("/v1/adapters/upload", data={"name": "up"}, files=files).status_code == 201
+    hub.service.do(hub.service.engine.check_integrity).result(PATIENCE)
