@@ -197,12 +197,12 @@ class Catalog:
         Raises:
             UserError: there is no such persona, or not for who `sees` others only; says the nearest.
         """
-        entries = dict(self.wardrobe.entries)  # the engine's thread may change them meanwhile
-        if told in entries and sees(told):
-            return ((entries[told], 1.0),)
+        if (entry := self.wardrobe.entries.get(told)) is not None and sees(told):
+            return ((entry, 1.0),)
         if told == BASE and sees(BASE):
             return ()
-        entries = {name: entry for name, entry in entries.items() if sees(name)}
+        # A copy, as the engine's thread may change them meanwhile.
+        entries = {name: entry for name, entry in dict(self.wardrobe.entries).items() if sees(name)}
         blend = list[tuple[Entry, float]]()
         for part in told.split("+", MOST_BLENDED):
             name, weighed, weight = (word.strip() for word in part.partition(":"))

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from oracles import scramble
@@ -13,6 +14,7 @@ from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
 from deltaw.methods import method
 from deltaw.models import checkpoint
+from deltaw.models.ranks import Ranks
 from deltaw.models.shard import part_of
 from deltaw.serve.engine import Engine
 from deltaw.serve.parallel import Leader, follow, joined
@@ -64,9 +66,28 @@ def said(engine, served):
     return [[sequence.said, [score.logprob for score in sequence.scores]] for sequence in asked]
 
 
+class Counting(Ranks):
+    """Which counts what is summed, in numbers."""
+
+    sums: ClassVar[list[int]] = []
+
+    def sum(self, t):
+        self.sums.append(t.numel())
+        return super().sum(t)
+
+
+def counted(engine, entry):
+    """What one pass over ten tokens sums."""
+    Counting.sums.clear()
+    engine.submit(Sequence(tuple(range(10)), Sampling(max_new_tokens=1), frozenset(), ((entry, 1.0),) if entry else ()))
+    engine.step()
+    return list(Counting.sums)
+
+
 def main(folder, processes):
     torch.set_num_threads(1)
-    with joined(processes, print) as ranks:
+    with joined(processes, print) as found:
+        ranks = Counting(found.own, found.count)
         for path in sorted(folder.iterdir()):
             model = checkpoint.load(path)
             if ranks.own:
@@ -74,7 +95,10 @@ def main(folder, processes):
                 continue
             engine = Engine(part_of(model, ranks.part), 8 << 20, most=9, chunk=40)
             leader, whole = Leader(model, engine, ranks), personas(model)
-            told = said(engine, {name: leader.apart(each) for name, each in whole.items()})
+            served = {name: leader.apart(each) for name, each in whole.items()}
+            told = said(engine, served)
+            told.append(counted(engine, None))
+            told.append(counted(engine, Entry("all", b"all", None, served["qlora-0"])))
             assert not leader.unsent
             full = Served(alone=Adapter.build(method("full"), model))
             try:

@@ -65,7 +65,11 @@ def test_several_processes_say_what_one_says_whatever_is_worn(models, alone, ran
     for process in begun("parallel_ranks.py", models, ranks, ranks=ranks, meet=tmp_path / "meet"):
         assert process.wait(PATIENCE) == 0
     for name, want in alone.items():
-        *got, refused = json.loads((models / name / f"said-{ranks}.json").read_text())
+        *got, bare, worn, refused = json.loads((models / name / f"said-{ranks}.json").read_text())
+        width, rank = 288, 4
+        assert bare == [10 * width] * 4  # of two layers, what o_proj and down_proj give
+        shared = [10 * rank] * 2 if name == "phi3" else [10 * rank * 3, 10 * rank * 2]  # A x of what reads the same x
+        assert worn == [shared[0], 10 * (width + rank), shared[1], 10 * (width + rank)] * 2
         assert refused == "It does more than several processes compute."
         assert [tokens for tokens, _ in got] == [tokens for tokens, _ in want], name
         for (_, scores), (_, expected) in zip(got, want, strict=True):

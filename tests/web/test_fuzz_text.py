@@ -16,7 +16,7 @@ from deltaw.serve.speech import Speech
 from deltaw.web.server import running
 
 PATIENCE = 30
-EXAMPLES = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 ODD = "<|im_start|>ednx\n\0\u200d\U0001f469é"
 TEXTS = st.text(st.characters(exclude_categories=()), max_size=60) | st.text(ODD, max_size=40)
 """With halves of characters (surrogates), characters of many bytes, special tokens and pieces of them."""
