@@ -4,13 +4,12 @@ Both need a few rows of data to pass through the model; nothing of the size of t
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from deltaw.models.slots import Delta, Linear, filled
-from deltaw.weights import Weight
 
 
 class Importance(Delta):
@@ -26,8 +25,15 @@ class Importance(Delta):
         """Asks for a backward pass where nothing before this layer is trained."""
 
     def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
-        y_TO: Tensor = _Weighed.apply(x_TI, slot.weight, self, self.awake)  # type: ignore[no-untyped-call]  # torch's
-        return y_TO if slot.bias is None else y_TO + slot.bias
+        y_TO = slot.run(x_TI) + self.awake
+        y_TO.register_hook(partial(self.weigh, x_TI.detach()))  # type: ignore[no-untyped-call]  # torch's
+        return y_TO
+
+    def weigh(self, x_TI: Tensor, dy_TO: Tensor) -> None:
+        """Take in the gradient of W by a row of data, from that of what came out."""
+        squares_OI = (dy_TO.float().t() @ x_TI.float()).square()
+        self.rows_O += squares_OI.sum(1).cpu()
+        self.columns_I += squares_OI.sum(0).cpu()
 
 
 class Inputs(Delta):
@@ -40,22 +46,6 @@ class Inputs(Delta):
     def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
         self.products_II += (x_TI.float().t() @ x_TI.float()).cpu()
         return slot.run(x_TI)
-
-
-class _Weighed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, weight: Weight, into: Importance, _: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TI)
-        ctx.weight, ctx.into = weight, into
-        return x_TI @ weight.dense().t()
-
-    @staticmethod
-    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor, None, None, None]:
-        (x_TI,) = ctx.saved_tensors
-        squares_OI = (dy_TO.float().t() @ x_TI.float()).square()
-        ctx.into.rows_O += squares_OI.sum(1).cpu()
-        ctx.into.columns_I += squares_OI.sum(0).cpu()
-        return dy_TO @ ctx.weight.dense(), None, None, None
 
 
 def importance(slots: Mapping[str, Linear], losses: Iterable[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
