@@ -36,10 +36,9 @@ class Path(NamedTuple):
 
     def numbers(self, o: int, i: int, rank: int) -> int:
         """How many numbers this path trains at a layer of this size."""
-        wide = {"lora": rank * (o + i), "vector": o, "constant": 1, "none": 0}
-        flat = {"vector": o, "constant": 1, "none": 0}
-        prompt = {"lora": rank * (i + 1), "vector": i, "none": 0}
-        return wide[self.a] + wide[self.b] + prompt[self.c] + flat[self.d] + flat[self.e]
+        sides = ((o, i), (o, i), (i, 1), (o, 0), (o, 0))
+        return sum({"lora": rank * (rows + columns), "vector": rows, "constant": 1, "none": 0}[choice]
+                   for choice, (rows, columns) in zip(self, sides, strict=True))  # fmt: skip
 
 
 USUAL = Path("vector", "lora", "none", "none", "none")
@@ -91,6 +90,13 @@ class General(Delta):
             return down @ self.get_parameter(f"{name}_up")
         return down[:1, :1] if choice == "constant" else down[:, :1]
 
+    def beside(self, choice: str) -> tuple[Tensor, Tensor]:
+        """B by this choice as a product, whatever it is: R x I and O x R."""
+        if choice == "lora":
+            return self.pair("B")
+        b, (o, i, _) = self.term("B", choice), self.size
+        return torch.ones(1, i), torch.zeros(o, 1) if b is None else b.expand(o, 1)
+
     def bias(self, slot: Linear, path: Path, dtype: torch.dtype) -> Tensor | None:
         """B + b ∘ D + E + W C, or None where there is nothing of it."""
         c_I1, d, e = (self.term(name, choice) for name, choice in zip("CDE", path[2:], strict=True))
@@ -101,17 +107,15 @@ class General(Delta):
 
     def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
         path = self.within(drawn()) if self.roams and self.training else self.path
-        a, bias_O = self.term("A", path.a) if path.a != "lora" else None, self.bias(slot, path, x_TI.dtype)
+        bias_O = self.bias(slot, path, x_TI.dtype)
         y_TO: Tensor = slot.weight(x_TI)
-        if a is not None:
-            y_TO = y_TO + y_TO * a.flatten().to(x_TI.dtype)  # 1 + a would be rounded to one
         if path.a == "lora":
             y_TO = y_TO + self._elementwise(slot, x_TI)
-        if path.b == "lora":
-            up_RI, down_OR = (t.to(x_TI.dtype) for t in self.pair("B"))
+        elif (a := self.term("A", path.a)) is not None:
+            y_TO = y_TO + y_TO * a.flatten().to(x_TI.dtype)  # 1 + a would be rounded to one
+        if path.b != "none":
+            up_RI, down_OR = (t.to(x_TI) for t in self.beside(path.b))
             y_TO = y_TO + F.linear(F.linear(x_TI, up_RI), down_OR)
-        elif (b := self.term("B", path.b)) is not None:
-            y_TO = y_TO + x_TI.sum(-1, keepdim=True) * b.flatten().to(x_TI.dtype)
         return y_TO if bias_O is None else y_TO + bias_O.to(x_TI.dtype)
 
     def _elementwise(self, slot: Linear, x_TI: Tensor) -> Tensor:
@@ -133,15 +137,10 @@ class General(Delta):
     def served(self, slot: Linear) -> Affine | None:
         if self.path.a == "lora":
             return None  # W ∘ A is of full rank
-        o, i = slot.weight.shape
         a = self.term("A", self.path.a)
-        low: tuple[Tensor, Tensor] = torch.ones(1, i), torch.zeros(o, 1)
-        if self.path.b == "lora":
-            low = self.pair("B")
-        elif (b := self.term("B", self.path.b)) is not None:
-            low = torch.ones(1, i), b.expand(o, 1)
         bias_O = self.bias(slot, self.path, slot.weight.dtype) if set(self.path[2:]) != {"none"} else None
-        return Affine(*low, 1.0, None if a is None else (1 + a).flatten().expand(o), bias_O)
+        gain_O = None if a is None else (1 + a).flatten().expand(self.size[0])
+        return Affine(*self.beside(self.path.b), 1.0, gain_O, bias_O)
 
     def along(self, path: Path) -> Delta:
         """The same by one of a supernet's paths, without what that does not use."""
