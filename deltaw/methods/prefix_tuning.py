@@ -38,17 +38,17 @@ class Prefix(Delta):
     """P keys and values of one layer, keys as RoPE leaves them at positions 0 to P - 1; text begins at position P.
 
     With `points` they are what they started as, and what a matrix makes of those; the paper's way to train them.
-    `gated`: attended to by themselves, and added behind a number for each head, zero at first (Zhang et al. 2023,
+    `gate_H`: attended to by themselves, and added behind a number for each head, zero at first (Zhang et al. 2023,
     arXiv:2303.16199).
     """
 
-    def __init__(self, k_PKE: Tensor, v_PKE: Tensor, heads: int, gated: bool, points: Points | None = None) -> None:
+    def __init__(self, k_PKE: Tensor, v_PKE: Tensor, gate_H: Tensor | None, points: Points | None = None) -> None:
         super().__init__()
         self.k, self.v = (held(t, trained=points is None) for t in (k_PKE, v_PKE))
-        self.before = 0 if gated else len(k_PKE)
+        self.before = len(k_PKE) if gate_H is None else 0
         self._points = (points,)  # in a tuple, so that it is not registered here
-        if gated:
-            self.gate = nn.Parameter(torch.zeros(heads))
+        if gate_H is not None:
+            self.gate = nn.Parameter(gate_H)
         if points is not None:
             out = 2 * k_PKE[0].numel()
             self.up, self.lift = nn.Parameter(torch.zeros(out, len(points.shift))), nn.Parameter(torch.zeros(out))
@@ -121,7 +121,7 @@ class PrefixTuning(Method):
             drawn = (torch.randn(n, width, generator=rng) * width**-0.5 for n in (self.tokens, self.projection))
             site.shared.add_module("points", Points(*drawn))
         k, v = (DEVIATION * torch.randn(self.tokens, slot.kv_heads, slot.head_width, generator=rng) for _ in range(2))
-        return Prefix(k, v, slot.heads, self.gate, getattr(site.shared, "points", None))
+        return Prefix(k, v, torch.zeros(slot.heads) if self.gate else None, getattr(site.shared, "points", None))
 
     @torch.no_grad()
     def begin(self, adapter: Adapter, model: Decoder, tokenizer: Tokenizer, losses: Losses) -> Adapter:  # noqa: ARG002 (no rows)
@@ -148,7 +148,5 @@ class PrefixTuning(Method):
         for name, delta in adapter.named_deltas():
             assert isinstance(delta, Prefix)
             k, v = (t.clone() for t in delta.pair())
-            kept[name] = plain = Prefix(k, v, len(delta.gate) if self.gate else 0, self.gate)
-            if self.gate:
-                plain.gate.copy_(delta.gate)
+            kept[name] = Prefix(k, v, delta.gate.clone() if self.gate else None)
         return adapter.like(replace(self, projection=0), kept)
