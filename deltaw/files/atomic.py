@@ -39,18 +39,16 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             if time.time() - litter.stat().st_mtime > STALE_SECONDS:  # of a process that was killed
                 shutil.rmtree(litter, ignore_errors=True)
-    with _leading_to(path):
-        scratch = Path(tempfile.mkdtemp(dir=home, prefix=f".{path.name}{PARTIAL}"))
-        try:
-            yield scratch
-            scratch.chmod(0o755)
-            for file in scratch.rglob("*"):
-                _flush(file)
-            for whole in list(scratch.iterdir()) if home == path else [scratch]:
-                whole.replace(path / whole.name if home == path else path)
-            _flush(home)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    prefix = f".{path.name}{PARTIAL}"
+    with _leading_to(path), tempfile.TemporaryDirectory("", prefix, home, ignore_cleanup_errors=True) as name:
+        scratch = Path(name)
+        yield scratch
+        scratch.chmod(0o755)
+        for file in scratch.rglob("*"):
+            _flush(file)
+        for whole in list(scratch.iterdir()) if home == path else [scratch]:
+            whole.replace(path / whole.name if home == path else path)
+        _flush(home)
 
 
 @contextmanager
