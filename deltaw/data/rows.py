@@ -12,7 +12,6 @@ Beside these keys a row may carry `references` (more right answers) and `facts` 
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +76,9 @@ def example(row: Any, where: str) -> Example:
     if turns is not None:
         if system and system.strip() and isinstance(turns, list):
             turns = [{"role": "system", "content": system}, *turns]
-        return Example(_messages(turns, where), "", where, *extras, _silent(turns, where), _unread(row))
+        messages = _messages(turns, where)
+        silent = tuple(i for i, turn in enumerate(turns) if turn.get("weight") == 0)
+        return Example(messages, "", where, *extras, silent, _unread(row))
     if "text" in row:
         if not isinstance(row["text"], str):
             raise UserError("'text' is no text.", where=where, why=f"It is {_shown(row['text'])}.")
@@ -157,17 +158,11 @@ def _messages(messages: Any, where: str) -> tuple[dict[str, str], ...]:
                             remedy="Write the text, or drop the row.")  # fmt: skip
         if role == "assistant" and not content.strip():
             raise UserError(f"Turn {i} is an empty answer.", where=where, remedy="Write the answer, or drop the row.")
-        turns.append({"role": str(role), "content": content})
-    return tuple(turns)
-
-
-def _silent(turns: Sequence[dict[str, Any]], where: str) -> tuple[int, ...]:
-    """Which turns have the weight 0."""
-    for i, turn in enumerate(turns, 1):
         if turn.get("weight") not in (None, 0, 1):
             raise UserError(f"Turn {i} has the weight {turn['weight']!r}.", where=where,
                             remedy="A turn is learnt (1, or nothing said) or not (0).")  # fmt: skip
-    return tuple(i for i, turn in enumerate(turns) if turn.get("weight") == 0)
+        turns.append({"role": str(role), "content": content})
+    return tuple(turns)
 
 
 def shape_of(row: dict[str, Any]) -> tuple[str, ...]:
