@@ -5,6 +5,7 @@ Nothing here imports torch, so that asking for help is quick.
 
 import ipaddress
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
@@ -149,12 +150,9 @@ class Serving:
     @property
     def alone(self) -> bool:
         """Whether only this machine can ask."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        with suppress(ValueError):
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        return False
 
 
 @settings
