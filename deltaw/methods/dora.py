@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from deltaw.adapters.adapter import Site
 from deltaw.methods.lora import LoRA, LowRank
-from deltaw.models.slots import Affine, Linear, Parts
+from deltaw.models.slots import Affine, Linear
 from deltaw.settings import settings
 
 
@@ -45,10 +45,6 @@ class Directed(LowRank):
     def dropped(self, slot: Linear, x_TI: Tensor) -> Tensor:
         y_TO = super().dropped(slot, x_TI)
         return y_TO + (self.gain(slot) - 1).to(x_TI.dtype) * y_TO  # the gain itself would be rounded to one
-
-    def merged(self, slot: Linear) -> Parts:
-        w_OI = torch.addmm(slot.weight.dense().float(), self.B, self.A, alpha=self.scale)
-        return {"weight": slot.weight.repack(self.gain(slot)[:, None] * w_OI)}
 
     def affine(self, slot: Linear) -> Affine:
         gain_O = self.gain(slot)

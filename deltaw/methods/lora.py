@@ -54,10 +54,10 @@ class Product(Delta):
         return slot.weight
 
     def merged(self, slot: Linear) -> Parts:
-        A_RI, B_OR = self.factors()
+        form, w_OI = self.affine(slot), self.frozen(slot).dense().float()
         # Summed in fp32 and rounded once, to the type of the base.
-        w_OI = torch.addmm(self.frozen(slot).dense().float(), B_OR, A_RI, alpha=self.scale)
-        return {"weight": slot.weight.repack(w_OI)}
+        w_OI = w_OI if form.gain_O is None else form.gain_O[:, None] * w_OI
+        return {"weight": slot.weight.repack(torch.addmm(w_OI, form.B_OR, form.A_RI, alpha=form.scale))}
 
     def affine(self, slot: Linear) -> Affine:  # noqa: ARG002 (the same at every slot)
         """What it does beside the frozen matrix, without dropout."""
