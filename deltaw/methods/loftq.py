@@ -136,6 +136,11 @@ def directions(w_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         u_OR = torch.linalg.eigh(w_OI @ w_OI.t())[1][:, -rank:]
     else:
         u_OR = torch.svd_lowrank(w_OI, rank + 10, SEARCHED)[0][:, :rank]
+    return within(w_OI, u_OR)
+
+
+def within(w_OI: Tensor, u_OR: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B whose product is W within these directions of its outputs, the strength of each shared out evenly."""
     along_RI = u_OR.t() @ w_OI
     root_R = along_RI.norm(dim=1).sqrt()
     return along_RI / root_R.clamp(min=1e-30)[:, None], u_OR * root_R

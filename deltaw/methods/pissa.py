@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from deltaw.adapters.adapter import Site
+from deltaw.methods.loftq import within
 from deltaw.methods.lora import LoRA, LowRank
 from deltaw.settings import settings
 
@@ -53,7 +54,4 @@ def principal(w_OI: Tensor, rank: int, niter: int, rng: torch.Generator) -> tupl
         q_OK = torch.linalg.qr(w_OI @ torch.randn(i, wide, generator=rng)).Q
         for _ in range(niter):
             q_OK = torch.linalg.qr(w_OI @ torch.linalg.qr(w_OI.t() @ q_OK).Q).Q
-    u, s, vt = torch.linalg.svd(q_OK.t() @ w_OI, full_matrices=False)
-    rank = min(rank, len(s))
-    root = s[:rank].sqrt()
-    return (root[:, None] * vt[:rank]).contiguous(), ((q_OK @ u[:, :rank]) * root).contiguous()
+    return within(w_OI, q_OK @ torch.linalg.svd(q_OK.t() @ w_OI, full_matrices=False).U[:, :rank])
