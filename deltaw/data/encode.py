@@ -101,15 +101,13 @@ def encode(example: Example, tokenizer: Tokenizer, train_on: TrainOn = "answers"
     Raises:
         UserError: an answer cannot be found in what the template rendered.
     """
-    if not example.messages:
-        ids = [*tokenizer.begin_ids, *tokenizer.encode(example.text), *_end_of(tokenizer, example.where)]
+    if train_on == "all" and example.silent:
+        raise UserError(f"Turn {example.silent[0] + 1} is of weight 0, and every token is to be learnt.",
+                        where=example.where, remedy="Take --train-on answers, or no weight.")  # fmt: skip
+    if train_on == "all" or not example.messages:
+        ids = (tokenizer.encode(tokenizer.chat(example.messages)) if example.messages else
+               [*tokenizer.begin_ids, *tokenizer.encode(example.text), *_end_of(tokenizer, example.where)])  # fmt: skip
         return Encoded(tuple(ids), (train_on == "all",) * len(ids), example.where)
-    if train_on == "all":
-        if example.silent:
-            raise UserError(f"Turn {example.silent[0] + 1} is of weight 0, and every token is to be learnt.",
-                            where=example.where, remedy="Take --train-on answers, or no weight.")  # fmt: skip
-        ids = tokenizer.encode(tokenizer.chat(example.messages))
-        return Encoded(tuple(ids), (True,) * len(ids), example.where)
     text, spans = answer_spans(example, tokenizer)
     ids, offsets = tokenizer.encode_with_offsets(text)
     across = any(a < edge < b for a, b in offsets for span in spans for edge in span)
