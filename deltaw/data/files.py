@@ -10,6 +10,7 @@ import glob
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -146,12 +147,10 @@ def _cell(name: str, cell: str) -> Any:
     listed = name in ("messages", "conversations", "history", "references", "facts")
     if listed and not cell.strip():
         return None
-    if listed or LISTED.match(cell):
-        try:
+    with suppress(ValueError, RecursionError):
+        if listed or LISTED.match(cell):
             value = json.loads(cell)
-        except (ValueError, RecursionError):
-            return cell
-        return value if listed or all(isinstance(turn, dict) and "content" in turn for turn in value) else cell
+            return value if listed or all(isinstance(turn, dict) and "content" in turn for turn in value) else cell
     return cell
 
 
