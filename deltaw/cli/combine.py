@@ -4,7 +4,7 @@ The one adds them up, each times its weight; the other chooses what each layer t
 """
 
 import hashlib
-import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -62,13 +62,10 @@ def weighed(said: str) -> tuple[str, float]:
     name, colon, tail = said.rpartition(":")
     if not colon or Path(said).exists():
         return said, 1.0
-    try:
-        weight = float(tail)
-    except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight) or abs(weight) > 1000:
-        raise UserError(f"'{tail}' is no weight.", where=said, remedy=f"For example: {name}:0.5")
-    return name, weight
+    with suppress(ValueError):
+        if abs(weight := float(tail)) <= 1000:
+            return name, weight
+    raise UserError(f"'{tail}' is no weight.", where=said, remedy=f"For example: {name}:0.5")
 
 
 def search(run: str, file: Path, /, *, out: Annotated[str, Parameter(name=["--out", "-o"])],
