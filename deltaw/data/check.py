@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -42,13 +42,9 @@ class Checked:
     trained_tokens: int = 0
     lengths: list[int] = field(default_factory=list)
     shown: list[Encoded] = field(default_factory=list)
-    places: dict[str, list[str]] = field(default_factory=dict)
+    places: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     unread: Counter[str] = field(default_factory=Counter)
     """Keys that are passed over, and in how many rows."""
-
-    def note(self, finding: str, where: str) -> None:
-        """Remember that something was found here."""
-        self.places.setdefault(finding, []).append(where)
 
     @property
     def tokens(self) -> int:
@@ -81,7 +77,7 @@ def check(files: Sequence[Path], val: Path | None, tokenizer: Tokenizer, train_o
     for row in (row for file in files for row in each(file)):
         found.rows += 1
         if isinstance(row, UserError):
-            found.note(FAULTY, f"{row.where}: {row.what}")
+            found.places[FAULTY].append(f"{row.where}: {row.what}")
             continue
         found.unread.update(row.unread)
         content = _digest(_content(row))
@@ -91,17 +87,17 @@ def check(files: Sequence[Path], val: Path | None, tokenizer: Tokenizer, train_o
         if row.answer:
             answer = _digest(row.answer)
             if answers.setdefault(_digest(json.dumps(row.prompt)), answer) != answer:
-                found.note(CONTRADICTED, row.where)
+                found.places[CONTRADICTED].append(row.where)
         for finding in _odd_turns(row, special):
-            found.note(finding, row.where)
+            found.places[finding].append(row.where)
         try:
             ids = encode(row, tokenizer, train_on)
         except UserError as e:
-            found.note(FAULTY, f"{row.where}: {e.what}")
+            found.places[FAULTY].append(f"{row.where}: {e.what}")
             continue
         dropped[UNLEARNT] = not _measured(ids, found, tokenizer, max_tokens, bool(row.messages), train_on)
         for finding in (finding for finding, is_so in dropped.items() if is_so):
-            found.note(finding, row.where)
+            found.places[finding].append(row.where)
         if not any(dropped.values()):
             keep(row)
     return found
@@ -132,10 +128,10 @@ def _measured(ids: Encoded, found: Checked, tokenizer: Tokenizer, max_tokens: in
     targets = sum(part.targets for part in pieces(ids, max_tokens, divided))
     found.trained_tokens += targets
     if len(ids.ids) > max_tokens and targets and not divided:
-        found.note(LONG, ids.where)
+        found.places[LONG].append(ids.where)
     last = next((i for i in range(len(ids.ids) - 1, -1, -1) if ids.trained[i]), None)
     if conversation and train_on == "answers" and last is not None and ids.ids[last] not in tokenizer.end_ids:
-        found.note(ENDLESS, ids.where)
+        found.places[ENDLESS].append(ids.where)
     if len(found.shown) < SHOWN and targets:
         found.shown.append(ids)
     return targets > 0
