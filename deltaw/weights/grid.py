@@ -78,7 +78,15 @@ class Grid(Format):
         return f"int{self.width}-g{self.group}{'-actorder' * self.ordered}{'-moved' * self.moved}"
 
     def load(self, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> "Gridded":
-        return Ordered(self, shape, dtype, kept) if self.ordered else Gridded(self, shape, dtype, kept)
+        """A weight of tensors that were kept of one.
+
+        Raises:
+            ValueError: an input is missing in the order of columns.
+        """
+        order = kept.get("order", torch.empty(0))
+        if self.ordered and not order.is_meta and order.sort().values.tolist() != list(range(shape[1])):
+            raise ValueError("no order of the inputs")
+        return (Ordered if self.ordered else Gridded)(self, shape, dtype, kept)
 
 
 class Gridded(Packed):
@@ -105,19 +113,9 @@ class Gridded(Packed):
 
 
 class Ordered(Gridded):
-    """A matrix whose columns are stored in another order than inputs come in: column c is input `order[c]`.
-
-    Raises:
-        ValueError: an input is missing in that order.
-    """
+    """A matrix whose columns are stored in another order than inputs come in: column c is input `order[c]`."""
 
     order: Tensor
-
-    def __init__(self, form: Grid, shape: tuple[int, int], dtype: torch.dtype, kept: Mapping[str, Tensor]) -> None:
-        super().__init__(form, shape, dtype, kept)
-        order = kept.get("order")
-        if order is None or (not order.is_meta and order.sort().values.tolist() != list(range(shape[1]))):
-            raise ValueError("no order of the inputs")
 
     def unpacked(self, place: Callable[..., Tensor]) -> Tensor:
         return super().unpacked(place)[:, self.order.argsort()]
