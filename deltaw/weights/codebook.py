@@ -61,7 +61,7 @@ def dynamic() -> Tensor:
 
 @dataclass(frozen=True)
 class Plain:
-    """One fp32 number a block."""
+    """Scales of blocks, as they are: one fp32 number a block."""
 
     exact = True
     """Whether numbers are divided by the scale itself, or by what is left of it."""
@@ -87,10 +87,9 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class Double:
+class Double(Plain):
     """QLoRA's double quantisation, as bitsandbytes has it: the mean taken away, then 8-bit dynamic codes in blocks."""
 
-    exact = True
     BLOCK = 256
 
     def store(self, scale_N: Tensor) -> Parts:
@@ -115,7 +114,7 @@ class Double:
 
 
 @dataclass(frozen=True)
-class TwoLevel:
+class TwoLevel(Plain):
     """LQ-LoRA's: the least scale taken away, then unsigned integers in blocks whose maxima have a type of their own.
 
     The published code needs whole blocks, and fails where all scales of one are equal; here either is stored.
@@ -149,9 +148,6 @@ class TwoLevel:
         return f"-s{self.width}.{self.kind}.{self.block}"
 
 
-Scales = Plain | Double | TwoLevel
-
-
 def _blocks(values_N: Tensor, block: int) -> Tensor:
     """Rows of one block each, the last filled up with zeros."""
     return torch.nn.functional.pad(values_N, (0, -len(values_N) % block)).view(-1, block)
@@ -163,7 +159,7 @@ class Codebook(Format):
 
     width: int = 4
     block: int = 64
-    scales: Scales = field(default_factory=Plain)
+    scales: Plain = field(default_factory=Plain)
     fp4: bool = False
 
     def pack(self, w_OI: Tensor, dtype: torch.dtype) -> "Coded":

@@ -11,7 +11,7 @@ import re
 
 from deltaw.errors import UserError
 from deltaw.weights import Format, Plainly
-from deltaw.weights.codebook import Codebook, Double, Plain, Scales, TwoLevel
+from deltaw.weights.codebook import Codebook, Double, Plain, TwoLevel
 from deltaw.weights.grid import Grid
 
 CODES = r"(nf|fp)([2348])(?:-b(\d+))?(?:-(dq)|-s([2348])\.(fp32|bf16|fp16)\.(\d+))?"
@@ -35,7 +35,5 @@ def parse(name: str) -> Format:
     said = re.fullmatch(CODES, name)
     if said is None or (said[1] == "fp" and said[2] != "4") or int(said[3] or 64) < 2 or int(said[7] or 2) < 2:
         raise UserError(f"There is no format '{name}'.", remedy=EXAMPLES)
-    scales: Scales = Double() if said[4] else Plain()
-    if said[5]:
-        scales = TwoLevel(int(said[5]), said[6], int(said[7]))
+    scales = TwoLevel(int(said[5]), said[6], int(said[7])) if said[5] else Double() if said[4] else Plain()
     return Codebook(int(said[2]), int(said[3] or 64), scales, said[1] == "fp")
