@@ -19,6 +19,7 @@ from deltaw.errors import UserError, nearest
 T = TypeVar("T")
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
+Rank = Annotated[int, Field(ge=1, le=8192)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, BeforeValidator(lambda said: str(said) if isinstance(said, int | float | Path) else said)]
 """A text; numbers and paths are taken as they are written."""

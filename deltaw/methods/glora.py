@@ -6,18 +6,17 @@ a layer is its *path*. A supernet draws one for every layer and pass, so that a 
 
 import math
 from dataclasses import field
-from typing import Annotated, ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 from zlib import crc32
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from deltaw.adapters.adapter import HEAD, Method, Site
 from deltaw.errors import UserError
 from deltaw.models.slots import Affine, Delta, Linear, Parts
-from deltaw.settings import settings
+from deltaw.settings import Rank, settings
 
 Wide = Literal["lora", "vector", "constant", "none"]
 Prompt = Literal["lora", "vector", "none"]
@@ -159,7 +158,7 @@ class GLoRA(Method):
     peak_rate: ClassVar[float] = 4e-3
     """BLEU 37.5, 39.6 at 1e-3, 4e-3 (benchmarks/table.py --rows 60 --set minutes=null steps=30)."""
 
-    rank: Annotated[int, Field(ge=1, le=8192)] = 4
+    rank: Rank = 4
     """Rank R of the terms that are matrices."""
     a: Wide = "vector"
     """What multiplies W: a matrix of rank R, a number for every output, one number, or nothing."""

@@ -19,7 +19,7 @@ from deltaw.methods.lora import LoRA
 from deltaw.models.rope import KINDS, Dynamic, Linear, Rope, Yarn
 from deltaw.models.seen import Documents, Seen, attention, causal
 from deltaw.models.slots import Attend, Delta, Parts, Positions
-from deltaw.settings import Count, settings
+from deltaw.settings import Count, Rank, settings
 
 
 class Grouped(Delta):
@@ -113,7 +113,7 @@ class LongLoRA(LoRA):
 
     targets: str = "q,k,v,o"
     """Layers that get a LoRA: all-linear, short names such as q,v, full names, or patterns; separated by commas."""
-    rank: Annotated[int, Field(ge=1, le=8192)] = 8
+    rank: Rank = 8
     """Rank R of the update."""
     modules_to_save: str = "embed_tokens,.*norm.*"
     """Layers that are trained whole beside; without them long contexts are learnt badly. Named as targets are."""

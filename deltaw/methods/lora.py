@@ -13,7 +13,7 @@ from deltaw.errors import UserError
 from deltaw.methods.full import PART, Whole
 from deltaw.models.fused import joined
 from deltaw.models.slots import Affine, Delta, Linear, Parts, Terms
-from deltaw.settings import Count, settings
+from deltaw.settings import Count, Rank, settings
 from deltaw.weights import Weight
 
 
@@ -88,7 +88,7 @@ class LoRA(Method):
     peak_rate: ClassVar[float] = 1e-3
     """BLEU 35.2, 41.7, 37.0 at 3e-4, 1e-3, 3e-3 (benchmarks/table.py --set minutes=null steps=30)."""
 
-    rank: Annotated[int, Field(ge=1, le=8192)] = 16
+    rank: Rank = 16
     """Rank R of the update."""
     alpha: Alpha | None = None
     """The update is scaled by alpha / rank. By default: twice the rank."""

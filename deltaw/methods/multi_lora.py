@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deltaw.adapters.adapter import Site
 from deltaw.methods.lora import LoRA, LowRank
-from deltaw.settings import settings
+from deltaw.settings import Rank, settings
 
 
 class Parallel(LowRank):
@@ -32,7 +32,7 @@ class Parallel(LowRank):
 class MultiLoRA(LoRA):
     """Train several LoRAs side by side, all of them always on: for several tasks at once."""
 
-    rank: Annotated[int, Field(ge=1, le=8192)] = 8
+    rank: Rank = 8
     """Rank R of each of the parts."""
     parts: Annotated[int, Field(ge=1, le=64)] = 3
     """How many stand side by side."""

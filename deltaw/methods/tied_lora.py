@@ -5,16 +5,15 @@ arXiv:2311.09578; what is tied and trained is that of NVIDIA/NeMo's `VeraAdapter
 
 import math
 import re
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from deltaw.adapters.adapter import Method, Site, held
 from deltaw.errors import UserError
 from deltaw.methods.lora import Product
-from deltaw.settings import settings
+from deltaw.settings import Rank, settings
 
 GROUPS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 """Layers that read the same input have one A, and in each block one u."""
@@ -43,7 +42,7 @@ class TiedLoRA(Method):
     peak_rate: ClassVar[float] = 1e-2
     """BLEU 36.3, 40.8, 37.3 at 3e-3, 1e-2, 3e-2 (benchmarks/table.py --rows 60 --set minutes=null steps=30)."""
 
-    rank: Annotated[int, Field(ge=1, le=8192)] = 8
+    rank: Rank = 8
     """Rank R of the update."""
     variant: Literal["tl6", "tl5", "tl2", "vbua"] = "tl6"
     """What is trained: matrices and vectors, the matrices, the vectors; vbua: all, with matrices for every layer."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deltaw.adapters.adapter import Method, Site, held
 from deltaw.methods.tied_lora import Tied
-from deltaw.settings import settings
+from deltaw.settings import Rank, settings
 
 
 @settings
@@ -23,7 +23,7 @@ class VeRA(Method):
     peak_rate: ClassVar[float] = 3e-2
     """BLEU 31.1, 37.7 at 1e-2, 3e-2 (benchmarks/table.py --rows 60 --set minutes=null steps=30)."""
 
-    rank: Annotated[int, Field(ge=1, le=8192)] = 256
+    rank: Rank = 256
     """Rank R of the random matrices."""
     d_initial: Annotated[float, Field(gt=0, le=10)] = 0.1
     """What the vector between the matrices starts with; the one behind them starts at zero."""
