@@ -6,15 +6,16 @@ Nothing here imports torch, so that asking for help is quick.
 import ipaddress
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import to_jsonable_python
 
-from deltaw.errors import UserError, nearest
+from deltaw.errors import UserError, explained, nearest
 
 T = TypeVar("T")
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -202,9 +203,7 @@ def names(cls: Any) -> list[str]:
 
 def plain(value: Any) -> dict[str, Any]:
     """Settings as JSON and YAML can hold them."""
-    return {
-        k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()
-    }
+    return dict(to_jsonable_python(value))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -213,15 +212,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, or is no YAML mapping; says the line.
     """
+    with (explained("The configuration file cannot be read.", OSError, where=path, why="{error.strerror}."),
+          explained("This is not UTF-8 text.", UnicodeDecodeError, where=path, why="",
+                    remedy="Save the file as UTF-8.")):  # fmt: skip
+        text = path.read_text(encoding="utf-8")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as e:
-        raise UserError("The configuration file cannot be read.", where=str(path), why=f"{e.strerror}.") from None
-    except UnicodeDecodeError:
-        raise UserError("This is not UTF-8 text.", where=str(path), remedy="Save the file as UTF-8.") from None
-    except (ValueError, RecursionError) as e:  # a date that is none, brackets without end
-        raise UserError("This is not YAML.", where=str(path), why=str(e)) from None
-    except yaml.YAMLError as e:
+        values = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # a date that is none, brackets without end
         mark = getattr(e, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise UserError("This is not YAML.", where=f"{path}{line}", why=str(getattr(e, "problem", e))) from None
