@@ -49,9 +49,8 @@ COMMANDS = {
     "inspect": "Say what a model, an adapter or a run is.",
     "doctor": "Say what this machine can do.",
 }
-HOMES = {"key": "serve:key", "generate": "chat:generate", "search": "combine:search", "merge": "exchange:merge",
-         "quantize": "exchange:quantize", "export": "exchange:export", "import": "exchange:bring",
-         "doctor": "inspect:doctor"}  # fmt: skip
+HOMES = {"key": "serve:key", "generate": "chat:generate", "search": "combine:search", "quantize": "merge:quantize",
+         "export": "exchange:export", "import": "exchange:bring", "doctor": "inspect:doctor"}  # fmt: skip
 """Where a command is that is not in a file of its name."""
 
 
