@@ -116,35 +116,27 @@ class Catalog:
         self.noted = kept / f"{fingerprint[:16]}-{hashlib.blake2b(told, digest_size=8).hexdigest()}.json"
         """Where it is noted what was put up by its path, and taken down: for after a restart, and for replicas."""
 
-    def notes(self) -> dict[str, dict[str, str]]:
-        """Paths of what is `up` by a name of its own, and stamps of what is `down` though a folder has it."""
-        told: dict[str, dict[str, str]] = {"up": {}, "down": {}}
+    def notes(self) -> dict[str, list[str]]:
+        """By name: the path of what was put up; or, of what was taken down, no path and the stamp that it had."""
         try:
-            return told | read_json(self.noted) if self.noted.exists() else told
+            return read_json(self.noted) if self.noted.exists() else {}
         except UserError as e:
             log.warning("What was put up and taken down is forgotten. %s", e)
-            return told
+            return {}
 
-    def note(self, name: str, source: Source | None) -> None:
+    def note(self, name: str, path: str = "", stamp: str = "") -> None:
         """Remember that it was put up, or taken down."""
         try:
             self.noted.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.noted.with_suffix(".lock")):
-                told = self.notes()
-                for kind in told.values():
-                    kind.pop(name, None)
-                if source is not None:
-                    told["up"][name] = str(source.path.absolute())
-                elif name in self.sources:
-                    told["down"][name] = self.sources[name].stamp
-                write_text(self.noted, json.dumps(told))
+                write_text(self.noted, json.dumps(self.notes() | {name: [path, stamp]}))
         except OSError as e:
             log.warning("After a restart, '%s' will not be as it is now: it cannot be noted. %s", name, e)
 
     def found(self, known: Mapping[str, Source]) -> dict[str, Source]:
         """What there is in the folders now. What is `known` and as it was is not read again."""
         there, noted = dict[str, Source](), self.notes()
-        up = ((name, Path(path)) for name, path in noted["up"].items() if Path(path).exists())
+        up = ((name, Path(path)) for name, (path, _) in noted.items() if path and Path(path).exists())
         for name, path in chain(up, *map(adapters_in, self.folders)):
             own = known.get(name)
             try:
@@ -156,7 +148,7 @@ class Catalog:
             except OSError:  # which may pass
                 if own is not None:
                     there[name] = own
-        return {name: source for name, source in there.items() if noted["down"].get(name) != source.stamp}
+        return {name: source for name, source in there.items() if source.stamp not in noted.get(name, ())}
 
     def update(self, there: Mapping[str, Source]) -> None:
         """Take what the folders hold: what is new or was changed is added, what is gone is removed."""

@@ -61,7 +61,7 @@ class Shelf:
             raise UserError("There is no adapter here.", where=str(path))
         source = await asyncio.to_thread(Source.of, found, self.catalog.fingerprint)
         await asyncio.wrap_future(self.catalog.wardrobe.reader.submit(self.catalog.read, source))
-        await asyncio.to_thread(self.catalog.note, name, source)
+        await asyncio.to_thread(self.catalog.note, name, str(source.path.absolute()))
         await self._do(partial(self.catalog.add, name, source))
         self.say(f"+ {name} from {found}")
         return self.card(name)
@@ -91,9 +91,9 @@ class Shelf:
 
     async def drop(self, name: str) -> None:
         """Know it no longer; whoever talks with it is answered to the end, and its files stay."""
-        if name not in self.catalog.sources:
+        if (source := self.catalog.sources.get(name)) is None:
             raise UnknownModel(f"There is no persona '{name}'.")
-        await asyncio.to_thread(self.catalog.note, name, None)
+        await asyncio.to_thread(self.catalog.note, name, "", source.stamp)
         await self._do(partial(self.catalog.remove, name))
         self.say(f"- {name}")
 
