@@ -27,16 +27,10 @@ NAMES = {
     "output": "lm_head",
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    **{f"attn_{part}": f"self_attn.{part}_proj" for part in ("q", "k", "v", "qkv")},
+    **{f"attn_{part}_norm": f"self_attn.{part}_norm" for part in ("q", "k")},
+    **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
 }
 """GGUF's words for the layers, and the checkpoint's."""
 SANDWICH = {"ffn_norm": "pre_feedforward_layernorm", "post_attention_norm": "post_attention_layernorm",
@@ -184,20 +178,16 @@ class GGUF:
         for tensor in self.reader.tensors:
             if tensor.name != "rope_freqs.weight":
                 with self._understood():
-                    named = self._renamed(tensor.name), self._unpacked(tensor, config)
-                yield named
+                    name = self._renamed(tensor.name)
+                    w = ordered(name, self._unpacked(tensor), config, back=True)
+                yield name, w
 
-    def _unpacked(self, tensor: Any, config: ModelConfig) -> Tensor:
+    def _unpacked(self, tensor: Any) -> Tensor:
         from gguf.quants import dequantize
 
-        name, family = self._renamed(tensor.name), self.family
         with explained(f"'{tensor.name}' is packed as {tensor.tensor_type.name}, which cannot be unpacked.",
                        NotImplementedError, where=self.path, why=""):  # fmt: skip
-            w = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
-        heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(name.split(".")[-2])
-        if heads and family.interleaved:
-            return half_split(w, heads)
-        return w - 1 if family.unit_gain and name.endswith("norm.weight") else w
+            return torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
 
     def _renamed(self, name: str) -> str:
         parts, words = name.split("."), names(self.family)
@@ -213,9 +203,15 @@ def half_split(w: Tensor, heads: int) -> Tensor:
     return w.reshape(heads, -1, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
 
 
-def interleaved(w: Tensor, heads: int) -> Tensor:
-    """llama.cpp's row order: the inverse of `half_split`."""
-    return w.reshape(heads, 2, -1, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
+def ordered(name: str, w: Tensor, config: ModelConfig, back: bool = False) -> Tensor:
+    """A weight as llama.cpp has it: rotary pairs as neighbours (Llama), one added to norms (Gemma); `back`: undone."""
+    heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(name.split(".")[-2])
+    if heads and config.family.interleaved:
+        neighbours = w.reshape(heads, 2, -1, *w.shape[1:]).transpose(1, 2)
+        return half_split(w, heads) if back else neighbours.reshape(w.shape)
+    if config.family.unit_gain and name.endswith("norm.weight"):
+        return w - 1 if back else w + 1
+    return w
 
 
 def _decimal(value: Any) -> Any:

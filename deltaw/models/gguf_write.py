@@ -17,7 +17,7 @@ from deltaw.kernels.packed import unpack
 from deltaw.models import checkpoint
 from deltaw.models.config import ModelConfig
 from deltaw.models.decoder import Decoder
-from deltaw.models.gguf import GGUF, SIZES, interleaved, names
+from deltaw.models.gguf import GGUF, SIZES, names, ordered
 from deltaw.models.rope import Llama3, plain
 from deltaw.models.tokenizer import Tokenizer
 from deltaw.weights.grid import Grid, Gridded
@@ -85,7 +85,7 @@ def write_lora(pairs: Mapping[str, tuple[Tensor, Tensor]], config: ModelConfig, 
         for layer, (A_RI, B_OR) in pairs.items():
             key = gguf_name(f"{layer}.weight", config)
             writer.add_tensor(f"{key}.lora_a", A_RI.float().cpu().numpy())
-            writer.add_tensor(f"{key}.lora_b", stored(f"{layer}.weight", B_OR.float().cpu(), config).numpy())
+            writer.add_tensor(f"{key}.lora_b", ordered(f"{layer}.weight", B_OR.float().cpu(), config).numpy())
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
     """GGUF's names and fp32 weights, in the order and with the additions that llama.cpp expects."""
     config = model.config
     for name, w in checkpoint.tensors(model):
-        yield gguf_name(name, config), stored(name, w.float().cpu(), config)
+        yield gguf_name(name, config), ordered(name, w.float().cpu(), config)
     if isinstance(config.rope.scaling, Llama3):
         like = torch.zeros(1, 1)
         stretched = config.rope.scaling.frequencies(config.rope.theta, config.rope.width, like)
@@ -133,8 +133,8 @@ def blocks(name: str, weight: Gridded, config: ModelConfig) -> NDArray[np.uint8]
     A block is a scale, an offset, and 16 bytes whose lower halves are its first sixteen codes.
     """
     (o, i), cpu = weight.shape, weight.codes.cpu()
-    codes = stored(name, unpack(cpu, 4, o * i).view(o, i), config).view(o, -1, 2, 16)
-    scale, offset = (stored(name, t.cpu().half(), config)[..., None].view(torch.uint8)
+    codes = ordered(name, unpack(cpu, 4, o * i).view(o, i), config).view(o, -1, 2, 16)
+    scale, offset = (ordered(name, t.cpu().half(), config)[..., None].view(torch.uint8)
                      for t in (weight.scale, weight.offset))  # fmt: skip
     return torch.cat([scale, offset, codes[:, :, 0] | codes[:, :, 1] << 4], 2).view(o, -1).numpy()
 
@@ -145,14 +145,6 @@ def gguf_name(name: str, config: ModelConfig) -> str:
     layer, _, rest = name.removeprefix("layers.").partition(".") if name.startswith("layers.") else ("", "", name)
     module, _, kind = rest.rpartition(".")
     return f"blk.{layer}.{words[module]}.{kind}" if layer else f"{words[module]}.{kind}"
-
-
-def stored(name: str, w: Tensor, config: ModelConfig) -> Tensor:
-    """A weight as llama.cpp wants it: rotary pairs as neighbours (Llama), one added to norms (Gemma)."""
-    heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(name.split(".")[-2], 0)
-    if heads and config.family.interleaved:
-        return interleaved(w, heads).contiguous()
-    return w + 1 if config.family.unit_gain and name.endswith("norm.weight") else w
 
 
 def metadata(config: ModelConfig) -> dict[str, Any]:
