@@ -66,7 +66,7 @@ def test_events_come_back_as_they_were(tmp_path: Path) -> None:
     file.close()
     assert records == json.loads(json.dumps([event.record() for event in events]))
     assert [r["event"] for r in records] == ["started", "stepped", "sampled"]
-    assert records.unreadable == 0
+    assert records.count(None) == 0
 
 
 def test_numbers_json_does_not_have_become_null(tmp_path: Path) -> None:
@@ -100,9 +100,9 @@ def test_a_full_disk_costs_its_lines_and_no_others(tmp_path: Path, monkeypatch: 
     file(stepped(4))
     file.close()
     records = read(tmp_path / "events.jsonl")
-    assert [r["step"] for r in records] == [1, 4]
+    assert [r["step"] for r in records if r] == [1, 4]
     assert file.lost == 2
-    assert records.unreadable == 0
+    assert records.count(None) == 0
 
 
 def test_a_device_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,23 +131,22 @@ def test_a_torn_last_line_is_counted_and_spoils_no_later_one(tmp_path: Path) -> 
     whole = json.dumps(stepped(1).record())
     path.write_text(whole + "\n" + whole[:30])
     records = read(path)
-    assert [r["step"] for r in records] == [1]
-    assert records.unreadable == 1
+    assert [r["step"] for r in records if r] == [1]
+    assert records.count(None) == 1
 
     file = EventFile(path)
     file(stepped(2))
     file.close()
     records = read(path)
-    assert [r["step"] for r in records] == [1, 2]
-    assert records.unreadable == 1
+    assert [r["step"] for r in records if r] == [1, 2]
+    assert records.count(None) == 1
 
 
 def test_what_is_no_event_is_counted(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_bytes(b'7\n\n{"step": 1}\n\xff\xfe\n')
     records = read(path)
-    assert records == []
-    assert records.unreadable == 3
+    assert records == [None] * 3
 
 
 def test_a_resumption_replaces_what_came_after_its_checkpoint(tmp_path: Path) -> None:
@@ -180,9 +179,7 @@ def test_the_answers_of_several_questions_keep_apart() -> None:
 
 
 def read_back(*events: Any) -> Any:
-    from deltaw.train.record import Records
-
-    return Records(event.record() for event in events)
+    return [event.record() for event in events]
 
 
 def board(folder: Path) -> EventAccumulator:

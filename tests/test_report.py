@@ -76,8 +76,7 @@ def whole_run() -> list[Event]:
         Warned(text="The disk is nearly full."),
         Sampled(step=20, question="Who?", answer="A pump", expected="The pump"),
         Finished(seconds=40.0, reason="done", step=20, loss=1.0, best_step=10, best_loss=1.4, train_seconds=168.0,
-                 peak_bytes=1_862_000_000, predicted_seconds=160.0, predicted_bytes=1_900_000_000,
-                 notes=("Step 10 was kept.",)),
+                 peak_bytes=1_862_000_000, predicted_seconds=160.0, predicted_bytes=1_900_000_000),
     ]  # fmt: skip
 
 
@@ -88,7 +87,7 @@ def test_a_whole_run_is_told(tmp_path: Path) -> None:
     for said in ("toy", "Done", "1.400", "perplexity 4.06, step 10", "1.500", "20 of 20", "2.00 epochs", "0:00:40",
                  "1,750 tokens/s", "4,884,480", "3.63% of 134,515,008", "0:02:40 (0:02:20 to 0:03:05)", "0:02:48",
                  "+5.0%", "1.90 GB", "1.86 GB", "-2.0%", "I am", "A pump", "The pump", "3 rows were cut.",
-                 "The disk is nearly full.", "Step 10 was kept.", "best 1.400", "lora.rank", "16", "q, v",
+                 "The disk is nearly full.", "best 1.400", "lora.rank", "16", "q, v",
                  "predicted.micro_steps"):  # fmt: skip
         assert said in text, said
 

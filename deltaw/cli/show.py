@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from deltaw.train.record import finite
+from deltaw.train.record import json_text
 from deltaw.words import one_line
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ Flat = Annotated[T | None, Parameter(name="*")]
 
 def json_line(record: Mapping[str, Any]) -> None:
     """Print one JSON object on a line of its own; what is no number becomes null."""
-    sys.stdout.write(json.dumps(finite(record), ensure_ascii=False, default=str) + "\n")
+    sys.stdout.write(json_text(record) + "\n")
     sys.stdout.flush()
 
 

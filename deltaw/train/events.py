@@ -125,7 +125,6 @@ class Finished(Event):
     peak_bytes: int = 0
     predicted_seconds: float | None = None
     predicted_bytes: int | None = None
-    notes: tuple[str, ...] = field(default=())
 
 
 def is_event(record: Any) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +32,7 @@ class EventFile:
 
     def __call__(self, event: Event) -> None:
         # A lone surrogate becomes \udXXX, which is how JSON writes it anyway.
-        text = json.dumps(finite(event.record()), ensure_ascii=False, allow_nan=False)
-        if not self._write(text.encode(errors="backslashreplace") + b"\n"):
+        if not self._write(json_text(event.record()).encode(errors="backslashreplace") + b"\n"):
             self.lost += 1
 
     def _write(self, line: bytes) -> bool:
@@ -82,13 +81,9 @@ class TensorBoard:
                 self._guarded(lambda writer: writer.add_text("sample", text, event.step))
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
-        def write(writer: SummaryWriter) -> None:
-            for tag, value in values.items():
-                writer.add_scalar(tag, value, step)
+        self._guarded(lambda writer: [writer.add_scalar(tag, value, step) for tag, value in values.items()])
 
-        self._guarded(write)
-
-    def _guarded(self, write: Callable[[SummaryWriter], None]) -> None:
+    def _guarded(self, write: Callable[[SummaryWriter], object]) -> None:
         try:
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter  # a second or two, so only when there is a use
@@ -106,27 +101,16 @@ class TensorBoard:
             self._guarded(lambda writer: writer.close())
 
 
-class Records(list[Record]):
-    """Events as they were written, and how many lines were `unreadable`: torn by a crash or a full disk."""
+def read(path: Path) -> list[Record | None]:
+    """Read `events.jsonl` back; None stands for a line that is no event: torn by a crash or a full disk."""
+    return [_event(line) for line in path.read_bytes().split(b"\n") if line.strip()]
 
-    unreadable: int = 0
 
-
-def read(path: Path) -> Records:
-    """Read `events.jsonl` back, leaving out, and counting, lines that are no event."""
-    records = Records()
-    for line in path.read_bytes().split(b"\n"):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:  # not JSON, or not even UTF-8
-            record = None
-        if is_event(record):
-            records.append(record)
-        else:
-            records.unreadable += 1
-    return records
+def _event(line: bytes) -> Record | None:
+    with suppress(ValueError):  # not JSON, or not even UTF-8
+        record: Record = json.loads(line)
+        return record if is_event(record) else None
+    return None
 
 
 @dataclass
@@ -165,18 +149,16 @@ class Run:
         return asked
 
 
-def fold(records: Records) -> Run:
+def fold(records: Sequence[Record | None]) -> Run:
     """Tell a run from its events."""
     run, latest_seconds = Run(), 0.0
-    for record in records:
+    for record in filter(None, records):
         match record["event"]:
             case "started":
                 _rewind(run, record["resumed_at"])
                 run.started, latest_seconds = record, 0.0
-            case "planned":
-                run.planned = record
-            case "finished":
-                run.finished = record
+            case "planned" | "finished" as kind:
+                setattr(run, kind, record)
             case "stepped":
                 run.steps[record["step"]] = record
             case "evaluated":
@@ -185,11 +167,11 @@ def fold(records: Records) -> Run:
                 run.samples[record["step"], record["question"]] = record
             case "warned":
                 run.warnings[record["text"]] = None
-        run.notices.update(dict.fromkeys(record.get("notices") or record.get("notes") or ()))
+        run.notices.update(dict.fromkeys(record.get("notices", ())))
         run.seconds += max(0.0, record["seconds"] - latest_seconds)
         latest_seconds = max(latest_seconds, record["seconds"])
-    if records.unreadable:
-        run.warnings[f"Lines of events.jsonl that could not be read and were left out: {records.unreadable}."] = None
+    if lost := records.count(None):
+        run.warnings[f"Lines of events.jsonl that could not be read and were left out: {lost}."] = None
     return run
 
 
@@ -200,10 +182,7 @@ def _rewind(run: Run, step: int) -> None:
     run.samples = {at: record for at, record in run.samples.items() if at[0] <= step}
 
 
-def finite(value: Any) -> Any:
-    """The value with null for every float that JSON has no word for."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+def json_text(value: Mapping[str, Any]) -> str:
+    """An object as JSON on one line, with null for every float that JSON has no word for."""
+    plain = json.loads(json.dumps(dict(value), default=str), parse_constant=lambda _: None)
+    return json.dumps(plain, ensure_ascii=False)

@@ -74,7 +74,6 @@ class LiveView:
                 reason, color = _reason(event)
                 for text in (*_answers(self._samples, limit=600), _panel(reason, _outcome(event), color)):
                     self.console.print(text)
-                self._notices(event.notes)
 
     def close(self) -> None:
         """Stop the live area, and give the cursor back."""
@@ -178,8 +177,7 @@ def _lines(event: Event) -> list[str]:
         case Warned():
             return [f"warning: {event.text}"]
         case Finished():
-            lines = [f"{_reason(event)[0]}: " + ", ".join(f"{name} {value}" for name, value in _outcome(event))]
-            return lines + [f"- {note}" for note in event.notes]
+            return [f"{_reason(event)[0]}: " + ", ".join(f"{name} {value}" for name, value in _outcome(event))]
     return []
 
 
