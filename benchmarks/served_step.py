@@ -73,7 +73,7 @@ def stepped(engine, entries, saying, prompts, rng):
 
 def costs(model, rows, saying, prompts, distinct):
     """Of each kind of call in all layers: operations, and bytes."""
-    from deltaw.serve.wearing import linears
+    from deltaw.models.checkpoint import linears
 
     c = model.config
     sizes = [slot.weight.shape for _, slot in linears(model)]

@@ -236,7 +236,7 @@ def _rounded_by(batches: Sequence[Batch], model: Decoder, form: Grid) -> None:
     """Pack the matrices of a model by what they multiply when these rows pass through it as it is."""
     if (have := checkpoint.form_of(model)) is not None:
         raise UserError(f"This model is packed already, as {have}.", remedy="Take the model that it was made from.")
-    slots = {name: slot for name, slot in model.layers.named_modules(prefix="layers") if isinstance(slot, Linear)}
+    slots = dict(checkpoint.linears(model))
     for name, slot in slots.items():  # before the rows take their time
         with located(name):
             form.grouped(torch.empty(slot.weight.shape, device="meta"))

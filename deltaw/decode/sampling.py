@@ -41,11 +41,6 @@ class Sampling:
     """Seed of the draw; every answer in a batch has a stream of its own."""
 
     @property
-    def likeliest(self) -> bool:
-        """Whether it is always the token of the largest logit, whatever was said before."""
-        return self.temperature < COLD and not self.penalises
-
-    @property
     def penalises(self) -> bool:
         """Whether logits depend on what was said before."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0

@@ -103,7 +103,7 @@ def save(model: Decoder, folder: Path) -> None:
 
 
 def linears(model: Decoder) -> Iterator[tuple[str, Linear]]:
-    """The linear layers of all blocks, by name."""
+    """The linear layers of all blocks, by name; the head is none of them: its table may be another layer's."""
     return ((name, slot) for name, slot in model.layers.named_modules(prefix="layers") if isinstance(slot, Linear))
 
 

@@ -11,11 +11,11 @@ from deltaw.kernels.attention import Book, Run
 from deltaw.kernels.library import LANES, function
 from deltaw.kernels.program import Calls
 from deltaw.kernels.worn import Wear
+from deltaw.models.checkpoint import linears
 from deltaw.models.decoder import Decoder
 from deltaw.models.seen import Score, attention, causal
 from deltaw.models.slots import Linear, RMSNorm
 from deltaw.serve.arena import Arena
-from deltaw.serve.wearing import linears
 from deltaw.weights import Dense
 
 

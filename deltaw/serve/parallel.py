@@ -25,6 +25,7 @@ from torch import Tensor
 from deltaw.adapters.adapter import Adapter
 from deltaw.errors import UserError
 from deltaw.kernels.worn import Change, Part, Rows, Slab, share
+from deltaw.models.checkpoint import linears
 from deltaw.models.decoder import Decoder
 from deltaw.models.ranks import MEET, Ranks
 from deltaw.models.shard import Cut, cut, part_of
@@ -32,7 +33,7 @@ from deltaw.models.slots import Before, Delta, Linear
 from deltaw.serve.arena import Arena
 from deltaw.serve.engine import Engine
 from deltaw.serve.forward import Forward, Step
-from deltaw.serve.wearing import Floor, Served, linears
+from deltaw.serve.wearing import Floor, Served
 
 
 class Told(NamedTuple):

@@ -17,6 +17,7 @@ from torch import Tensor
 from deltaw.adapters.adapter import Adapter
 from deltaw.files.atomic import replacing
 from deltaw.kernels.worn import Change, Slab, Wear
+from deltaw.models.checkpoint import linears
 from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Affine, Attend, Before, Delta, Linear
 
@@ -74,13 +75,6 @@ def served(read: Callable[[], Adapter], model: Decoder, kept: Path) -> Served:
             made.slab.save(scratch)
         slab = Slab.mapped(kept, layers, model.dtype) or made.slab
     return Served(slab)
-
-
-def linears(model: Decoder) -> Iterator[tuple[str, Linear]]:
-    """The layers whose rows may wear different things; the head is none, as its table may be another layer's."""
-    for name, module in model.layers.named_modules(prefix="layers"):
-        if isinstance(module, Linear):
-            yield name, module
 
 
 @torch.no_grad()

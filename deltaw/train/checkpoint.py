@@ -44,7 +44,7 @@ class Progress:
     seconds: float = 0.0
 
 
-def save(run: Run, adapter: Adapter, optimizer: torch.optim.Optimizer, progress: Progress, random: Random) -> Path:
+def save(run: Run, adapter: Adapter, optimizer: torch.optim.Optimizer, progress: Progress, random: Random) -> None:
     """Write a checkpoint of the moment before step `progress.step`, and forget all but the last two.
 
     Raises:
@@ -61,7 +61,6 @@ def save(run: Run, adapter: Adapter, optimizer: torch.optim.Optimizer, progress:
         save_file(tensors, scratch, metadata=sealed(KEY, asdict(progress), tensors))
     for old in run.checkpoints()[:-KEPT]:
         old.unlink()
-    return path
 
 
 def load(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, device: torch.device) -> Progress:
@@ -116,15 +115,13 @@ class Saver:
 
     def checkpoint(self, progress: Progress, random: Random | None = None) -> Iterator[Event]:
         """Write what the run resumes from; `random`: the state of random numbers, if not the present one."""
-        written = []
-        state = get_random(self.job.model.device) if random is None else random
-        warned = list(guarded(lambda: written.append(
-            save(self.job.run, self.job.adapter, self.optimizer, progress, state))))  # fmt: skip
+        job, state = self.job, get_random(self.job.model.device) if random is None else random
+        warned = list(guarded(lambda: save(job.run, job.adapter, self.optimizer, progress, state)))
         yield from () if self.full else warned  # once is enough until it is mended
         self.at, self.full = time.monotonic(), bool(warned)
-        for path in written:
+        if not warned:
             self.step = progress.step
-            yield Saved(step=progress.step, path=str(path))
+            yield Saved(step=progress.step, path=str(job.run.checkpoints()[-1]))
 
     def best(self, progress: Progress, loss: float) -> Iterator[Event]:
         """Keep the adapter as the best so far."""

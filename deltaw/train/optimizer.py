@@ -35,14 +35,11 @@ class PagedAdamW(torch.optim.AdamW):
         if any(p.device.type != "cpu" for p in trained):
             raise UserError("A paged optimizer is for the processor's memory.", remedy="Leave --optimizer out.")
         super().__init__(groups, lr=1.0, fused=True)
-        self.moments: dict[Tensor, dict[str, Tensor]] = {}
-        numbers, at = _mapped(sum(p.numel() for p in trained) * len(MOMENTS), folder), 0
-        for p in trained:
-            self.moments[p] = {}
-            for name in MOMENTS:
-                self.moments[p][name] = numbers[at : at + p.numel()].view_as(p)
-                at += p.numel()
-            self.state[p] = {"step": torch.tensor(0.0), **self.moments[p]}
+        sizes = [p.numel() for p in trained for _ in MOMENTS]
+        parts = iter(torch.split(_mapped(sum(sizes), folder), sizes))
+        self.moments = {p: {name: next(parts).view_as(p) for name in MOMENTS} for p in trained}
+        for p, moments in self.moments.items():
+            self.state[p] = {"step": torch.tensor(0.0), **moments}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
