@@ -6,7 +6,7 @@ Templates come with the model, so they run in Jinja's sandbox: they can format, 
 import datetime
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,8 +27,9 @@ SPLIT_DIGITS = "smollm"
 class Tokenizer:
     """A byte-pair tokenizer with its special tokens and chat template."""
 
-    def __init__(self, fast: Fast, *, template: str | None, specials: Mapping[str, str], end_ids: set[int]) -> None:
-        self.fast, self.template, self.specials, self.end_ids = fast, template, dict(specials), end_ids
+    def __init__(self, fast: Fast, *, template: str | None, specials: dict[str, str], end_ids: Iterable[Any]) -> None:
+        self.fast, self.template, self.specials = fast, template, dict(specials)
+        self.end_ids = {int(end) for end in end_ids if end is not None}
         self.now = datetime.datetime.now()
         """What templates that write the date are told; one moment, so that all rows of a run say the same."""
         self.fast.no_truncation()
@@ -56,10 +57,9 @@ class Tokenizer:
             specials = {name: _content(config[name]) for name in SPECIALS if config.get(name)}
             with explained("tokenizer.json is damaged.", Exception, where=path):  # the library raises nothing narrower
                 fast = Fast.from_file(str(path / "tokenizer.json"))
-            listed = (_json(path / "config.json") | _json(path / "generation_config.json")).get("eos_token_id")
-            ends = {fast.token_to_id(specials["eos_token"])} if "eos_token" in specials else set()
-            ends |= set(listed if isinstance(listed, list) else [] if listed is None else [listed])
-            return cls(fast, template=template, specials=specials, end_ids={int(e) for e in ends if e is not None})
+            said = (_json(path / "config.json") | _json(path / "generation_config.json")).get("eos_token_id")
+            ends = [fast.token_to_id(specials.get("eos_token", "")), *(said if isinstance(said, list) else [said])]
+            return cls(fast, template=template, specials=specials, end_ids=ends)
 
     @property
     def begin_ids(self) -> list[int]:
@@ -147,9 +147,8 @@ def _from_gguf(path: Path) -> Tokenizer:
         from tokenizers.pre_tokenizers import Sequence as InTurn
 
         fast.pre_tokenizer = InTurn([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-    ends = {gguf.field(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")} - {None}
-    template = gguf.field("tokenizer.chat_template")
-    return Tokenizer(fast, template=template, specials=specials, end_ids={int(end) for end in ends})
+    ends = [gguf.field(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")]
+    return Tokenizer(fast, template=gguf.field("tokenizer.chat_template"), specials=specials, end_ids=ends)
 
 
 def _from_transformers(folder: Path) -> Tokenizer:
@@ -158,9 +157,8 @@ def _from_transformers(folder: Path) -> Tokenizer:
         raise UserError("There is no tokenizer in this model folder.", where=str(folder),
                         remedy="It needs tokenizer.json, or tokenizer.model.")  # fmt: skip
     fast, specials = _read_by_transformers(folder)
-    ends = {i for i in [fast.token_to_id(specials.get("eos_token", ""))] if i is not None}
-    return Tokenizer(fast, template=_json(folder / "tokenizer_config.json").get("chat_template"), specials=specials,
-                     end_ids=ends)  # fmt: skip
+    template, ends = _json(folder / "tokenizer_config.json").get("chat_template"), [specials.get("eos_token", "")]
+    return Tokenizer(fast, template=template, specials=specials, end_ids=map(fast.token_to_id, ends))
 
 
 def _read_by_transformers(folder: Path, **options: str) -> tuple[Fast, dict[str, str]]:
