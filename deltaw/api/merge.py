@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from deltaw.adapters.adapter import Adapter, bare
 from deltaw.adapters.watch import Inputs
@@ -23,7 +24,7 @@ from deltaw.data.encode import Encoded, encode
 from deltaw.data.files import split_weight, stream
 from deltaw.data.rows import Example
 from deltaw.errors import UserError, explained, located
-from deltaw.evaluate.measure import Comparison, Difference, label_logits
+from deltaw.evaluate.measure import Difference, difference, label_logits
 from deltaw.files.adapters import put, state
 from deltaw.files.atomic import replacing_folder
 from deltaw.files.runs import Run
@@ -150,12 +151,14 @@ def unpacked(model: Decoder) -> Iterator[None]:
 
 def compared(persona: Persona, written: Decoder, batches: Sequence[Batch]) -> Difference:
     """How a model that was written and read back differs from the base that wears the adapter."""
-    sums = Comparison()
-    for batch in batches:
-        with persona.on():
-            worn_NV, labels_N = label_logits(persona.base.model, batch)
-        sums.add(worn_NV, label_logits(written, batch)[0], labels_N)
-    return sums.result()
+
+    def said() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for batch in batches:
+            with persona.on():
+                worn_NV, labels_N = label_logits(persona.base.model, batch)
+            yield worn_NV, label_logits(written, batch)[0], labels_N
+
+    return difference(said())
 
 
 def home(path: Path) -> Path:

@@ -1,7 +1,7 @@
 """Perplexity of the right answers, grades of the given ones, and how far two models differ on the same rows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,23 +67,16 @@ def label_logits(model: Decoder, batch: Batch) -> tuple[torch.Tensor, torch.Tens
     return model.logits(h_TD[rows_N]).float(), batch.labels_T[rows_N]
 
 
-class Comparison:
-    """Sums over batches of what two models say; divided once, at the end."""
-
-    def __init__(self) -> None:
-        self.most, self.agreed, self.tokens = 0.0, 0, 0
-        self.losses = [0.0, 0.0]
-
-    def add(self, before_NV: torch.Tensor, after_NV: torch.Tensor, labels_N: torch.Tensor) -> None:
-        """Take in the logits of both models for the same labelled tokens."""
+def difference(said: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Difference:
+    """How two models differ, by the logits of both for the same labelled tokens, and the labels, batch by batch."""
+    most, agreed, tokens, losses = 0.0, 0, 0, [0.0, 0.0]
+    for *both, labels_N in said:
+        before_NV, after_NV = both
         # What is no number is the most there can be.
-        self.most = max(self.most, float((before_NV - after_NV).abs().max()), key=lambda most: (math.isnan(most), most))
-        self.agreed += int((before_NV.argmax(1) == after_NV.argmax(1)).sum())
-        self.tokens += len(labels_N)
-        for i, logits_NV in enumerate((before_NV, after_NV)):
-            self.losses[i] += float(torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum"))
-
-    def result(self) -> Difference:
-        """What all batches together say."""
-        before, after = (math.exp(loss / self.tokens) for loss in self.losses)
-        return Difference(self.most, self.agreed / self.tokens, before, after, self.tokens)
+        most = max(most, float((before_NV - after_NV).abs().max()), key=lambda most: (math.isnan(most), most))
+        agreed += int((before_NV.argmax(1) == after_NV.argmax(1)).sum())
+        tokens += len(labels_N)
+        losses = [loss + float(torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum"))
+                  for loss, logits_NV in zip(losses, both, strict=True)]  # fmt: skip
+    before, after = (math.exp(loss / tokens) for loss in losses)
+    return Difference(most, agreed / tokens, before, after, tokens)

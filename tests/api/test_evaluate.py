@@ -18,7 +18,7 @@ from deltaw.data.encode import encode_all
 from deltaw.data.files import read
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
-from deltaw.evaluate.measure import Comparison, label_logits, perplexity
+from deltaw.evaluate.measure import difference, label_logits, perplexity
 from deltaw.methods import method
 from deltaw.models.slots import Slot
 
@@ -132,24 +132,23 @@ def test_rows_that_ask_nothing_cannot_be_graded(base, tmp_path):
 
 def test_a_comparison_adds_up_over_batches_what_it_would_say_of_all(persona, file):
     rows = encode_all(read(file), persona.base.tokenizer, "answers", 512)[0]
-    model, sums = persona.base.model, Comparison()
+    model = persona.base.model
     befores, afters = [], []
     for row in rows:
         before, labels = label_logits(model, lay([row]))
         with persona.on():
             after, _ = label_logits(model, lay([row]))
-        sums.add(before, after, labels)
         befores.append((before, labels))
         afters.append(after)
         picked = torch.tensor([i for i, t in enumerate(row.trained[1:]) if t])
         torch.testing.assert_close(before, our_logits(model, row.ids)[picked], atol=1e-5, rtol=1e-5)
-    whole = sums.result()
+    each = [(before, after, labels) for (before, labels), after in zip(befores, afters, strict=True)]
+    whole = difference(each)
     before, labels, after = torch.cat([b for b, _ in befores]), torch.cat([y for _, y in befores]), torch.cat(afters)
     assert whole.tokens == len(labels) == sum(row.targets for row in rows)
     assert whole.max_logit_difference == pytest.approx((before - after).abs().max().item())
-    sums.add(before, before.index_fill(0, torch.tensor([0]), torch.nan), labels)
-    sums.add(before, before, labels)
-    assert math.isnan(sums.result().max_logit_difference)  # it is not lost among others
+    each += [(before, before.index_fill(0, torch.tensor([0]), torch.nan), labels), (before, before, labels)]
+    assert math.isnan(difference(each).max_logit_difference)  # it is not lost among others
     assert whole.top1_agreement == pytest.approx((before.argmax(1) == after.argmax(1)).float().mean().item())
     assert whole.perplexity_before == pytest.approx(F.cross_entropy(before, labels).exp().item(), rel=1e-5)
     assert whole.perplexity_after == pytest.approx(F.cross_entropy(after, labels).exp().item(), rel=1e-5)
