@@ -54,11 +54,7 @@ def finetune(*data: str | Path, listen: Sequence[Listener] | None = None, **sett
     """
     with interruptible() as stop:
         made = prepare([str(d) for d in data], settings, stop)
-        if listen is None:
-            with closing(view(Console())) as shown:
-                reason = made.heard_by(shown)
-        else:
-            reason = made.heard_by(*listen)
+        reason = made.shown(Console()) if listen is None else made.heard_by(*listen)
     run = made.job.run
     if reason == "interrupted":
         raise Interrupted("Training was interrupted; it is saved.", remedy=run.command("train --resume"))
@@ -85,6 +81,11 @@ class Prepared:
                 each(event)
             reason = event.reason if isinstance(event, Finished) else reason
         return reason
+
+    def shown(self, console: Console) -> str:
+        """Go through all events, each shown on a terminal or in a file; why the run ended. Errors as of `events`."""
+        with closing(view(console)) as shown:
+            return self.heard_by(shown)
 
     def events(self) -> Iterator[Event]:
         """Plan, train, and keep the run folder: every event is written down before it is passed on.
@@ -114,22 +115,19 @@ class Prepared:
 
     def _recorded(self) -> Iterator[Event]:
         run = self.job.run
-        log, board = EventFile(run.events), TensorBoard(run.folder / "tensorboard")
         report = guarded(lambda: (write_report(run.folder), write_card(run.folder)),
                          "The disk is full: report.html was not written.")  # fmt: skip
         try:
-            for event in self._all():
-                log(event)
-                board(event)
-                yield event
-            if lost := log.lost + board.lost:
-                yield Warned(text=f"The disk was full: {lost} events are missing in {run.name}'s records.")
+            with closing(EventFile(run.events)) as log, closing(TensorBoard(run.folder / "tensorboard")) as board:
+                for event in self._all():
+                    log(event)
+                    board(event)
+                    yield event
+                if lost := log.lost + board.lost:
+                    yield Warned(text=f"The disk was full: {lost} events are missing in {run.name}'s records.")
         except Diverged:
             list(report)
             raise
-        finally:
-            log.close()
-            board.close()
         yield from report
 
     def _all(self) -> Iterator[Event]:
@@ -242,13 +240,12 @@ def _resolved(settings: Training, method: Method, base: Base, encoded: EncodedDa
 
 def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loaded, encoded: EncodedData,
          stop: Callable[[], bool]) -> tuple[Job, Started]:  # fmt: skip
-    batch_rows = settings.batch_rows or rows_per_step(encoded.rows.mean_tokens)
-    steps = settings.steps or max(1, round(settings.epochs * per_epoch(encoded.weights, batch_rows)))
     with adapter.on():
         asked = question(loaded, base, settings)
     header, rate = base.header(adapter, loaded.system), settings.learning_rate or 0.0
     job = Job(run, base.model, base.tokenizer, adapter, header, settings, encoded.rows, encoded.weights, encoded.val,
-              steps, rate, question=asked, stop=stop, ranks=(ranks := Ranks.joined()))  # fmt: skip
+              settings.steps or 0, rate, question=asked, stop=stop, ranks=(ranks := Ranks.joined()))  # fmt: skip
+    job.steps = job.steps or max(1, round(settings.epochs * per_epoch(job.weights, job.batch_rows)))
     together = [f"{ranks.count} processes train together; the plan is that of one."] * (ranks.count > 1)
     notices = (*loaded.notices, *encoded.notices, *together)
     started = Started(

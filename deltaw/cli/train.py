@@ -4,7 +4,7 @@ import json as json_text
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from deltaw.errors import Interrupted, UserError, WillNotFit
 from deltaw.methods import find
 from deltaw.settings import Training, check_file, names, plain, read_yaml
 from deltaw.train.loop import DISK_FULL
-from deltaw.train.view import view
 
 EXIT = {"interrupted": Interrupted.code, DISK_FULL: WillNotFit.code}
 """What a run that ended for this reason leaves with; any other: 0."""
@@ -100,8 +99,7 @@ def _show(prepared: Any, as_json: bool) -> int:
     if as_json:
         reason = prepared.heard_by(lambda event: json_line(event.record()))
     else:
-        with closing(view(console)) as shown:
-            reason = prepared.heard_by(shown)
+        reason = prepared.shown(console)
         said, verb = ("Go on with", "train --resume") if reason in EXIT else ("Talk to it", "chat")
         console.print(f"{said}: {prepared.job.run.command(verb)}", highlight=False, soft_wrap=True)
     return EXIT.get(reason, 0)
@@ -110,9 +108,7 @@ def _show(prepared: Any, as_json: bool) -> int:
 def _given(name: str, arguments: Sequence[str]) -> str | None:
     """The value of `--name` among unparsed arguments."""
     flag = f"--{name}"
-    for i, argument in enumerate(arguments):
-        if argument.startswith(f"{flag}="):
-            return argument.partition("=")[2]
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
+    for argument, following in zip_longest(arguments, arguments[1:]):
+        if argument == flag or argument.startswith(f"{flag}="):
+            return following if argument == flag else argument.partition("=")[2]
     return None
