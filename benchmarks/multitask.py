@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from quality import ANSWER_TOKENS, DATA, TASKS, rows_of
 
+from deltaw.api.evaluate import grade
 from deltaw.api.finetune import prepare
 from deltaw.api.persona import Persona
 from deltaw.decode.sampling import Sampling
-from deltaw.evaluate.measure import grade
 from deltaw.scoring.text import score
 
 ROWS = 50

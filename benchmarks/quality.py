@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 
+from deltaw.api.evaluate import grade
 from deltaw.api.finetune import prepare
 from deltaw.api.persona import Persona, load_base
 from deltaw.data import files as reading
 from deltaw.data.batch import steps as ordered
 from deltaw.data.encode import encode_all
 from deltaw.decode.sampling import Sampling
-from deltaw.evaluate.measure import grade
 from deltaw.scoring.text import Graded, score
 from deltaw.settings import Training
 from deltaw.train.optimizer import rate

@@ -12,6 +12,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from deltaw.api.evaluate import perplexity, prompt_ids
 from deltaw.api.exchange import export, requantised
 from deltaw.api.finetune import finetune
 from deltaw.api.merge import merge, quantize
@@ -21,7 +22,6 @@ from deltaw.data.batch import micro_batches
 from deltaw.data.encode import encode_all
 from deltaw.decode.generate import complete
 from deltaw.decode.sampling import Sampling
-from deltaw.evaluate.measure import perplexity, prompt_ids
 
 DATA = Path(os.environ.get("DELTAW_DATA", "../shared/data")) / "sft"
 ORIGINAL = "smollm2-135m"

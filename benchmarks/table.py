@@ -37,12 +37,12 @@ def measured(name, task, seed, settings, rows=50):
     """One row, in this process: train, answer, merge."""
     import torch
 
+    from deltaw.api.evaluate import grade
     from deltaw.api.finetune import prepare
     from deltaw.api.merge import merge
     from deltaw.api.persona import Persona, load_base
     from deltaw.decode.sampling import Sampling
     from deltaw.errors import UserError
-    from deltaw.evaluate.measure import grade
     from deltaw.scoring.text import score
     from deltaw.train.events import Stepped
 

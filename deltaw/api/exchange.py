@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+from deltaw.api.evaluate import Difference
 from deltaw.api.merge import Merged, check_batches, compared, folded, merge
 from deltaw.api.persona import Base, Persona
 from deltaw.data.rows import Example
 from deltaw.errors import UserError
-from deltaw.evaluate.measure import Difference
 from deltaw.files import ollama, peft
 from deltaw.files.atomic import replacing, replacing_folder, write_text
 from deltaw.files.runs import fresh, kept

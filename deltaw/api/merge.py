@@ -17,14 +17,13 @@ from torch import Tensor
 
 from deltaw.adapters.adapter import Adapter, bare
 from deltaw.adapters.watch import Inputs
-from deltaw.api.evaluate import rows_of
+from deltaw.api.evaluate import Difference, difference, label_logits, rows_of
 from deltaw.api.persona import Base, Persona, load_base
 from deltaw.data.batch import Batch, micro_batches
 from deltaw.data.encode import Encoded, encode
 from deltaw.data.files import split_weight, stream
 from deltaw.data.rows import Example
 from deltaw.errors import UserError, explained, located
-from deltaw.evaluate.measure import Difference, difference, label_logits
 from deltaw.files.adapters import put, state
 from deltaw.files.atomic import replacing_folder
 from deltaw.files.runs import Run

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deltaw.adapters.adapter import Adapter, Method
 from deltaw.advise.machine import existing
+from deltaw.api.evaluate import prompt_ids
 from deltaw.api.interrupt import heeding
 from deltaw.api.persona import Base
 from deltaw.data import files as reading
@@ -22,7 +23,6 @@ from deltaw.data.encode import Encoded, Lost, encode_all, encode_each
 from deltaw.data.rows import Example
 from deltaw.data.store import Rows
 from deltaw.errors import UserError
-from deltaw.evaluate.measure import prompt_ids
 from deltaw.files.runs import FORMAT, digest
 from deltaw.scoring.loss import batch_loss
 from deltaw.settings import Training

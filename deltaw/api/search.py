@@ -15,10 +15,10 @@ from typing import Annotated
 from pydantic import Field
 
 from deltaw.adapters.adapter import Adapter
+from deltaw.api.evaluate import perplexity
 from deltaw.api.persona import Persona
 from deltaw.data.batch import Batch
 from deltaw.errors import UserError
-from deltaw.evaluate.measure import perplexity
 from deltaw.files.runs import Run, kept
 from deltaw.methods import glora
 from deltaw.methods.glora import CHOICES, General

@@ -17,7 +17,7 @@ from deltaw.train.record import json_text
 from deltaw.words import one_line
 
 if TYPE_CHECKING:
-    from deltaw.evaluate.measure import Difference
+    from deltaw.api.evaluate import Difference
 
 T = TypeVar("T")
 Flat = Annotated[T | None, Parameter(name="*")]

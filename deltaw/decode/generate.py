@@ -43,10 +43,6 @@ class Cache:
         self.used = self.before + int(self.lengths_B.max())
         self.masks: dict[int, Tensor] = {}
 
-    def prefill(self) -> "Prefill":
-        """What the prompts see, remembering every layer's keys and values."""
-        return Prefill(self, 0)
-
     def next(self) -> "Step":
         """What one more token of every sequence sees; makes room for it."""
         self.lengths_B = self.lengths_B + 1
@@ -85,7 +81,7 @@ class View:
 
 
 class Prefill(View):
-    """Prompts laid flat."""
+    """Prompts laid flat: what they see, remembering every layer's keys and values."""
 
     def lengths(self, at_T: Tensor) -> Tensor:
         """As they are going to be, so that angles that depend on them are the same for all tokens of a sequence."""
@@ -163,7 +159,7 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Samplin
     draws = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + streams[i]) for i in order]
     with torch.inference_mode():
         cache = Cache(model, batch.seen, rooms)
-        h_TD = model.hidden(batch.ids_T, batch.at_T, cache.prefill())[cache.last_tokens()]
+        h_TD = model.hidden(batch.ids_T, batch.at_T, Prefill(cache, 0))[cache.last_tokens()]
         alive = list(range(len(order)))
         for step in range(max(rooms)):
             logits_BV = model.logits(h_TD)

@@ -259,11 +259,9 @@ def _put(owner: Any, part: str, w: Tensor, where: str) -> None:
 def _tensors(folder: Path, apart: bool) -> Iterator[tuple[str, Tensor]]:
     """Every weight, as it lies in the file. `apart`: it alone is mapped, so that its memory is free when it is."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
-    elif (folder / "model.safetensors").exists():
-        files = [folder / "model.safetensors"]
-    else:
+    mapped = read_json(index)["weight_map"].values() if index.exists() else ["model.safetensors"]
+    files = sorted({folder / name for name in mapped})
+    if not index.exists() and not files[0].exists():
         files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = next(iter([*folder.glob("*.bin"), *folder.glob("*.pt*")]), None)

@@ -126,7 +126,6 @@ class GGUF:
             told = {key: self._told(name) for key, name in SIZES.items()}
             told = {key: _decimal(value) for key, value in told.items() if value is not None}
             told |= {"model_type": self.family.name, "vocab_size": len(self.field("tokenizer.ggml.tokens"))}
-            told.setdefault("num_key_value_heads", told.get("num_attention_heads"))
             if missing := next((SIZES[key] for key in REQUIRED if key not in told), None):
                 raise UserError(f"The GGUF file does not say {self.family.gguf}.{missing}.", where=str(self.path))
             width, heads = told["hidden_size"], told["num_attention_heads"]

