@@ -55,8 +55,7 @@ class ModelConfig:
         """
         name = str(config.get("model_type"))
         if name not in FAMILIES:
-            raise UserError(f"model_type '{name}' is not supported.", where=where,
-                            remedy=f"Supported: {supported()}.")  # fmt: skip
+            raise UserError(f"model_type '{name}' is not supported.", where=where, remedy=supported(FAMILIES))
         # Early Gemma 2 configurations say "gelu" in `hidden_act`, and mean the tanh form: that key is not read there.
         key = "hidden_activation" if FAMILIES[name].sandwich else "hidden_act"
         wanted = ACTIVATIONS[FAMILIES[name].activation]

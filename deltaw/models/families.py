@@ -63,6 +63,6 @@ ROWS = (
 FAMILIES = {row.name: row for row in ROWS}
 
 
-def supported() -> str:
-    """The families, for a refusal."""
-    return ", ".join(f"{row.name} ({row.shown})" for row in ROWS)
+def supported(known: Mapping[str, Family]) -> str:
+    """The families by such names, for a refusal."""
+    return f"Supported: {', '.join(f'{name} ({row.shown})' for name, row in known.items())}."

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deltaw.errors import UserError, explained
 from deltaw.models.config import ModelConfig
-from deltaw.models.families import ROWS, Family
+from deltaw.models.families import ROWS, Family, supported
 from deltaw.models.rope import Llama3, plain
 
 NAMES = {
@@ -94,9 +94,7 @@ class GGUF:
             kind, holds = self.field("general.architecture"), self.field("general.type")
         known = {row.gguf: row for row in reversed(ROWS)}
         if kind not in known:
-            listed = ", ".join(f"{name} ({row.shown})" for name, row in known.items())
-            raise UserError(f"GGUF architecture '{kind}' is not supported.", where=str(path),
-                            remedy=f"Supported: {listed}.")  # fmt: skip
+            raise UserError(f"GGUF architecture '{kind}' is not supported.", where=str(path), remedy=supported(known))
         if holds == "adapter":
             raise UserError("This GGUF file is a LoRA, and no model.", where=str(path),
                             remedy="llama.cpp wears it with --lora, beside the base's own file.")  # fmt: skip

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from deltaw.errors import UserError
 from deltaw.models import checkpoint
 from deltaw.models.config import ModelConfig
-from deltaw.models.families import supported
+from deltaw.models.families import FAMILIES, supported
 from deltaw.models.rope import KINDS
 from deltaw.models.seen import Documents
 
@@ -126,8 +126,8 @@ def test_configs_of_older_transformers_mean_the_same():
 @pytest.mark.parametrize(
     ("changes", "asked", "supported"),
     [
-        ({"model_type": "gpt2"}, "gpt2", supported()),
-        ({"model_type": None}, "None", supported()),
+        ({"model_type": "gpt2"}, "gpt2", supported(FAMILIES)),
+        ({"model_type": None}, "None", supported(FAMILIES)),
         ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "longrope", ", ".join(["default", *KINDS])),
         ({"rope_parameters": None, "rope_scaling": {"type": "su", "factor": 2.0}}, "su", "default, linear, dynamic"),
         ({"hidden_act": "gelu"}, "gelu", "silu"),
