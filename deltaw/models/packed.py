@@ -23,6 +23,8 @@ KEY, OURS, THEIRS = "quantization_config", "deltaw", "bitsandbytes"
 STATE = "quant_state.bitsandbytes__"
 BLOCKS = [1 << i for i in range(5, 13)]
 """The sizes of blocks that bitsandbytes has."""
+SCALES = {False: {".absmax": "absmax"}, True: {".absmax": "codes2", ".nested_absmax": "absmax2"}}
+"""Their names of scales, and ours: of plain ones, and of scales that are packed too."""
 ITS_OWN = ""
 """The part of a packed matrix that stands under the matrix's own name."""
 
@@ -80,10 +82,10 @@ def parts(weight: Packed) -> dict[str, Tensor]:
     kind = "fp4" if form.fp4 else "nf4"
     state: dict[str, Any] = {"quant_type": kind, "blocksize": form.block, "shape": list(weight.shape),
                              "dtype": str(weight.dtype).removeprefix("torch.")}  # fmt: skip
-    more = {".absmax": kept["absmax"]} if "absmax" in kept else {
-        ".absmax": kept["codes2"], ".nested_absmax": kept["absmax2"],
-        ".nested_quant_map": dynamic().clone()}  # fmt: skip
-    if "absmax" not in kept:
+    nested = isinstance(form.scales, Double)
+    more = {theirs: kept[ours] for theirs, ours in SCALES[nested].items()}
+    if nested:
+        more[".nested_quant_map"] = dynamic().clone()
         state |= {"nested_blocksize": Double.BLOCK, "nested_dtype": "float32", "nested_offset": kept["mean"].item()}
     told = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     levels = form.levels(torch.device("cpu")).clone()
@@ -126,8 +128,6 @@ def _from_theirs(found: Mapping[str, Tensor], state: Mapping[str, Any], shape: t
             or not torch.equal(found[".quant_map"].float(), form.levels(torch.device("cpu")))
             or (nested and not torch.equal(found[".nested_quant_map"].float(), dynamic()))):  # fmt: skip
         raise ValueError("another block, shape or table")
-    kept = {"codes": found[ITS_OWN].flatten()}
-    if not nested:
-        return form, kept | {"absmax": found[".absmax"]}
-    return form, kept | {"codes2": found[".absmax"], "absmax2": found[".nested_absmax"],
-                         "mean": torch.tensor([state["nested_offset"]])}  # fmt: skip
+    mean = {"mean": torch.tensor([state["nested_offset"]])} if nested else {}
+    scales = {ours: found[theirs] for theirs, ours in SCALES[nested].items()}
+    return form, {"codes": found[ITS_OWN].flatten(), **scales, **mean}
