@@ -97,21 +97,15 @@ class Prepared:
         run = self.job.run
         with run.held():
             try:
-                yield from self._within_memory()
-            except UserError as e:
-                if type(e) in (UserError, WillNotFit) and not run.checkpoints():
+                yield from self._recorded()
+            except (UserError, RuntimeError) as e:
+                also = "" if self.job.recompute else ", or take --gradient-checkpointing on"
+                full = WillNotFit(f"The memory of {self.job.model.device} was full.", where=str(run.folder),
+                                  remedy=f"Cut rows with --max-tokens, lower --micro-tokens{also}.")  # fmt: skip
+                told = full if isinstance(e, RuntimeError) and is_full(e) else e
+                if type(told) in (UserError, WillNotFit) and not run.checkpoints():
                     run.remove()  # nothing was trained, and the name is free again
-                raise
-
-    def _within_memory(self) -> Iterator[Event]:
-        try:
-            yield from self._recorded()
-        except RuntimeError as e:
-            if not is_full(e):
-                raise
-            also = "" if self.job.recompute else ", or take --gradient-checkpointing on"
-            raise WillNotFit(f"The memory of {self.job.model.device} was full.", where=str(self.job.run.folder),
-                             remedy=f"Cut rows with --max-tokens, lower --micro-tokens{also}.") from None  # fmt: skip
+                raise told from None
 
     def _recorded(self) -> Iterator[Event]:
         run = self.job.run

@@ -87,9 +87,8 @@ def _refuse_changes(arguments: Sequence[str], *said: tuple[Any, Any]) -> None:
     flags = {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in arguments if a.startswith("--")}
     for given, default in said:
         for name in names(given):
-            if name in ("runs", *ELSEWHERE):
-                continue
-            if name in flags or getattr(given, name) != getattr(default, name):
+            said_anew = name in flags or getattr(given, name) != getattr(default, name)
+            if said_anew and name not in ("runs", *ELSEWHERE):
                 raise UserError("A run goes on with the settings it was begun with.",
                                 remedy=f"Leave --{name.replace('_', '-')} out, or train anew.")  # fmt: skip
 

@@ -8,6 +8,7 @@ once, and the gradients of all documents meet there by themselves.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
@@ -64,8 +65,7 @@ class Documents:
     @classmethod
     def of_lengths(cls, *lengths: int) -> "Documents":
         """Documents of these lengths in a row, with no stems."""
-        ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
-        return cls(tuple(Span(end - n, end) for n, end in zip(lengths, ends, strict=True)))
+        return cls(tuple(Span(end - n, end) for n, end in zip(lengths, accumulate(lengths), strict=True)))
 
     def layer(self, index: int) -> "Documents":  # noqa: ARG002 (nothing is remembered)
         return self
