@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -115,10 +116,8 @@ def _askable(examples: Sequence[Example], persona: Persona, context: int) -> tup
 
 
 def _encoded(examples: Sequence[Example], persona: Persona, context: int) -> tuple[list[Encoded], list[str]]:
-    rows: list[Encoded] = []
-    notices: list[str] = []
-    kinds: tuple[TrainOn, TrainOn] = ("answers", "all")
-    for train_on in kinds:
+    rows, notices = list[Encoded](), list[str]()
+    for train_on in get_args(TrainOn):
         if some := [e for e in examples if bool(e.prompt) == (train_on == "answers")]:
             encoded, lost = encode_all(some, persona.base.tokenizer, train_on, context)
             rows += encoded

@@ -31,19 +31,20 @@ class Graded:
     """Whether the model ended the answer itself; false: it was cut at the longest length allowed."""
 
 
-def facts(rows: Sequence[Graded]) -> float:
-    """Share of answers in which all facts occur as whole words, whatever their case, 0 to 1 (`5` occurs in `5:30`)."""
-
-    def right(row: Graded) -> bool:
-        text = f" {_folded(row.answer)} "
-        return all(any(_occurs(words, text) for words in _alternatives(fact)) for fact in row.facts)
-
-    return sum(map(right, rows)) / len(rows)
+def share(right: Callable[[Graded], bool]) -> Callable[[Sequence[Graded]], float]:
+    """The metric that is the share of answers that are right, 0 to 1."""
+    return lambda rows: sum(map(right, rows)) / len(rows)
 
 
-def exact_match(rows: Sequence[Graded]) -> float:
-    """Share of answers that equal a reference but for white space around them, 0 to 1."""
-    return sum(row.answer.strip() in {r.strip() for r in row.references} for row in rows) / len(rows)
+def facts(row: Graded) -> bool:
+    """Whether all facts occur in the answer as whole words, whatever their case (`5` occurs in `5:30`)."""
+    text = f" {_folded(row.answer)} "
+    return all(any(_occurs(words, text) for words in _alternatives(fact)) for fact in row.facts)
+
+
+def exact_match(row: Graded) -> bool:
+    """Whether the answer equals a reference but for white space around them."""
+    return row.answer.strip() in {r.strip() for r in row.references}
 
 
 def sacrebleu(kind: str, rows: Sequence[Graded]) -> float:
@@ -70,9 +71,9 @@ def rouge(kind: str, rows: Sequence[Graded]) -> float:
     return math.fsum(best) / len(rows)
 
 
-def json_valid(rows: Sequence[Graded]) -> float:
-    """Share of answers that are a JSON object or array and nothing else, 0 to 1."""
-    return sum(_parsed(row.answer) is not None for row in rows) / len(rows)
+def json_valid(row: Graded) -> bool:
+    """Whether the answer is a JSON object or array and nothing else."""
+    return _parsed(row.answer) is not None
 
 
 def slot_f1(rows: Sequence[Graded]) -> float:
@@ -86,19 +87,15 @@ def slot_f1(rows: Sequence[Graded]) -> float:
     return _f1(hits, pairs)
 
 
-def intent(rows: Sequence[Graded]) -> float:
-    """Share of answers whose JSON `intent` is that of a reference, 0 to 1."""
-
-    def right(row: Graded) -> bool:
-        told = _object(row.answer)
-        return INTENT in told and told[INTENT] in [_object(text).get(INTENT) for text in row.references]
-
-    return sum(map(right, rows)) / len(rows)
+def intent(row: Graded) -> bool:
+    """Whether the answer's JSON `intent` is that of a reference."""
+    told = _object(row.answer)
+    return INTENT in told and told[INTENT] in [_object(text).get(INTENT) for text in row.references]
 
 
-def label_accuracy(rows: Sequence[Graded]) -> float:
-    """Share of answers that equal a reference but for case, white space around them and a final period, 0 to 1."""
-    return sum(_label(row.answer) in {_label(r) for r in row.references} for row in rows) / len(rows)
+def label_accuracy(row: Graded) -> bool:
+    """Whether the answer equals a reference but for case, white space around them and a final period."""
+    return _label(row.answer) in {_label(r) for r in row.references}
 
 
 class Metric(NamedTuple):
@@ -112,19 +109,19 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "facts": Metric(facts, "share of answers with all the right facts", lambda fact: _alternatives(fact),
+    "facts": Metric(share(facts), "share of answers with all the right facts", lambda fact: _alternatives(fact),
                     "names no facts, or an empty one"),
-    "exact_match": Metric(exact_match, "share of answers that are a right one"),
+    "exact_match": Metric(share(exact_match), "share of answers that are a right one"),
     "bleu": Metric(partial(sacrebleu, "bleu"), "likeness to right answers, 0 to 100"),
     "chrf": Metric(partial(sacrebleu, "chrf"), "likeness in letters, 0 to 100"),
     **{kind: Metric(partial(rouge, kind), "likeness to right answers, 0 to 1")
        for kind in ("rouge1", "rouge2", "rougeL")},
-    "json_valid": Metric(json_valid, "share of answers that are JSON"),
+    "json_valid": Metric(share(json_valid), "share of answers that are JSON"),
     "slot_f1": Metric(slot_f1, "slots found and right, 0 to 1", lambda text: _is_object(text),
                       "has no reference, or one that is no JSON object"),
-    "intent": Metric(intent, "share of answers with the right intent", lambda text: INTENT in _object(text),
+    "intent": Metric(share(intent), "share of answers with the right intent", lambda text: INTENT in _object(text),
                      "has no reference, or one that is no JSON with an intent"),
-    "label_accuracy": Metric(label_accuracy, "share of answers with the right label"),
+    "label_accuracy": Metric(share(label_accuracy), "share of answers with the right label"),
 }  # fmt: skip
 MEANINGS = {"perplexity": "of the right answers; lower is better",
             **{name: metric.says for name, metric in METRICS.items()}}  # fmt: skip
@@ -171,9 +168,8 @@ def check(names: Sequence[str]) -> None:
     Raises:
         UserError: an unknown metric, with the nearest known one.
     """
-    for name in names:
-        if name not in METRICS:
-            raise UserError(f"There is no metric '{name}'.", remedy=nearest(name, MEANINGS))
+    if (odd := next((name for name in names if name not in METRICS), None)) is not None:
+        raise UserError(f"There is no metric '{odd}'.", remedy=nearest(odd, MEANINGS))
 
 
 def _obstacle(name: str, rows: Sequence[Graded]) -> str:
