@@ -100,16 +100,13 @@ class Trainer:
             epoch, rows = next(order)
             random = checkpoint.get_random(job.model.device)
             stepped = self._step(epoch, rows)
-            if isinstance(stepped, Stepped):
-                yield stepped
-            elif stepped is None:
+            if stepped is None:
                 yield from self._save(random)
                 yield self._finished("interrupted")
                 return
-            elif progress.skipped < 2:
-                yield stepped
-            else:
+            if isinstance(stepped, Warned) and progress.skipped > 1:
                 yield from self._diverged()
+            yield stepped
             progress.step += 1
             if job.evaluates(progress.step):
                 yield from self._evaluate()
