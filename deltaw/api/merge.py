@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ from deltaw.kernels.memory import frugal
 from deltaw.methods.full import Whole
 from deltaw.models import checkpoint, source
 from deltaw.models.decoder import Decoder
-from deltaw.models.slots import CannotMerge, Linear, filled
+from deltaw.models.slots import CannotMerge, Linear, filled, lent
 from deltaw.weights import Dense, Packed
 from deltaw.weights.formats import parse
 from deltaw.weights.gptq import gptq
@@ -134,18 +134,10 @@ def folded(persona: Persona, packed: bool = False) -> Iterator[None]:
             adapter.unmerge()
 
 
-@contextmanager
-def unpacked(model: Decoder) -> Iterator[None]:
+def unpacked(model: Decoder) -> AbstractContextManager[None]:
     """Plain matrices in the place of packed ones, for the length of a `with` block."""
-    packed = [(slot, slot.weight) for slot in model.modules() if isinstance(slot, Linear)
-              and isinstance(slot.weight, Packed)]  # fmt: skip
-    try:
-        for slot, weight in packed:
-            slot.weight = Dense(weight.dense())
-        yield
-    finally:
-        for slot, weight in packed:
-            slot.weight = weight
+    return lent((slot, "weight", Dense(slot.weight.dense())) for slot in model.modules()
+                if isinstance(slot, Linear) and isinstance(slot.weight, Packed))  # fmt: skip
 
 
 def compared(persona: Persona, written: Decoder, batches: Sequence[Batch]) -> Difference:

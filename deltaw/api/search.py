@@ -22,6 +22,7 @@ from deltaw.errors import UserError
 from deltaw.files.runs import Run, kept
 from deltaw.methods import glora
 from deltaw.methods.glora import CHOICES, General
+from deltaw.models.slots import lent
 from deltaw.settings import Count, Seed, Share, settings
 
 Candidate = tuple[glora.Path, ...]
@@ -120,15 +121,8 @@ def _known(log: Path) -> dict[str, float]:
 
 def measure(persona: Persona, deltas: Sequence[General], paths: Candidate, batches: Sequence[Batch]) -> float:
     """The perplexity of a supernet by these paths; afterwards it is as it was."""
-    before = [delta.path for delta in deltas]
-    try:
-        for delta, path in zip(deltas, paths, strict=True):
-            delta.path = path
-        with persona.on():
-            return perplexity(persona.base.model, batches)
-    finally:
-        for delta, path in zip(deltas, before, strict=True):
-            delta.path = path
+    with persona.on(), lent((delta, "path", path) for delta, path in zip(deltas, paths, strict=True)):
+        return perplexity(persona.base.model, batches)
 
 
 def _legal(best: Sequence[Measured], i: int, deltas: Sequence[General], chosen: Search, rng: random.Random,

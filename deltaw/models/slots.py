@@ -110,6 +110,19 @@ class Slot(nn.Module):
 
 
 @contextmanager
+def lent(parts: Iterable[tuple[object, str, Any]]) -> Iterator[None]:
+    """Let attributes (an owner, a name) be these for the length of a `with` block; then they are what they were."""
+    before = [(owner, name, getattr(owner, name), part) for owner, name, part in parts]
+    try:
+        for owner, name, _, part in before:
+            setattr(owner, name, part)
+        yield
+    finally:
+        for owner, name, own, _ in before:
+            setattr(owner, name, own)
+
+
+@contextmanager
 def filled(deltas: Iterable[tuple[Slot, Delta | None]]) -> Iterator[None]:
     """Fill slots with these deltas for the length of a `with` block; what was worn before comes back afterwards."""
     before = [(slot, slot.delta, delta) for slot, delta in deltas]

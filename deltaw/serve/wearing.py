@@ -5,8 +5,8 @@ the rest of the bias.
 """
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from time import time_ns
@@ -19,7 +19,7 @@ from deltaw.files.atomic import replacing
 from deltaw.kernels.worn import Change, Slab, Wear
 from deltaw.models.checkpoint import linears
 from deltaw.models.decoder import Decoder
-from deltaw.models.slots import Affine, Attend, Before, Delta, Linear
+from deltaw.models.slots import Affine, Attend, Before, Delta, Linear, filled
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,7 @@ class Floor:
         self.slots = [slot for _, slot in linears(model)]
         self.deltas: list[Delta] = [Mixed(self, i) for i in range(len(self.slots))]
 
-    @contextmanager
-    def on(self, wear: Wear) -> Iterator[None]:
-        """Let the rows of a batch wear this; what was worn before comes back."""
-        before = [slot.delta for slot in self.slots]
+    def on(self, wear: Wear) -> AbstractContextManager[None]:
+        """Let the rows of a batch wear this for the length of a `with` block; what was worn before comes back."""
         self.wear = wear
-        for slot, delta in zip(self.slots, self.deltas, strict=True):
-            slot.fill(delta)
-        try:
-            yield
-        finally:
-            for slot, worn in zip(self.slots, before, strict=True):
-                slot.fill(worn)
+        return filled(zip(self.slots, self.deltas, strict=True))
