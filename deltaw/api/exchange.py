@@ -1,6 +1,5 @@
 """Adapters to and from other tools: PEFT's folder, llama.cpp's GGUF files. What is written is read and compared."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from deltaw.api.persona import Base, Persona
 from deltaw.data.rows import Example
 from deltaw.errors import UserError
 from deltaw.files import ollama, peft
-from deltaw.files.atomic import replacing, replacing_folder, write_text
+from deltaw.files.atomic import refuse, replacing, replacing_folder, write_text
 from deltaw.files.runs import fresh, kept
 from deltaw.models import checkpoint, gguf_write, packed, source
 
@@ -45,8 +44,7 @@ def export(persona: Persona, to: Target, out: Path, packing: Packing | None = No
         UserError: the format cannot hold this adapter or this model, or `out` is there already.
     """
     adapter = persona.worn("export")
-    if os.path.lexists(out):
-        raise UserError("It is there already.", where=str(out), remedy="Take another --out.")
+    refuse(out)
     if packing is not None and to not in ("gguf", "ollama"):
         raise UserError(f"A packing is of GGUF models; --to {to} has none.")
     base, batches, packing = persona.base, check_batches(persona, examples), packing or "F16"

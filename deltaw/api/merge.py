@@ -4,7 +4,6 @@ A merged model is read back and compared; a packed one is loaded as it is stored
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -25,7 +24,7 @@ from deltaw.data.files import split_weight, stream
 from deltaw.data.rows import Example
 from deltaw.errors import UserError, explained, located
 from deltaw.files.adapters import put, state
-from deltaw.files.atomic import replacing_folder
+from deltaw.files.atomic import refuse, replacing_folder
 from deltaw.files.runs import Run
 from deltaw.kernels.memory import frugal
 from deltaw.methods.full import Whole
@@ -201,8 +200,7 @@ def quantize(base: str, form: str, folder: Path, calibrate: Path | None = None, 
     Raises:
         UserError: no such model or format, matrices that do not fit it, or a folder that is there.
     """
-    if os.path.lexists(folder):
-        raise UserError("It is there already.", where=str(folder), remedy="Take another --out.")
+    refuse(folder)
     parsed = parse(form)
     if calibrate is not None and not isinstance(parsed, Grid):
         raise UserError(f"Only whole numbers are rounded by rows, and {form} has none.",

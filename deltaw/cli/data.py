@@ -1,7 +1,6 @@
 """`deltaw data check`: what a model would learn from the data, and what is wrong with it."""
 
 import json as encoding
-import os
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import groupby
@@ -17,7 +16,7 @@ from deltaw.data.encode import Encoded, TrainOn
 from deltaw.data.files import split_weight
 from deltaw.data.rows import Example
 from deltaw.errors import UserError
-from deltaw.files.atomic import replacing
+from deltaw.files.atomic import refuse, replacing
 from deltaw.models.tokenizer import Tokenizer
 from deltaw.settings import Count
 from deltaw.words import one_line, some, sparkline, visible
@@ -56,8 +55,8 @@ def check(*files: str, base: str = "smollm2-135m", val: Path | None = None, trai
         raise UserError("There is no data to check.", remedy="deltaw data check FILE.jsonl")
     if fix is not None and fix.suffix != ".jsonl":
         raise UserError("Rows are written as .jsonl.", where=str(fix), remedy="For example: --fix fixed.jsonl")
-    if fix is not None and os.path.lexists(fix):
-        raise UserError("It is there already.", where=str(fix), remedy="Take another --fix.")
+    if fix is not None:
+        refuse(fix, "--fix")
     with busy(json) as say, ExitStack() as stack:
         path = source.find(base, say)
         config = read_config(path)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from deltaw.errors import UserError
+
 PARTIAL, STALE_SECONDS = ".deltaw-partial-", 86_400
 
 
@@ -71,6 +73,16 @@ def _leading_to(path: Path) -> Iterator[None]:
         if isinstance(e, OSError) and any(part.startswith(f".{path.name}") for part in said):
             e.filename = str(path)
         raise
+
+
+def refuse(path: Path, flag: str = "--out") -> None:
+    """Stop where something is there already, be it a link to nothing.
+
+    Raises:
+        UserError: it is; then `flag` gives another.
+    """
+    if os.path.lexists(path):
+        raise UserError("It is there already.", where=str(path), remedy=f"Take another {flag}.")
 
 
 def sweep(folder: Path) -> None:

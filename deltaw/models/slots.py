@@ -1,7 +1,7 @@
 """A layer has a slot; a delta fills it. The contract between the frozen model and whatever adapts it."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -110,29 +110,21 @@ class Slot(nn.Module):
 
 
 @contextmanager
-def lent(parts: Iterable[tuple[object, str, Any]]) -> Iterator[None]:
+def lent(parts: Iterable[tuple[object, str, Any]], put: Callable[[Any, str, Any], None] = setattr) -> Iterator[None]:
     """Let attributes (an owner, a name) be these for the length of a `with` block; then they are what they were."""
     before = [(owner, name, getattr(owner, name), part) for owner, name, part in parts]
     try:
         for owner, name, _, part in before:
-            setattr(owner, name, part)
+            put(owner, name, part)
         yield
     finally:
         for owner, name, own, _ in before:
-            setattr(owner, name, own)
+            put(owner, name, own)
 
 
-@contextmanager
-def filled(deltas: Iterable[tuple[Slot, Delta | None]]) -> Iterator[None]:
+def filled(deltas: Iterable[tuple[Slot, Delta | None]]) -> AbstractContextManager[None]:
     """Fill slots with these deltas for the length of a `with` block; what was worn before comes back afterwards."""
-    before = [(slot, slot.delta, delta) for slot, delta in deltas]
-    try:
-        for slot, _, delta in before:
-            slot.fill(delta)
-        yield
-    finally:
-        for slot, worn, _ in before:
-            slot.fill(worn)
+    return lent(((slot, "delta", delta) for slot, delta in deltas), object.__setattr__)
 
 
 class Linear(Slot):
