@@ -122,14 +122,6 @@ class Arena:
         self.given.difference_update(given)
         self.free += given
 
-    def check(self) -> None:
-        """Raise an AssertionError unless every page is in one place, and every name leads to its page."""
-        places = [*self.free, *self.held, *self.idle, *self.given]
-        assert sorted(places) == list(range(self.count)), "a page is in two places, or in none"
-        assert all(count > 0 for count in self.held.values()), "a page is held by nobody"
-        assert {page: name for name, page in self.known.items()} == self.names, "names and pages do not agree"
-        assert all(page in self.names for page in self.idle), "a page without a name is kept"
-
     def _forget(self) -> None:
         if not self.idle:
             raise Full

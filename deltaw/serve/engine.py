@@ -90,17 +90,6 @@ class Engine:
             self.wardrobe.fetch(sequence.entries)
         return [piece for piece in planned.items() if piece[0] in self.running]
 
-    def check_integrity(self) -> None:
-        """Raise an AssertionError unless every page and every adapter is where it should be."""
-        self.arena.check()
-        self.wardrobe.check()
-        held = [page for sequence in self.running for page in sequence.pages]
-        assert sum(self.arena.held.values()) == len(held), "pages are held by nobody who runs"
-        assert not any(sequence.pages for sequence in self.waiting), "who waits has pages"
-        self.waiting.check(self.running)
-        users = [entry for sequence in self.running for entry in sequence.entries]
-        assert all(entry.users == users.count(entry) for entry in self.wardrobe.kept), "adapters are worn by nobody"
-
     def _ready(self, sequence: Sequence) -> bool:
         """Whether a sequence that waits can be begun, and wears what it does; one that never can be is let go of."""
         worn = False

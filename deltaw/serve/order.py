@@ -187,14 +187,6 @@ class Order:
         """So many that are next, one of each tenant and of what it wears."""
         return heapq.nsmallest(count, (q[0] for q in self.queues.values()), key=lambda s: self._rank(s, monotonic()))
 
-    def check(self, running: Row[Sequence]) -> None:
-        """Raise an AssertionError unless all who run and wait are counted, and nobody else."""
-        there = [*running, *self]
-        assert self.tenants.there == Counter(each.tenant for each in there), "a tenant is there for nothing"
-        worn = {(tenant, names): n for tenant, shares in self.worn.items() for names, n in shares.there.items()}
-        assert worn == Counter((each.tenant, each.names) for each in there), "what is worn is there for nothing"
-        assert self.expected[()] >= sum(each.expected for each in there), "who waits is not expected"
-
     def _rank(self, sequence: Sequence, now: float, begun: bool = False) -> Rank:
         counts = max(0.0, 1 - (now - sequence.since) / STARVED_SECONDS)
         spent = self.worn[sequence.tenant].spent[sequence.names] + counts * self._bytes(sequence)

@@ -129,14 +129,6 @@ class Wardrobe:
         self._forget(min(idle, key=lambda entry: entry.used))
         return True
 
-    def check(self) -> None:
-        """Raise an AssertionError unless every page that was given up is an adapter's, and every one has its own."""
-        given = [page for entry in self.kept for page in entry.given]
-        assert sorted(given) == sorted(self.arena.given), "pages were given up for nothing, or twice"
-        assert all(entry.served is not None for entry in self.kept), "an adapter has pages and is not there"
-        assert all(entry.users >= 0 for entry in self.kept), "an adapter is worn by fewer than nobody"
-        assert not any(entry.gone and not entry.users for entry in self.kept), "an adapter that is gone has pages"
-
     def close(self) -> None:
         """Read nothing more."""
         self.reader.shutdown(cancel_futures=True)

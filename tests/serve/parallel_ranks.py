@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from oracles import scramble
+from serve.integrity import check
 from variants import CASES
 
 from deltaw.adapters.adapter import Adapter
@@ -62,7 +63,7 @@ def said(engine, served):
     for sequence in asked:
         engine.submit(sequence)
     while engine.step():
-        engine.check_integrity()
+        check(engine)
     return [[sequence.said, [score.logprob for score in sequence.scores]] for sequence in asked]
 
 

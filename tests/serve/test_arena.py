@@ -3,6 +3,7 @@
 import psutil
 import pytest
 import torch
+from serve.integrity import check_arena
 
 from deltaw.kernels.attention import SIDE
 from deltaw.serve.arena import Arena, Full, names
@@ -38,7 +39,7 @@ def test_pages_are_taken_held_and_dropped(arena):
     for page in pages:
         arena.drop(page)
     assert arena.available == 5
-    arena.check()
+    check_arena(arena)
 
 
 def test_a_page_that_is_known_stays_until_its_room_is_needed_the_longest_unused_first(arena):
@@ -54,13 +55,13 @@ def test_a_page_that_is_known_stays_until_its_room_is_needed_the_longest_unused_
     assert list(arena.find(b"other", ids)) == []
     assert list(arena.find(b"mine", ids[: SIDE - 1])) == []
     others = [arena.take() for _ in range(3)]
-    arena.check()
+    check_arena(arena)
     assert list(arena.find(b"mine", ids)) == pages[:2]  # the end of a beginning went first
     assert pages[2] in others
     arena.hold(pages[0])
     assert arena.available == 1
     arena.take()
-    arena.check()
+    check_arena(arena)
     assert list(arena.find(b"mine", ids)) == pages[:1]
 
 
@@ -72,7 +73,7 @@ def test_a_second_page_of_the_same_tokens_has_no_name(arena):
     arena.drop(second)
     arena.drop(first)
     assert list(arena.find(b"x", range(SIDE))) == [first]
-    arena.check()
+    check_arena(arena)
 
 
 def test_names_tell_every_token_and_what_is_worn():
@@ -96,9 +97,9 @@ def test_pages_that_are_given_up_give_their_memory_to_the_machine(tiny):
     assert not big.pages[given].any()
     kept = [page for page in range(big.count) if page not in given]
     assert bool((big.pages[kept] == 1).all())
-    big.check()
+    check_arena(big)
     assert big.give(48 << 20) == []
     assert big.available == len(kept)
     big.back(given)
     assert big.available == big.count
-    big.check()
+    check_arena(big)

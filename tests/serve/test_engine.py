@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from oracles import our_logits, scramble
+from serve.integrity import check
 from variants import CASES
 
 from deltaw.adapters.adapter import Adapter
@@ -89,7 +90,7 @@ def ties(model, adapter, sequence):
 
 def run(engine):
     while engine.step():
-        engine.check_integrity()
+        check(engine)
     assert not engine.arena.held
     assert not engine.running
     assert not engine.waiting
@@ -103,7 +104,7 @@ def test_all_techniques_in_one_batch_say_what_each_says_alone(model, personas, s
     for sequence in asked:
         engine.submit(sequence)
     while engine.step():
-        engine.check_integrity()
+        check(engine)
         sent.update(sequence for sequence in engine.waiting if sequence.said)
     run(engine)
     assert sum(ties(model, personas[name], s) for name, s in zip(names, asked, strict=True)) <= 3
@@ -308,7 +309,7 @@ class Serving(RuleBasedStateMachine):
 
     @invariant()
     def everything_is_in_its_place(self):
-        self.engine.check_integrity()
+        check(self.engine)
 
     def teardown(self):
         run(self.engine)

@@ -5,6 +5,7 @@ import torch
 from conftest import write_tiny
 from oracles import scramble
 from parity.test_families import VARIANTS
+from serve.integrity import check
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.decode.sampling import Sampling
@@ -39,7 +40,7 @@ def answers(model, asked, *, native):
     for sequence in sequences:
         engine.submit(sequence)
     while engine.step():
-        engine.check_integrity()
+        check(engine)
     return [(s.said, s.scores) for s in sequences]
 
 

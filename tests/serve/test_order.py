@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from oracles import scramble
+from serve.integrity import check
 from serve.test_engine import ENDS, GREEDY, prompt, ties
 
 from deltaw.adapters.adapter import Adapter
@@ -43,7 +44,7 @@ def begun(engine, sequences):
     order = []
     while engine.waiting or engine.running:
         engine.step()
-        engine.check_integrity()
+        check(engine)
         order += sorted((s for s in sequences if s.begun and s not in order), key=lambda s: s.begun)
     return [sequences.index(s) for s in order]
 
@@ -69,7 +70,7 @@ def test_tenants_who_wait_are_given_the_same_within_the_bound_of_the_paper(tiny,
 
     while engine.waiting or engine.running:
         engine.step()
-        engine.check_integrity()
+        check(engine)
         waiting = {s.tenant for s in engine.waiting}
         spent = [given_to(tenant) for tenant in waiting]
         assert not spent or max(spent) - min(spent) <= bound
@@ -180,7 +181,7 @@ def test_who_lacks_room_for_its_adapter_is_given_it_in_the_end(tiny, monkeypatch
     now[0] += STARVED_SECONDS + 1
     for _ in range(12):
         engine.step()
-        engine.check_integrity()
+        check(engine)
     assert wants.said
     begun(engine, [])
     assert all(len(s.said) == 30 for s in asks)
@@ -243,7 +244,7 @@ def test_a_prompt_that_is_half_read_goes_on_while_another_has_no_room(tiny, who,
     second = submitted(engine, asking(who, 3, length=340, said=4, urgency=urgency), asking("c", 4, said=3))
     for _ in range(200):
         engine.step()
-        engine.check_integrity()
+        check(engine)
     assert [len(s.said) for s in (*spoken, *first, *second)] == [20, 4, 4, 3]
 
 

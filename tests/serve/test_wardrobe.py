@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from oracles import our_logits, scramble
+from serve.integrity import check
 from serve.test_engine import ENDS, GREEDY, prompt, ties
 
 from deltaw.adapters.adapter import Adapter
@@ -53,7 +54,7 @@ def through(engine, *sequences):
         engine.submit(sequence)
     while engine.waiting or engine.running:
         engine.step()
-        engine.check_integrity()
+        check(engine)
 
 
 def test_adapters_are_read_when_they_are_asked_for_and_those_unused_the_longest_make_room(tiny, engine, made):
@@ -80,7 +81,7 @@ def test_who_waits_for_an_adapter_keeps_nobody_else_waiting(tiny, engine, made):
     engine.submit(slow)
     engine.submit(other)
     while engine.step():
-        engine.check_integrity()
+        check(engine)
     assert (slow.said, slow.worn[0][0].state) == ([], "reading")
     assert ties(tiny, None, other) <= 1
     gate.set()
@@ -107,7 +108,7 @@ def test_another_adapter_under_an_old_name_is_another_and_the_old_one_is_worn_to
     assert not engine.arena.given
     with pytest.raises(UserError, match="There is no adapter 'x'"):
         engine.wardrobe.remove("x")
-    engine.check_integrity()
+    check(engine)
 
 
 def test_a_damaged_adapter_fails_who_asks_for_it_until_it_is_added_anew(tiny, engine, made):

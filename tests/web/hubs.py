@@ -1,12 +1,14 @@
 """A server over the tiny model with personas of several kinds, in a thread; and OpenAI's own client to ask it."""
 
 import json
+from functools import partial
 
 import openai
 import pytest
 import torch
 from oracles import scramble
 from safetensors.torch import save_file
+from serve.integrity import check
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.api.persona import Persona, load_base
@@ -82,7 +84,7 @@ def hub(server):
     """The server's inside; after each test every page and every adapter is where it should be."""
     _, hub = server
     yield hub
-    hub.service.do(hub.service.engine.check_integrity).result(10)
+    hub.service.do(partial(check, hub.service.engine)).result(10)
     assert hub.service.do(lambda: sum(hub.service.engine.arena.held.values())).result(10) == 0
 
 

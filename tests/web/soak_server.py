@@ -4,7 +4,10 @@ import os
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
+
+from serve.integrity import check
 
 from deltaw.api.persona import load_base
 from deltaw.settings import Serving
@@ -20,7 +23,7 @@ def main(base, folder, port, budget_gb):
             while not hub.service.closed:
                 time.sleep(1)
                 try:
-                    hub.service.do(hub.service.engine.check_integrity).result(30)
+                    hub.service.do(partial(check, hub.service.engine)).result(30)
                 except AssertionError as e:
                     sys.stderr.write(f"integrity: {e}\n")
                     os._exit(9)

@@ -4,11 +4,13 @@ import json
 import pickle
 import random
 import struct
+from functools import partial
 
 import httpx2 as httpx
 import pytest
 import torch
 from safetensors.torch import load, save
+from serve.integrity import check
 from web.hubs import peft_folder, saved
 
 from deltaw.settings import Serving
@@ -119,7 +121,7 @@ def test_a_thousand_damaged_uploads_are_refused_by_a_sentence_or_speak(base, who
             said = http.post("/v1/completions", json={**ASK, "model": f"u{n}"})
             assert said.status_code == 200 or "no number" in said.text, said.text
             assert http.delete(f"/v1/adapters/u{n}").status_code == 200
-        hub.service.do(hub.service.engine.check_integrity).result(10)
+        hub.service.do(partial(check, hub.service.engine)).result(10)
         assert http.post("/v1/completions", json={**ASK, "model": "base"}).status_code == 200
     assert 0 < taken < UPLOADS / 3
     assert len(refused) > 5

@@ -10,6 +10,7 @@ import httpx2 as httpx
 import openai
 import pytest
 import yaml
+from serve.integrity import check
 from web.hubs import saved
 from web.test_server import until
 
@@ -85,7 +86,7 @@ def served(base, home, told, **more):
     path = made(home / "keys.yaml", **told)
     with running(base, [home / "personas"], Serving(port=0, budget_gb=0.02, keys=path, **more)) as (url, hub):
         yield url, hub, path
-        hub.service.do(hub.service.engine.check_integrity).result(10)
+        hub.service.do(partial(check, hub.service.engine)).result(10)
 
 
 class http:

@@ -7,11 +7,13 @@ import shutil
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx2 as httpx
 import openai
 import pytest
+from serve.integrity import check
 from web.hubs import peft_folder, saved
 
 from deltaw.errors import UserError
@@ -35,7 +37,7 @@ def shelf(base, tmp_path, monkeypatch):
         httpx.Client(base_url=url, timeout=PATIENCE) as http,
     ):
         yield http, home, hub
-        hub.service.do(hub.service.engine.check_integrity).result(PATIENCE)
+        hub.service.do(partial(check, hub.service.engine)).result(PATIENCE)
 
 
 def text(http, model, **more):

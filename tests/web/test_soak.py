@@ -25,6 +25,7 @@ from deltaw.decode.generate import generate
 from deltaw.decode.sampling import Sampling
 
 SECONDS = 60 * float(os.environ.get("DELTAW_SOAK_MINUTES", "2"))
+TESTS = Path(__file__).parents[1]
 SAID = 10
 NEAR = 1e-3
 """Where two tokens are as likely as that, either may be said: such questions are not asked."""
@@ -42,7 +43,7 @@ class Server:
     """A server in a process of its own, that may be killed and begun anew."""
 
     def __init__(self, base, folder, log):
-        self.command = [sys.executable, str(Path(__file__).with_name("soak_server.py")), str(base), str(folder)]
+        self.command = [sys.executable, "-m", "web.soak_server", str(base), str(folder)]
         self.log, self.port, self.kills, self.down = log, 0, 0, False
 
     def __enter__(self):
@@ -56,7 +57,7 @@ class Server:
 
     def begin(self):
         command = [*self.command, str(self.port), "0.004"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=TESTS)
         said = self.process.stdout.readline()
         assert said, Path(self.log.name).read_text()
         self.port = int(said)
