@@ -24,6 +24,7 @@ from deltaw.web.answers import Choice, Hub, Piece, Refused, UnknownModel
 from deltaw.web.asked import Asked, ChatAsked, CompletionAsked, DetokenizeAsked, Prompt, TokenizeAsked, turns
 from deltaw.web.door import guarded, manages, tenant_of
 from deltaw.web.forms import MISTAKE, Answer, ChatForm, CompletionForm, Form, Gone, event, fault, mistakes
+from deltaw.web.metrics import measured
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -113,14 +114,14 @@ async def _respond(hub: Hub, asked: Asked, prompts: list[list[int]], form: Form,
     choices = await asyncio.to_thread(hub.choices, asked, prompts, tenant)  # a grammar may take its time
     pieces = hub.answered(asked, choices, tenant)
     if asked.stream:
-        first = await _unless_gone(request, anext(pieces))  # so that what cannot be answered has a status of its own
+        first = await unless_gone(request, anext(pieces))  # so that what cannot be answered has a status of its own
         return StreamingResponse(_events(asked, form, choices, first, pieces), media_type="text/event-stream",
                                  headers={"cache-control": "no-cache"})  # fmt: skip
 
     async def all_of_it() -> list[Piece]:
         return [piece async for piece in pieces]
 
-    return Answer(form.answer(await _unless_gone(request, all_of_it()), choices))
+    return Answer(form.answer(await unless_gone(request, all_of_it()), choices))
 
 
 async def _events(
@@ -137,7 +138,7 @@ async def _events(
     yield event("[DONE]")
 
 
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """What the work gives; given up as soon as the client is gone."""
 
     async def gone() -> None:
@@ -173,7 +174,7 @@ def _telling(routes: APIRouter, managing: APIRouter, hub: Hub, shelf: Shelf) -> 
     @managing.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
-        return Response(hub.metrics.text(), media_type="text/plain; version=0.0.4")
+        return measured(hub.metrics.registry)
 
 
 def _open(app: FastAPI, hub: Hub) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from time import monotonic
 
+from fastapi import Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, Summary, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -67,9 +68,10 @@ class Metrics(Collector):
         yield _gauge("deltaw_adapter_load_seconds", "How long it took to read, the last time.", "persona",
                      {e.name: e.seconds for e in entries if e.seconds is not None})  # fmt: skip
 
-    def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
-        return generate_latest(self.registry)
+
+def measured(registry: CollectorRegistry) -> Response:
+    """All of it, as Prometheus reads it."""
+    return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
 
 def _gauge(name: str, text: str, label: str, values: dict[str, float]) -> GaugeMetricFamily:

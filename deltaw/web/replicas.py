@@ -10,27 +10,28 @@ import logging
 import os
 import random
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from fastapi import Depends, FastAPI, Request, Response
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, Counter
 from ray import serve
 from ray.exceptions import RayActorError
+from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from deltaw.api.persona import Base
 from deltaw.errors import UserError
 from deltaw.settings import Rights, Serving
 from deltaw.web.answers import Refused
-from deltaw.web.app import application
+from deltaw.web.app import application, unless_gone
 from deltaw.web.door import guarded, manages, tenant_of
-from deltaw.web.forms import mistakes
+from deltaw.web.forms import Gone, mistakes
 from deltaw.web.keys import Tenant
+from deltaw.web.metrics import measured
 from deltaw.web.server import hub_of
 
 MOST_KNOWN = 10_000
@@ -39,7 +40,6 @@ TOLD = ("type", "http_version", "method", "path", "raw_path", "query_string", "h
 ANSWERING = {"/v1/completions", "/v1/chat/completions"}
 ATTEMPTS = 3
 """How often a request is asked anew, beside once of each replica, before it is given up."""
-METHODS = ["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"]
 
 
 class Spent(Tenant):
@@ -79,29 +79,17 @@ class Replica:
         yield {"type": "from", "loaded": "no persona" if entry is None else str(entry.state == "ready").lower()}
         if persona:
             await self.known(persona)
-        sent, asked, left = asyncio.Queue[Message | None](), asyncio.Event(), asyncio.Event()
-        tenant = Spent(name, rights, sent.put_nowait)
-
-        async def receive() -> Message:
-            if not asked.is_set():
-                asked.set()
-                return {"type": "http.request", "body": body, "more_body": False}
-            await left.wait()
-            return {"type": "http.disconnect"}
-
-        async def run() -> None:
-            try:
-                await self.app({**scope, "state": {"tenant": tenant}}, receive, sent.put)
-            finally:
-                sent.put_nowait(None)
-
-        running = asyncio.create_task(run())
+        received, sent = asyncio.Queue[Message](), asyncio.Queue[Message | None]()
+        received.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        state = {"tenant": Spent(name, rights, sent.put_nowait)}
+        running = asyncio.create_task(self.app({**scope, "state": state}, received.get, sent.put))
+        running.add_done_callback(lambda _: sent.put_nowait(None))
         try:
             while (message := await sent.get()) is not None:
                 yield message
             await running
         finally:
-            left.set()
+            received.put_nowait({"type": "http.disconnect"})
 
     async def check_health(self) -> None:
         """Ray begins another in the place of one that is not well."""
@@ -117,6 +105,15 @@ class Front:
         self.routed = Counter("deltaw_routed", "Requests by whether their persona was loaded where they went.",
                               ["loaded"], registry=self.registry)  # fmt: skip
         self.again = Counter("deltaw_again", "Requests asked again, as a replica died.", registry=self.registry)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request be answered, until the answer is whole, or the client gone."""
+        request = Request(scope, receive)
+        tenant, (persona, body) = tenant_of(request), _asked(await request.body())
+        if request.url.path in ANSWERING:
+            tenant.ask()
+        with suppress(Gone):
+            await unless_gone(request, self.pass_on(scope, body, tenant, persona, send))
 
     async def pass_on(self, scope: Scope, body: bytes, tenant: Tenant, persona: str, send: Send) -> None:
         """Send what a replica answers; if it dies, what is missing of it, from another."""
@@ -142,29 +139,6 @@ class Front:
         raise Refused("Every replica that was asked has died.", 503)
 
 
-class Passed(Response):
-    """An answer that comes from elsewhere."""
-
-    def __init__(self, passing: Callable[[Send], Awaitable[None]]) -> None:
-        super().__init__()
-        self.passing = passing
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 (ASGI's)
-        """Until it is whole, or the client gone."""
-
-        async def gone() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-
-        tasks = [asyncio.ensure_future(self.passing(send)), asyncio.create_task(gone())]
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for task in done:
-            task.result()
-
-
 def front(replicas: Any, serving: Serving) -> FastAPI:
     """The server that passes requests on.
 
@@ -175,15 +149,9 @@ def front(replicas: Any, serving: Serving) -> FastAPI:
 
     @app.get("/metrics/routing", dependencies=[Depends(manages)])
     async def metrics() -> Response:
-        return Response(generate_latest(own.registry), media_type="text/plain; version=0.0.4")
+        return measured(own.registry)
 
-    @app.api_route("/{path:path}", methods=METHODS)
-    async def passed(request: Request) -> Response:
-        tenant, (persona, body) = tenant_of(request), _asked(await request.body())
-        if request.url.path in ANSWERING:
-            tenant.ask()
-        return Passed(partial(own.pass_on, request.scope, body, tenant, persona))
-
+    app.router.routes.append(Route("/{path:path}", own))
     guarded(app, serving)
     mistakes(app)
     return app

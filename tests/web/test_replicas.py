@@ -126,9 +126,12 @@ def test_keys_are_asked_for_and_limits_are_those_of_all_replicas_together(replic
         ):
             pass
         assert refused.value.code == status
+        refused.value.close()
     assert [said(url, "persona-0", key="few") for _ in range(2)] == [want["persona-0"]] * 2
     with pytest.raises(urllib.error.HTTPError, match="429") as refused:
         said(url, "persona-0", key="few")
     assert 0 < int(refused.value.headers["retry-after"]) <= 30
-    with pytest.raises(urllib.error.HTTPError, match="403"), asked(url, "/metrics/routing", key="few"):
+    refused.value.close()
+    with pytest.raises(urllib.error.HTTPError, match="403") as refused, asked(url, "/metrics/routing", key="few"):
         pass
+    refused.value.close()

@@ -34,7 +34,7 @@ class Process:
         while "/v1" not in "".join(self.told):
             assert select.select([self.process.stdout], [], [], PATIENCE)[0], self.told
             line = self.process.stdout.readline().decode()  # unbuffered, so that nothing is read and not seen
-            assert line, self.told
+            assert line, "\n".join(self.told)
             self.told.append(line.rstrip())
         self.url = re.search(r"http://\S+", self.told[0])[0]
 
