@@ -18,7 +18,7 @@ from deltaw.kernels.worn import Rows
 from deltaw.models.decoder import Decoder
 from deltaw.serve.arena import Arena
 from deltaw.serve.choice import allowed, choose, scores
-from deltaw.serve.forward import Forward, Step
+from deltaw.serve.layers import Forward, Step
 from deltaw.serve.order import SAID, STARVED_SECONDS, Order
 from deltaw.serve.sequence import End, Sequence
 from deltaw.serve.wardrobe import Wardrobe

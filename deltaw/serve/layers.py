@@ -1,33 +1,52 @@
-"""A step: what its tokens see, and all layers of a plain model as one native call where there are kernels for them."""
+"""A step: what its tokens see, and all layers of a plain model as one native call where there are kernels for them.
+
+Everything that is told of a step is numbers, so that other processes can be told.
+"""
 
 from collections.abc import Sequence
 from copy import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from deltaw.adapters.adapter import Adapter
 from deltaw.kernels.attention import Book, Run
 from deltaw.kernels.library import LANES, function
 from deltaw.kernels.program import Calls
-from deltaw.kernels.worn import Wear
+from deltaw.kernels.worn import Rows, Wear
 from deltaw.models.checkpoint import linears
 from deltaw.models.decoder import Decoder
 from deltaw.models.seen import Score, attention, causal
 from deltaw.models.slots import Linear, RMSNorm
 from deltaw.serve.arena import Arena
+from deltaw.serve.wearing import Floor
 from deltaw.weights import Dense
+
+
+class Step(NamedTuple):
+    """Tokens of sequences, one after another, and after which of them logits are asked for.
+
+    `at`: their places. Of each sequence: its `runs` of tokens, its pages in `tables`, how long it may become.
+    """
+
+    ids: list[int]
+    at: list[int]
+    runs: list[Run]
+    tables: list[list[int]]
+    lengths: list[int]
+    ends: list[int]
+    rows: list[Rows]
 
 
 class Pieces:
     """What the new tokens of sequences see: their own sequence so far, in pages. One layer's view."""
 
-    def __init__(self, books: Sequence[Book], runs: Sequence[Run], tables: Sequence[Sequence[int]],
-                 lengths: Sequence[int], index: int = 0) -> None:  # fmt: skip
-        most = max(map(len, tables))
-        self.table_NP = torch.tensor([[*pages, *[0] * (most - len(pages))] for pages in tables], dtype=torch.int32)
-        self.spans_N3 = torch.tensor(runs)
-        self.books, self.runs, self.planned, self.index = books, runs, lengths, index
+    def __init__(self, books: Sequence[Book], step: Step) -> None:
+        most = max(map(len, step.tables))
+        self.table_NP = torch.tensor([[*pages, *[0] * (most - len(pages))] for pages in step.tables], dtype=torch.int32)
+        self.spans_N3 = torch.tensor(step.runs)
+        self.books, self.runs, self.planned, self.index = books, step.runs, step.lengths, 0
 
     def layer(self, index: int) -> "Pieces":
         view = copy(self)
@@ -141,3 +160,20 @@ class Layers:
         if slot.bias is not None:
             self.calls.tell("add", y, slot.bias, sizes=(outputs, 0))
         self.calls.tell("wear", x, y, sizes=(self.numbers[slot], inputs, outputs))
+
+
+class Forward:
+    """A model, computing steps of up to so many tokens; keys and values are kept in an arena."""
+
+    def __init__(self, model: Decoder, arena: Arena, tokens: int) -> None:
+        self.model, self.arena, self.floor = model, arena, Floor(model)
+        self.layers = Layers.of(model, arena, tokens)
+
+    def __call__(self, step: Step, alone: Adapter | None = None) -> Tensor:
+        """Logits of shape N x V; `alone`: an adapter that all wear, which shares no batch."""
+        ids_T, at_T = torch.tensor(step.ids), torch.tensor(step.at)
+        seen, wear = Pieces(self.arena.books, step), Wear(step.rows)
+        if self.layers is not None and alone is None:
+            return self.model.logits(self.model.norm(self.layers.hidden(ids_T, at_T, seen, wear)[step.ends]))
+        with self.floor.on(wear) if alone is None else alone.on():
+            return self.model.logits(self.model.hidden(ids_T, at_T, seen)[step.ends])

@@ -32,7 +32,7 @@ from deltaw.models.shard import Cut, cut, part_of
 from deltaw.models.slots import Before, Delta, Linear
 from deltaw.serve.arena import Arena
 from deltaw.serve.engine import Engine
-from deltaw.serve.forward import Forward, Step
+from deltaw.serve.layers import Forward, Step
 from deltaw.serve.wearing import Floor, Served
 
 
