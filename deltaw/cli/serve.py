@@ -45,6 +45,7 @@ def serve(*, base: str | None = None, base_format: str = "",
     if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
         raise UserError(f"The server needs {', '.join(missing)}.", remedy="pip install 'deltaw[serve]'")
     from deltaw.api.persona import load_base
+    from deltaw.models.ranks import ALONE
     from deltaw.serve.parallel import follow, joined
     from deltaw.web.app import application
     from deltaw.web.server import Listener, bound, hub_of
@@ -63,10 +64,9 @@ def serve(*, base: str | None = None, base_format: str = "",
     load = partial(load_base, base or first, base_format=base_format or form, **plain(machine))
     if serving.replicas > 1:
         return _replicated(load, folders, serving)
-    others = joined(together, _lost) if together > 1 else nullcontext()
+    others = joined(together, _lost) if together > 1 else nullcontext(ALONE)
     with nullcontext() if int(os.environ.get("RANK", 0)) else bound(serving) as at, others as ranks:
         if at is None:
-            assert ranks is not None
             return follow(load().model, ranks)
         # In a thread that ends: what computes in this one would keep OpenMP's threads, and with more of them than cores
         # those of the engine sleep after each product.

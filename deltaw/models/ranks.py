@@ -1,7 +1,6 @@
 """Processes that compute one thing together, over `torch.distributed`: gloo on processors, NCCL on GPUs."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -62,17 +61,10 @@ class Ranks:
         return heard
 
     def agreed(self, told: T) -> T:
-        """What the first has to tell."""
-        return self.all(told)[0]
-
-    def tell(self, messages: Sequence[Any]) -> None:
-        """Tell each of the others its own; the first does."""
-        dist.scatter_object_list([None], [None, *messages], 0)
-
-    def hear(self) -> Any:
-        """What the first tells this one, as soon as it does."""
-        heard: list[Any] = [None]
-        dist.scatter_object_list(heard, None, 0)
+        """What the first has to tell, as soon as it does."""
+        heard = [told]
+        if self.count > 1:
+            dist.broadcast_object_list(heard, 0)
         return heard[0]
 
     def beside(self, t_TV: Tensor, columns: int) -> Tensor:
@@ -105,3 +97,6 @@ class Ranks:
         """Let each have every layer whole, until it computes again."""
         for layer in model.layers if self.count > 1 else ():
             cast("FSDPModule", layer).unshard()
+
+
+ALONE = Ranks()

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import count
@@ -24,38 +24,35 @@ from torch import Tensor
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.errors import UserError
-from deltaw.kernels.worn import Change, Part, Rows, Slab, share
+from deltaw.kernels.worn import Change, Part, Slab, share
 from deltaw.models.checkpoint import linears
 from deltaw.models.decoder import Decoder
 from deltaw.models.ranks import MEET, Ranks
-from deltaw.models.shard import Cut, cut, part_of
-from deltaw.models.slots import Before, Delta, Linear
+from deltaw.models.shard import cut, part_of
+from deltaw.models.slots import Before, Linear
 from deltaw.serve.arena import Arena
 from deltaw.serve.engine import Engine
 from deltaw.serve.layers import Forward, Step
-from deltaw.serve.wearing import Floor, Served
+from deltaw.serve.wearing import Floor, Mixed, Served
 
 
 class Told(NamedTuple):
-    """What another process is told of a step, whose adapters are numbers: some of them are new, some are gone."""
+    """What the others are told of a step, whose adapters are numbers: some are new (a part for each), some gone."""
 
     step: Step
-    rows: list[tuple[int, int, list[tuple[int, float]]]]
-    new: dict[int, Slab]
+    new: dict[int, list[Slab]]
     gone: list[int]
     written: list[tuple[list[int], int, tuple[Before, ...]]]
 
 
-class Apart(Delta):
+class Apart(Mixed):
     """What a linear layer of a part does, and with it what rows wear there."""
 
-    def __init__(self, floor: "Hall", layer: int, here: Cut) -> None:
-        super().__init__()
-        self.floor, self.layer, self.here = floor, layer, here
+    floor: "Hall"
 
     def forward(self, slot: Linear, x_TI: Tensor) -> Tensor:
         wear, ranks = self.floor.wear, self.floor.ranks
-        if self.here.inputs is None:
+        if self.floor.cuts[self.layer].inputs is None:
             return wear.up(slot.run(x_TI), self.floor.between(self.layer, x_TI), self.layer)
         y_TO, h_TR = slot.weight(x_TI), wear.down(x_TI, self.layer, (0, 1))
         # In float32, so that it is rounded once, as where one process computes it.
@@ -67,10 +64,10 @@ class Apart(Delta):
 class Hall(Floor):
     """Where rows wear what they do in a part of a model. What layers that read the same x need is summed at once."""
 
-    def __init__(self, part: Decoder, cuts: Sequence[Cut], ranks: Ranks) -> None:
-        super().__init__(part)
+    def __init__(self, whole: Decoder, part: Decoder, ranks: Ranks) -> None:
+        super().__init__(part, Apart)
         self.ranks, self.found = ranks, dict[int, Tensor]()
-        self.cuts, self.deltas = cuts, [Apart(self, i, here) for i, here in enumerate(cuts)]
+        self.cuts = [cut(name, whole.config, ranks.part) for name, _ in linears(part)]
 
     def between(self, layer: int, x_TI: Tensor) -> Tensor:
         """What is between A and B at a layer; its neighbours' is kept until they ask."""
@@ -88,7 +85,9 @@ class Forwards(Forward):
 
     def __init__(self, whole: Decoder, part: Decoder, arena: Arena, ranks: Ranks) -> None:
         self.model, self.arena, self.layers, self.ranks = part, arena, None, ranks
-        self.floor: Hall = Hall(part, [cut(name, whole.config, ranks.part) for name, _ in linears(part)], ranks)
+        self.floor: Hall = Hall(whole, part, ranks)
+        heads = share(whole.config.kv_heads, ranks.part)
+        arena.heads = slice(heads.start, heads.stop)
 
     def __call__(self, step: Step, alone: Adapter | None = None) -> Tensor:
         self.floor.found.clear()
@@ -101,11 +100,11 @@ class Leader:
     def __init__(self, whole: Decoder, engine: Engine, ranks: Ranks) -> None:
         self.whole, self.ranks = whole, ranks
         self.forward = Forwards(whole, engine.model, engine.arena, ranks)
-        self.numbers, self.unsent, self.clock = weakref.WeakKeyDictionary[Slab, int](), dict[int, list[Slab]](), count()
+        self.numbers, self.clock = weakref.WeakKeyDictionary[Slab, int](), count()
+        self.unsent = weakref.WeakKeyDictionary[Slab, list[Slab]]()
         self.gone, self.written = deque[int](), list[tuple[list[int], int, tuple[Before, ...]]]()
         engine.compute, engine.arena.wrote = self, lambda *told: self.written.append(told)
-        engine.arena.heads = _heads(whole, ranks)
-        ranks.tell([engine.arena.count] * (ranks.count - 1))
+        ranks.agreed(engine.arena.count)
 
     def apart(self, served: Served) -> Served:
         """An adapter's part for this process; those of others are kept until it is worn.
@@ -118,24 +117,17 @@ class Leader:
         if served.slab is None:
             return served
         slab, *others = (slab_of(served.slab, self.whole, (k, self.ranks.count)) for k in range(self.ranks.count))
-        self.numbers[slab] = number = next(self.clock)
-        self.unsent[number] = others
-        weakref.finalize(slab, self.gone.append, number)
+        self.numbers[slab], self.unsent[slab] = next(self.clock), others
+        weakref.finalize(slab, self.gone.append, self.numbers[slab])
         return replace(served, slab=slab)
 
     def __call__(self, step: Step, alone: Adapter | None = None) -> Tensor:
-        rows = [(start, stop, [(self.numbers[slab], w) for slab, w in worn]) for start, stop, worn in step.rows]
-        new = {n: self.unsent.pop(n) for *_, worn in rows for n, _ in worn if n in self.unsent}
-        written, self.written = self.written, []
+        worn = {slab for rows in step.rows for slab, _ in rows.worn}
+        new = {self.numbers[slab]: self.unsent.pop(slab) for slab in worn if slab in self.unsent}
         gone = [self.gone.popleft() for _ in range(len(self.gone))]
-        sent = [number for number in gone if self.unsent.pop(number, None) is None]
-        self.ranks.tell([Told(step._replace(rows=[]), rows, {n: slabs[k] for n, slabs in new.items()}, sent, written)
-                         for k in range(self.ranks.count - 1)])  # fmt: skip
+        written, self.written = self.written, []
+        self.ranks.agreed(Told(_called(step, self.numbers), new, gone, written))
         return self.forward(step, alone)
-
-    def close(self) -> None:
-        """Let the others end."""
-        self.ranks.tell([None] * (self.ranks.count - 1))
 
 
 @torch.inference_mode()
@@ -143,14 +135,13 @@ def follow(whole: Decoder, ranks: Ranks) -> None:
     """Compute a part of every step that the first process tells, until it tells no more."""
     part = part_of(whole, ranks.part)
     arena = Arena(part, (_heard(ranks) or 0) * Arena(part, 0).page_bytes)
-    arena.heads = _heads(whole, ranks)
     forward, slabs = Forwards(whole, part, arena, ranks), dict[int, Slab]()
     while (told := _heard(ranks)) is not None:
-        slabs = {number: slab for number, slab in (slabs | told.new).items() if number not in told.gone}
+        slabs |= {number: parts[ranks.own - 1] for number, parts in told.new.items()}
+        slabs = {number: slab for number, slab in slabs.items() if number not in told.gone}
         for each in told.written:
             arena.write(*each)
-        rows = [Rows(start, stop, tuple((slabs[n], w) for n, w in worn)) for start, stop, worn in told.rows]
-        forward(told.step._replace(rows=rows))
+        forward(_called(told.step, slabs))
 
 
 def slab_of(slab: Slab, whole: Decoder, part: Part) -> Slab:
@@ -169,14 +160,16 @@ def slab_of(slab: Slab, whole: Decoder, part: Part) -> Slab:
     return Slab.of(changes, slab.dtype)
 
 
+def _called(step: Step, names: Mapping[Any, Any]) -> Step:
+    """A step whose adapters have other names."""
+    rows = [each._replace(worn=tuple((names[slab], weight) for slab, weight in each.worn)) for each in step.rows]
+    return step._replace(rows=rows)
+
+
 def _heard(ranks: Ranks) -> Any:
+    nothing: Any = None
     with suppress(RuntimeError):  # the first process is gone, and nobody is left to compute for
-        return ranks.hear()
-
-
-def _heads(whole: Decoder, ranks: Ranks) -> slice:
-    own = share(whole.config.kv_heads, ranks.part)
-    return slice(own.start, own.stop)
+        return ranks.agreed(nothing)
 
 
 @contextmanager

@@ -101,10 +101,10 @@ class Mixed(Delta):
 class Floor:
     """Where rows wear what they do: it fills the layers of a model while a batch goes through it."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, kind: type[Mixed] = Mixed) -> None:
         self.wear = Wear(())
         self.slots = [slot for _, slot in linears(model)]
-        self.deltas: list[Delta] = [Mixed(self, i) for i in range(len(self.slots))]
+        self.deltas = [kind(self, i) for i in range(len(self.slots))]
 
     def on(self, wear: Wear) -> AbstractContextManager[None]:
         """Let the rows of a batch wear this for the length of a `with` block; what was worn before comes back."""

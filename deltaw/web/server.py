@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from deltaw.api.persona import Base
 from deltaw.errors import UserError
 from deltaw.models import source
-from deltaw.models.ranks import Ranks
+from deltaw.models.ranks import ALONE, Ranks
 from deltaw.models.shard import part_of
 from deltaw.serve.catalog import BASE, Catalog
 from deltaw.serve.engine import Engine
@@ -34,12 +34,12 @@ GIGABYTE = 1 << 30
 
 @contextmanager
 def hub_of(base: Base, folders: Sequence[Path], serving: Serving,
-           ranks: Ranks | None = None) -> Iterator[tuple[Hub, Shelf]]:  # fmt: skip
+           ranks: Ranks = ALONE) -> Iterator[tuple[Hub, Shelf]]:  # fmt: skip
     """A base with the personas of these files and folders, answering until the end of a `with` block.
 
     `ranks`: processes that compute it together, of which this is the first.
     """
-    model = base.model if ranks is None else part_of(base.model, ranks.part)
+    model = base.model if ranks.count == 1 else part_of(base.model, ranks.part)
     engine = Engine(model, int(serving.budget_gb * GIGABYTE), serving.most, serving.chunk)
     if engine.arena.count < serving.most:
         least = math.ceil(1000 * serving.most * engine.arena.page_bytes / GIGABYTE) / 1000
@@ -47,8 +47,8 @@ def hub_of(base: Base, folders: Sequence[Path], serving: Serving,
                         remedy=f"Take --budget-gb {least} or more, or a smaller --most.")  # fmt: skip
     kept = source.cache() / "served"
     catalog = Catalog(base.model, base.fingerprint, engine.wardrobe, folders, kept)
-    leader = None if ranks is None else Leader(base.model, engine, ranks)
-    catalog.apart = catalog.apart if leader is None else leader.apart
+    if ranks.count > 1:
+        catalog.apart = Leader(base.model, engine, ranks).apart
     catalog.update(catalog.found({}))
     catalog.sweep()
     name = (Path(base.name).name or base.path.resolve().name) if Path(base.name).exists() else base.name
@@ -56,8 +56,7 @@ def hub_of(base: Base, folders: Sequence[Path], serving: Serving,
         hub = Hub(base, name or BASE, service, catalog, Grammars(base.tokenizer, base.model.config.vocab),
                   Metrics(engine), Post(), serving)  # fmt: skip
         yield hub, Shelf(hub, int(time.time()))
-    if leader is not None:
-        leader.close()
+    ranks.agreed(None)  # so that the others end
 
 
 def bound(serving: Serving) -> socket.socket:
