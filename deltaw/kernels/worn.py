@@ -92,9 +92,10 @@ class Slab:
         assert B is not None
         return Change(A_RI, B.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)[:rank, :outputs], *more)
 
-    def A_RI(self, layer: int, rows: int, inputs: int) -> Tensor:
-        """So many rows of A, which is as many as are here."""
-        return self._view(self.directory[layer][1], (rows, inputs))
+    def down(self, x_TI: Tensor, layer: int, part: Part = (0, 1)) -> Tensor:
+        """What comes of x by the rows of A that are here: all of them, or a part's."""
+        rank, at, *_ = self.directory[layer]
+        return x_TI @ self._view(at, (len(share(rank, part)), x_TI.shape[1])).t()
 
     def _view(self, at: int, shape: tuple[int, ...]) -> Tensor:
         return self.memory[at : at + math.prod(shape) * self.dtype.itemsize].view(self.dtype).view(shape)
@@ -166,10 +167,8 @@ class Wear:
         """Add what is worn at this layer to its output y_TO, in place. Rows of both lie whole in memory."""
         self._call(layer, y_TO.dtype, x_TI.shape[1], y_TO.shape[1], x=x_TI, y=y_TO)
         for start, stop, worn in self.many:
-            changes = [slab.change(layer, x_TI.shape[1], y_TO.shape[1]) for slab, _ in worn]
-            x, weights = x_TI[start:stop], [weight for _, weight in worn]
-            downs = [c and summed([(x, c.A_RI.t())]).mul_(weight) for c, weight in zip(changes, weights, strict=True)]
-            _add(y_TO[start:stop], changes, weights, downs)
+            downs = [weight * slab.down(x_TI[start:stop], layer) for slab, weight in worn]
+            _add(y_TO[start:stop], worn, layer, downs)
         return y_TO
 
     def down(self, x_TI: Tensor, layer: int, part: Part) -> Tensor:
@@ -183,11 +182,10 @@ class Wear:
         for start, stop, worn in self.many:
             first = 0
             for slab, weight in worn:
-                rank, own = slab.directory[layer][0], share(slab.directory[layer][0], part)
-                if own:
-                    A_RI = slab.A_RI(layer, len(own), x_TI.shape[1])
-                    h_TR[start:stop, first + own.start : first + own.stop] = (x_TI[start:stop] @ A_RI.t()) * weight
-                first += rank
+                own = share(slab.directory[layer][0], part)
+                here_TR = h_TR[start:stop, first + own.start : first + own.stop]
+                here_TR.copy_(weight * slab.down(x_TI[start:stop], layer, part))
+                first += slab.directory[layer][0]
         return h_TR
 
     def up(self, y_TO: Tensor, h_TR: Tensor, layer: int) -> Tensor:
@@ -196,8 +194,7 @@ class Wear:
         for start, stop, worn in self.many:
             ranks = [slab.directory[layer][0] for slab, _ in worn]
             downs = torch.split(h_TR[start:stop, : sum(ranks)].to(y_TO.dtype), ranks, 1)
-            changes = [slab.change(layer, 0, y_TO.shape[1]) for slab, _ in worn]
-            _add(y_TO[start:stop], changes, [weight for _, weight in worn], downs)
+            _add(y_TO[start:stop], worn, layer, downs)
         return y_TO
 
     def _call(self, layer: int, dtype: torch.dtype, inputs: int, outputs: int, part: Part = (0, 1),
@@ -209,11 +206,10 @@ class Wear:
             self.native(ctypes.byref(Call(**self.told(), **told, layer=layer, bf16=dtype == torch.bfloat16)))
 
 
-def _add(y_TO: Tensor, changes: Sequence[Change | None], weights: Sequence[float],
-         downs: Sequence[Tensor | None]) -> None:  # fmt: skip
+def _add(y_TO: Tensor, worn: Sequence[tuple[Slab, float]], layer: int, downs: Sequence[Tensor]) -> None:
     products, more_TO = list[Product](), None
-    for change, weight, down_TR in zip(changes, weights, downs, strict=True):
-        if change is None or down_TR is None:
+    for (slab, weight), down_TR in zip(worn, downs, strict=True):
+        if (change := slab.change(layer, 0, y_TO.shape[1])) is None:
             continue
         products.append((down_TR, change.B_RO))
         for part, by in (change.gain_O, y_TO), (change.bias_O, None):
