@@ -2,7 +2,6 @@
 
 import math
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ from deltaw.serve.service import Service
 from deltaw.settings import Serving
 from deltaw.web.adapters import Shelf
 from deltaw.web.answers import Hub, Post
-from deltaw.web.app import application
 from deltaw.web.metrics import Metrics
 from deltaw.words import some
 
@@ -93,20 +91,3 @@ class Listener(uvicorn.Server):
         super().handle_exit(sig, frame)
         if first and left:  # at the end, as it may be asked again before this is said
             self.say(f"Ending, once {some(left, 'answer')} under way are whole; asked again, without them.")
-
-
-@contextmanager
-def running(base: Base, folders: Sequence[Path], serving: Serving | None = None) -> Iterator[tuple[str, Hub]]:
-    """A server in a thread, for the length of a `with` block; gives its address."""
-    serving = serving or Serving(port=0)
-    with hub_of(base, folders, serving) as (hub, shelf):
-        at, server = bound(serving), Listener(application(hub, shelf, serving), hub, print)
-        thread = threading.Thread(target=server.run, args=([at],))
-        thread.start()
-        try:
-            while not server.started and thread.is_alive():
-                time.sleep(0.01)
-            yield f"http://{serving.host}:{at.getsockname()[1]}", hub
-        finally:
-            server.should_exit = True
-            thread.join()

@@ -1,6 +1,9 @@
 """A server over the tiny model with personas of several kinds, in a thread; and OpenAI's own client to ask it."""
 
 import json
+import threading
+import time
+from contextlib import contextmanager
 from functools import partial
 
 import openai
@@ -15,7 +18,8 @@ from deltaw.api.persona import Persona, load_base
 from deltaw.files import adapters
 from deltaw.methods import method
 from deltaw.settings import Serving
-from deltaw.web.server import running
+from deltaw.web.app import application
+from deltaw.web.server import Listener, bound, hub_of
 
 MADE = {
     "poet": ("lora", {"rank": 4}),
@@ -25,6 +29,23 @@ MADE = {
     "whole": ("full", {}),
 }
 SYSTEM = "You are a poet."
+
+
+@contextmanager
+def running(base, folders, serving=None):
+    """A server in a thread, for the length of a `with` block; gives its address."""
+    serving = serving or Serving(port=0)
+    with hub_of(base, folders, serving) as (hub, shelf):
+        at, server = bound(serving), Listener(application(hub, shelf, serving), hub, print)
+        thread = threading.Thread(target=server.run, args=([at],))
+        thread.start()
+        try:
+            while not server.started and thread.is_alive():
+                time.sleep(0.01)
+            yield f"http://{serving.host}:{at.getsockname()[1]}", hub
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def saved(base, path, name, chosen, seed=1, system=""):

@@ -11,10 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from serve.integrity import check
-from web.hubs import peft_folder, saved
+from web.hubs import peft_folder, running, saved
 
 from deltaw.settings import Serving
-from deltaw.web.server import running
 
 UPLOADS = 1000
 ODD = [None, True, -1, 0, 1e308, float("nan"), float("inf"), 10**30, "", "x", [], {}, [1], {"a": 1}, "\ud800", 2**31]

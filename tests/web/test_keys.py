@@ -11,7 +11,7 @@ import openai
 import pytest
 import yaml
 from serve.integrity import check
-from web.hubs import saved
+from web.hubs import running, saved
 from web.test_server import until
 
 from deltaw.cli import app
@@ -19,7 +19,6 @@ from deltaw.errors import UserError
 from deltaw.settings import Rights, Serving
 from deltaw.web import keys
 from deltaw.web.keys import Bucket, Keys, Tenant, TooMuch, hashed
-from deltaw.web.server import running
 
 SECONDS = 60
 ASK = {"prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0}

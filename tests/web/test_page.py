@@ -11,13 +11,13 @@ from time import monotonic
 import pytest
 from oracles import scramble
 from playwright.sync_api import expect, sync_playwright
+from web.hubs import running
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.api.persona import load_base
 from deltaw.files import adapters
 from deltaw.methods import method
 from deltaw.settings import Serving
-from deltaw.web.server import running
 
 PATIENCE = 8
 KEY = "sesame"

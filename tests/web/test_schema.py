@@ -8,10 +8,9 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from serve.integrity import check
-from web.hubs import saved
+from web.hubs import running, saved
 
 from deltaw.settings import Serving
-from deltaw.web.server import running
 
 ASKED = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 

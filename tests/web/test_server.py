@@ -14,12 +14,12 @@ import httpx2 as httpx
 import openai
 import pytest
 from serve.integrity import check
-from web.hubs import peft_folder, saved
+from web.hubs import peft_folder, running, saved
 
 from deltaw.errors import UserError
 from deltaw.serve.catalog import adapters_in
 from deltaw.settings import Serving
-from deltaw.web.server import bound, running
+from deltaw.web.server import bound
 
 PATIENCE = 30
 ASK = {"prompt": [5, 6, 7], "max_tokens": 6, "temperature": 0}
