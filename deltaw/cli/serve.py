@@ -86,11 +86,12 @@ def serve(*, base: str | None = None, base_format: str = "",
 def _replicated(load: partial[Any], folders: list[Path], serving: Serving) -> None:
     if serving.tensor_parallel > 1:
         raise UserError("A replica is one process.", remedy="Leave --tensor-parallel or --replicas out.")
-    if not importlib.util.find_spec("ray"):
-        raise UserError("Replicas need Ray.", remedy="pip install 'deltaw[serve,scale]'")
+    try:
+        from deltaw.web.replicas import front, replicas_of
+    except ImportError as e:  # all of it, or a part
+        raise UserError("Replicas need Ray.", why=str(e), remedy="pip install 'deltaw[serve,scale]'") from None
     import uvicorn
 
-    from deltaw.web.replicas import front, replicas_of
     from deltaw.web.server import bound
 
     with bound(serving) as at, replicas_of(load, [folder.absolute() for folder in folders], serving) as replicas:

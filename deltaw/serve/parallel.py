@@ -184,20 +184,22 @@ def joined(ranks: int, lost: Callable[[int], None]) -> Iterator[Ranks]:
         if other.wait() is not None and not ended.is_set():
             lost(number)
 
-    with tempfile.TemporaryDirectory(prefix="deltaw-") as folder:  # which nobody else reads, unlike a port
-        if "RANK" not in env:
-            env.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-            env |= {MEET: f"file://{folder}/meet", "WORLD_SIZE": str(ranks)}
-            command = [sys.executable, "-m", "deltaw.cli", *sys.argv[1:]]
-            for number in range(1, ranks):  # in sessions of their own, as Ctrl-C is for the first
-                other = subprocess.Popen(command, env={**env, "RANK": str(number)}, start_new_session=True)
-                threading.Thread(target=watch, args=(other, number), daemon=True).start()
-                others.append(other)
-        try:
-            yield Ranks.joined()
-        finally:
-            ended.set()
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            for other in others:
-                other.wait()
+    try:
+        with tempfile.TemporaryDirectory(prefix="deltaw-") as folder:  # which nobody else reads, unlike a port
+            if "RANK" not in env:
+                env.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+                env |= {MEET: f"file://{folder}/meet", "WORLD_SIZE": str(ranks)}
+                command = [sys.executable, "-m", "deltaw.cli", *sys.argv[1:]]
+                for number in range(1, ranks):  # in sessions of their own, as Ctrl-C is for the first
+                    other = subprocess.Popen(command, env={**env, "RANK": str(number)}, start_new_session=True)
+                    threading.Thread(target=watch, args=(other, number), daemon=True).start()
+                    others.append(other)
+            met = Ranks.joined()
+            met.all(None)  # so that none needs the folder any more, which nobody may be left to delete
+        yield met
+    finally:
+        ended.set()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for other in others:
+            other.wait()

@@ -99,10 +99,13 @@ def test_two_processes_say_what_one_says_and_one_that_is_lost_is_told(personas):
     code, rest = both.end()
     assert code == 143
     assert "Traceback" not in rest
-    both = Process(personas, "--personas", "runs", "more", "--tensor-parallel", "2")
+    (personas / "meetings").mkdir()
+    met = {"TMPDIR": str(personas / "meetings")}
+    both = Process(personas, "--personas", "runs", "more", "--tensor-parallel", "2", **met)
     other = int(Path(f"/proc/{both.process.pid}/task/{both.process.pid}/children").read_text().split()[0])
     os.kill(other, signal.SIGKILL)
     assert both.process.wait(PATIENCE) == 1
+    assert not list((personas / "meetings").glob("deltaw-*"))
     assert "Process 1 of those that compute the model has ended" in both.process.communicate()[0].decode()
     told = {"cwd": personas, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "timeout": PATIENCE}
     three = [*both.process.args[:-1], "3"]
@@ -208,3 +211,11 @@ def test_without_the_extra_one_is_told_what_to_install(here, said, monkeypatch):
     find = __import__("importlib.util").util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "fastapi" else find(name))
     assert "pip install 'deltaw[serve]'" in said("serve", "--base", "base")
+
+
+def test_without_all_of_ray_one_is_told_what_replicas_need(here, said, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray.serve", None)
+    monkeypatch.delitem(sys.modules, "deltaw.web.replicas", raising=False)
+    complaint = said("serve", "--base", "base", "--replicas", "2")
+    assert "Replicas need Ray." in complaint
+    assert "pip install 'deltaw[serve,scale]'" in complaint
