@@ -51,15 +51,17 @@ class Grammars:
 
 
 class Matcher:
-    """One answer on its way through a grammar."""
+    """One answer on its way through a grammar: after each token, which may follow."""
 
     def __init__(self, matcher: Any, vocabulary: int) -> None:
         self.matcher, self.vocabulary = matcher, vocabulary
 
     def allowed(self) -> Tensor:
+        """V booleans."""
         bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
         return torch.from_numpy(np.unpackbits(bits, count=self.vocabulary, bitorder="little")).bool()
 
     def take(self, token: int) -> bool:
+        """Go on to the next; returns whether anything may follow."""
         self.matcher.consume_token(token)
         return not self.matcher.is_stopped()

@@ -30,12 +30,16 @@ RECENT_SECONDS = 10.0
 Rank = tuple[int, float, int, float, float]
 
 
-class Busy(Exception):
-    """The first token would come too late; `seconds`: after which it is worth while to ask again."""
+class Later(Exception):
+    """Not now; `seconds`: after which it is worth while to ask again."""
 
-    def __init__(self, seconds: int) -> None:
-        super().__init__(f"All is taken: an answer would begin too late. Ask again in {seconds} s.")
+    def __init__(self, why: str, seconds: int) -> None:
+        super().__init__(f"{why} Ask again in {seconds} s.")
         self.seconds = seconds
+
+
+class Busy(Later):
+    """The first token would come too late."""
 
 
 class Shares:
@@ -93,7 +97,7 @@ class Order:
         """
         with self.lock:
             if (seconds := self.wait(sequences[0])) > within:
-                raise Busy(max(1, ceil(seconds - within)))
+                raise Busy("All is taken: an answer would begin too late.", max(1, ceil(seconds - within)))
             sequences[0].promised = seconds
             for sequence in sequences:
                 self._expect(sequence, self._cost(sequence))

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from time import monotonic
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.decode.sampling import Sampling
@@ -16,6 +15,7 @@ from deltaw.errors import UserError
 from deltaw.kernels.attention import SIDE
 from deltaw.models.slots import Before
 from deltaw.serve.arena import Arena, names
+from deltaw.serve.grammar import Matcher
 from deltaw.serve.wardrobe import Entry
 from deltaw.serve.wearing import Served
 
@@ -24,16 +24,6 @@ End = Literal["stop", "length", "abort", "refused", "error", "late"]
 it could not be computed, or not in time."""
 PREFIX = -1
 """Stands for a token of a persona's prefix."""
-
-
-class Grammar(Protocol):
-    """What an answer must be: after each token, which may follow."""
-
-    def allowed(self) -> Tensor:
-        """V booleans."""
-
-    def take(self, token: int) -> bool:
-        """Go on to the next; returns whether anything may follow."""
 
 
 @dataclass(eq=False)
@@ -52,7 +42,7 @@ class Sequence:
     """Which of the seed's streams it draws from: each answer to one prompt has its own."""
     least: int = 0
     """Tokens before which it may not end."""
-    grammar: Grammar | None = None
+    grammar: Matcher | None = None
     tops: int | None = None
     """How many likelier tokens are told with each token's score; None: no scores are."""
     echo: bool = False

@@ -9,10 +9,10 @@ PARTIAL = "\ufffd"
 
 
 class Speech:
-    """One answer. A stop string ends it, and is not a part of it."""
+    """One answer. A stop string behind its `least` tokens ends it, and is not a part of it."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stop = tokenizer, [each for each in stop if each]
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), least: int = 0) -> None:
+        self.tokenizer, self.stop, self.least = tokenizer, [each for each in stop if each], least
         self.ids: list[int] = []
         self.context, self.read = 0, 0
         """Where the tokens begin that the next ones are decoded with, and how many are told in `held` or before."""
@@ -38,15 +38,16 @@ class Speech:
         if whole or (len(after) > len(before) and not after.endswith(PARTIAL)):
             self.held += after[len(before) :]
             self.context, self.read = self.read, len(self.ids)
-        ends = [at for each in self.stop if (at := self.held.find(each)) >= 0]
+        stop = self.stop if len(self.ids) + whole > self.least else []
+        ends = [at for each in stop if (at := self.held.find(each)) >= 0]
         if ends:
             self.stopped, told = True, self.held[: min(ends)]
         else:
-            told = self.held if whole else self.held[: len(self.held) - self._maybe()]
+            told = self.held if whole else self.held[: len(self.held) - self._maybe(stop)]
         self.held = self.held[len(told) :]
         return told
 
-    def _maybe(self) -> int:
+    def _maybe(self, stop: Sequence[str]) -> int:
         """How many characters at the end begin a stop string."""
-        lengths = (n for each in self.stop for n in range(len(each) - 1, 0, -1) if self.held.endswith(each[:n]))
+        lengths = (n for each in stop for n in range(len(each) - 1, 0, -1) if self.held.endswith(each[:n]))
         return max(lengths, default=0)

@@ -92,7 +92,8 @@ class Wardrobe:
         Raises:
             UserError: one is damaged or cannot be read now, or together they take more than all the room there is.
         """
-        self.wear(entries)  # none makes room for another
+        for entry in entries:
+            entry.users += 1  # none makes room for another
         there = False
         try:
             found = [self._settled(entry) for entry in entries]  # all, so that all are read
@@ -109,11 +110,6 @@ class Wardrobe:
         for entry in entries:
             if entry.state == "known":
                 entry.reading = self.reader.submit(_timed, entry)
-
-    def wear(self, entries: Iterable[Entry]) -> None:
-        """Keep these until they are no longer worn."""
-        for entry in entries:
-            entry.users += 1
 
     def unwear(self, entries: Iterable[Entry]) -> None:
         """Somebody wears these no longer."""

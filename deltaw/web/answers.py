@@ -15,13 +15,13 @@ from deltaw.errors import UserError
 from deltaw.serve.catalog import BASE, Catalog
 from deltaw.serve.choice import Score
 from deltaw.serve.grammar import Grammars
-from deltaw.serve.order import Busy
+from deltaw.serve.order import Later
 from deltaw.serve.sequence import End, Sequence
 from deltaw.serve.service import Closed, Service
 from deltaw.serve.speech import Speech
 from deltaw.settings import Serving
 from deltaw.web.asked import Asked
-from deltaw.web.keys import Tenant, TooMuch
+from deltaw.web.keys import Tenant
 from deltaw.web.metrics import Metrics
 
 MOST_ANSWERS = 1024
@@ -43,7 +43,6 @@ class Choice:
     index: int
     sequence: Sequence
     speech: Speech
-    stop: list[str]
     told: int = 0
     """Tokens."""
     first: float | None = None
@@ -112,7 +111,7 @@ class Hub:
             worn = self.catalog.worn(asked.model if asked.model != self.name else BASE, tenant.sees)
         except UserError as e:
             raise UnknownModel(str(e)) from None
-        count, stops = asked.n or 1, asked.stops
+        count = asked.n or 1
         if (wanted := len(prompts) * count) > MOST_ANSWERS:
             raise UserError(f"{wanted:,} answers are more than one request may ask for: {MOST_ANSWERS:,}.")
         ends = frozenset() if asked.ignore_eos else frozenset(self.base.tokenizer.end_ids)
@@ -129,8 +128,7 @@ class Hub:
                     priority=tenant.rights.priority, urgency=asked.priority,
                     secret="" if self.serving.share_prefixes else tenant.name,
                 )  # fmt: skip
-                speech = Speech(self.base.tokenizer, () if sequence.least else stops)
-                made.append(Choice(len(made), sequence, speech, stops))
+                made.append(Choice(len(made), sequence, Speech(self.base.tokenizer, asked.stops, sequence.least)))
         return made
 
     def _check(self, prompt: Row[int], asked: Asked) -> None:
@@ -154,7 +152,7 @@ class Hub:
         try:
             tenant.ask()
             self.service.engine.waiting.admit(sequences, self.serving.first_token_seconds or inf)
-        except (Busy, TooMuch) as e:
+        except Later as e:
             self.metrics.refused.labels(tenant.name, type(e).__name__).inc()
             raise
         tenant.had(sum(len(sequence.asked) for sequence in sequences if not sequence.stream), requests=1)
@@ -194,8 +192,6 @@ class Hub:
         if finish is None:
             choice.first = choice.first or monotonic()
             text = speech.add(int(what))
-            if len(speech.ids) == sequence.least:
-                speech.stop = [each for each in choice.stop if each]
         else:
             text = speech.rest()
         finish = "stop" if speech.stopped else finish

@@ -16,7 +16,7 @@ from deltaw.errors import UserError, nearest
 from deltaw.files.atomic import disk_is_full
 from deltaw.models.tokenizer import Tokenizer
 from deltaw.serve.choice import Score
-from deltaw.serve.order import Busy
+from deltaw.serve.order import Busy, Later
 from deltaw.serve.service import Closed
 from deltaw.web.answers import Choice, Piece, Refused, UnknownModel
 from deltaw.web.asked import ChatAsked, CompletionAsked
@@ -154,7 +154,7 @@ def mistakes(app: FastAPI) -> None:
     def handle(kind: type[Exception], told: Callable[[Any], tuple[int, str, str]]) -> None:
         async def answer(_: Request, error: Exception) -> JSONResponse:
             status, text, name = told(error)
-            again = {"retry-after": str(error.seconds)} if isinstance(error, Busy | TooMuch) else None
+            again = {"retry-after": str(error.seconds)} if isinstance(error, Later) else None
             return Answer(fault(text, name), status, again)
 
         app.add_exception_handler(kind, answer)

@@ -8,6 +8,7 @@ from pathlib import Path
 from time import monotonic
 
 from deltaw.errors import UserError
+from deltaw.serve.order import Later
 from deltaw.settings import Rights, build, read_yaml
 
 log = logging.getLogger(__name__)
@@ -15,12 +16,8 @@ ROUNDED = 1e-6
 """So little is missing only by rounding."""
 
 
-class TooMuch(Exception):
-    """A tenant's share of this minute is used up; `seconds`: when there is more."""
-
-    def __init__(self, what: str, seconds: int) -> None:
-        super().__init__(f"This key has used up its {what}. Ask again in {seconds} s.")
-        self.seconds = seconds
+class TooMuch(Later):
+    """A tenant's share of this minute is used up."""
 
 
 class Bucket:
@@ -40,7 +37,8 @@ class Bucket:
         if self.most < inf:
             self.room, self.at = min(self.most, self.room + (now - self.at) * self.most / 60), now
         if self.room < least - ROUNDED:
-            raise TooMuch(f"{self.most:,} {self.what} a minute", ceil((least - self.room) * 60 / self.most - ROUNDED))
+            seconds = ceil((least - self.room) * 60 / self.most - ROUNDED)
+            raise TooMuch(f"This key has used up its {self.most:,} {self.what} a minute.", seconds)
         self.room -= amount
 
 
