@@ -27,8 +27,7 @@ from deltaw.errors import UserError
 from deltaw.kernels.worn import Change, Part, Slab, share
 from deltaw.models.checkpoint import linears
 from deltaw.models.decoder import Decoder
-from deltaw.models.ranks import MEET, Ranks
-from deltaw.models.shard import cut, part_of
+from deltaw.models.ranks import MEET, Ranks, cut, part_of
 from deltaw.models.slots import Before, Linear
 from deltaw.serve.arena import Arena
 from deltaw.serve.engine import Engine

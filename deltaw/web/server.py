@@ -14,8 +14,7 @@ from fastapi import FastAPI
 from deltaw.api.persona import Base
 from deltaw.errors import UserError
 from deltaw.models import source
-from deltaw.models.ranks import ALONE, Ranks
-from deltaw.models.shard import part_of
+from deltaw.models.ranks import ALONE, Ranks, part_of
 from deltaw.serve.catalog import BASE, Catalog
 from deltaw.serve.engine import Engine
 from deltaw.serve.grammar import Grammars

@@ -15,8 +15,7 @@ from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
 from deltaw.methods import method
 from deltaw.models import checkpoint
-from deltaw.models.ranks import Ranks
-from deltaw.models.shard import part_of
+from deltaw.models.ranks import Ranks, part_of
 from deltaw.serve.engine import Engine
 from deltaw.serve.parallel import Leader, follow, joined
 from deltaw.serve.sequence import Sequence

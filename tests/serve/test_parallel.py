@@ -14,7 +14,7 @@ from serve.parallel_ranks import personas, said
 from deltaw.errors import UserError
 from deltaw.kernels.worn import share
 from deltaw.models import checkpoint
-from deltaw.models.shard import part_of
+from deltaw.models.ranks import part_of
 from deltaw.serve.engine import Engine
 
 PATIENCE = 120
