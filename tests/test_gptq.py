@@ -5,8 +5,7 @@ import torch
 
 from deltaw.errors import UserError
 from deltaw.weights import gptq as module
-from deltaw.weights.gptq import gptq
-from deltaw.weights.grid import Grid
+from deltaw.weights.grid import Grid, gptq
 
 
 def drawn(o, i, tokens=200, seed=0):

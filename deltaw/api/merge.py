@@ -33,8 +33,7 @@ from deltaw.models.decoder import Decoder
 from deltaw.models.slots import CannotMerge, Linear, filled, lent
 from deltaw.weights import Dense, Packed
 from deltaw.weights.formats import parse
-from deltaw.weights.gptq import gptq
-from deltaw.weights.grid import Grid
+from deltaw.weights.grid import Grid, gptq
 
 CHECK_ROWS, CHECK_TOKENS = 32, 512
 SHAPE = ("width", "layers", "heads", "kv_heads", "head_width", "hidden", "vocab")

@@ -13,12 +13,11 @@ from time import monotonic
 from deltaw.api.persona import Base
 from deltaw.errors import UserError
 from deltaw.serve.catalog import BASE, Catalog
-from deltaw.serve.choice import Score
+from deltaw.serve.choice import Score, Speech
 from deltaw.serve.grammar import Grammars
 from deltaw.serve.order import Later
 from deltaw.serve.sequence import End, Sequence
 from deltaw.serve.service import Closed, Service
-from deltaw.serve.speech import Speech
 from deltaw.settings import Serving
 from deltaw.web.asked import Asked
 from deltaw.web.keys import Tenant

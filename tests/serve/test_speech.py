@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from deltaw.models import source
 from deltaw.models.tokenizer import Tokenizer
-from deltaw.serve.speech import Speech
+from deltaw.serve.choice import Speech
 
 TEXTS = st.text(st.sampled_from("ab é漢🙂\n.</"), max_size=40)
 

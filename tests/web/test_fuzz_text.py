@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from deltaw.api.persona import load_base
 from deltaw.errors import UserError
 from deltaw.models.tokenizer import Tokenizer
-from deltaw.serve.speech import Speech
+from deltaw.serve.choice import Speech
 from deltaw.web.server import running
 
 PATIENCE = 30
