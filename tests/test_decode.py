@@ -92,7 +92,7 @@ def test_an_answer_stops_before_the_first_end_token_and_the_others_go_on(model, 
 def test_the_cache_gives_what_the_full_forward_pass_gives(model, prompts, new):
     batch = lay([Encoded(tuple(p), (False,) * len(p)) for p in prompts])
     cache = Cache(model, batch.seen, [len(new)] * len(prompts))
-    h_TD = model.hidden(batch.ids_T, batch.at_T, Prefill(cache, 0))[cache.last_tokens()]
+    h_TD = model.hidden(batch.ids_T, batch.at_T, Prefill(cache, 0))[cache.last_tokens]
     texts, alive = [list(p) for p in prompts], list(range(len(prompts)))
     for step in new:
         for logits_V, row in zip(model.logits(h_TD), alive, strict=True):

@@ -42,6 +42,8 @@ class Cache:
         self.kv_2LBKSE = torch.zeros(shape, dtype=model.dtype, device=device)
         self.used = self.before + int(self.lengths_B.max())
         self.masks: dict[int, Tensor] = {}
+        self.last_tokens = torch.stack([row[-1] for row in self.rows])
+        """Index in the flat row of every prompt's last token."""
 
     def next(self) -> "Step":
         """What one more token of every sequence sees; makes room for it."""
@@ -64,10 +66,6 @@ class Cache:
         """Forget the other sequences."""
         self.kv_2LBKSE = self.kv_2LBKSE[:, :, alive_B]
         self.lengths_B, self.planned_B = self.lengths_B[alive_B], self.planned_B[alive_B]
-
-    def last_tokens(self) -> Tensor:
-        """Index in the flat row of every prompt's last token."""
-        return torch.stack([row[-1] for row in self.rows])
 
 
 class View:
@@ -159,7 +157,7 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Samplin
     draws = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + streams[i]) for i in order]
     with torch.inference_mode():
         cache = Cache(model, batch.seen, rooms)
-        h_TD = model.hidden(batch.ids_T, batch.at_T, Prefill(cache, 0))[cache.last_tokens()]
+        h_TD = model.hidden(batch.ids_T, batch.at_T, Prefill(cache, 0))[cache.last_tokens]
         alive = list(range(len(order)))
         for step in range(max(rooms)):
             logits_BV = model.logits(h_TD)

@@ -6,7 +6,7 @@ were measured; none that were not.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -102,20 +102,15 @@ def _aloud(title: str, points: list[svg.Point]) -> str:
     return f"{title}, from {values[0]:.4g} to {values[-1]:.4g}" if values else title
 
 
-def _text(loss: float | None) -> str:
-    return "not a number" if loss is None else f"{loss:.3f}"
+def _known(words: Callable[[float], str], none: str = NONE) -> Callable[[float | None], str]:
+    """The words for a number, and those for none."""
+    return lambda value: none if value is None else words(value)
 
 
-def _perplexity(loss: float | None) -> str:
-    return NONE if loss is None else f"{math.exp(loss):,.2f}" if loss < 20 else "over 10⁸"
-
-
-def _clock(seconds: float | None) -> str:
-    return NONE if seconds is None else str(timedelta(seconds=round(seconds)))
-
-
-def _gigabytes(n_bytes: float | None) -> str:
-    return NONE if n_bytes is None else f"{n_bytes / 1e9:.2f} GB"
+_text = _known("{:.3f}".format, "not a number")
+_perplexity = _known(lambda loss: f"{math.exp(loss):,.2f}" if loss < 20 else "over 10⁸")
+_clock = _known(lambda seconds: str(timedelta(seconds=round(seconds))))
+_gigabytes = _known(lambda n_bytes: f"{n_bytes / 1e9:.2f} GB")
 
 
 def _rate(value: float | None) -> str:
