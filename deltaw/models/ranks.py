@@ -8,7 +8,6 @@ Shoeybi et al. 2019, arXiv:1909.08053). Or of all its matrices, for training (FS
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -115,8 +114,8 @@ ALONE = Ranks()
 class Cut(NamedTuple):
     """Which outputs or inputs of a linear layer a part has; None: all."""
 
-    outputs: list[int] | None = None
-    inputs: list[int] | None = None
+    outputs: Tensor | None = None
+    inputs: Tensor | None = None
 
 
 def cut(name: str, config: ModelConfig, part: Part) -> Cut:
@@ -124,15 +123,14 @@ def cut(name: str, config: ModelConfig, part: Part) -> Cut:
     group, size = config.heads // config.kv_heads, config.head_width
     kv, unit = share(config.kv_heads, part), LANES if config.hidden % LANES == 0 else 1
     hidden = share(config.hidden // unit, part)
-    q, k = _times(kv, group * size), _times(kv, size)
-    between, heads, kv_heads = _times(hidden, unit), config.heads * size, config.kv_heads * size
-    outputs = {"q_proj": [q], "k_proj": [k], "v_proj": [k], "gate_proj": [between], "up_proj": [between],
-               "gate_up_proj": [between, _after(between, config.hidden)],
-               "qkv_proj": [q, _after(k, heads), _after(k, heads + kv_heads)]}  # fmt: skip
+    q, k, between = (torch.arange(some.start * each, some.stop * each)
+                     for some, each in ((kv, group * size), (kv, size), (hidden, unit)))  # fmt: skip
+    heads, kv_heads = config.heads * size, config.kv_heads * size
+    outputs = {"q_proj": q, "k_proj": k, "v_proj": k, "gate_proj": between, "up_proj": between,
+               "gate_up_proj": torch.cat([between, between + config.hidden]),
+               "qkv_proj": torch.cat([q, k + heads, k + heads + kv_heads])}  # fmt: skip
     kind = name.rpartition(".")[2]
-    if kind in outputs:
-        return Cut(outputs=list(chain(*outputs[kind])))
-    return Cut(inputs=list({"o_proj": q, "down_proj": between}[kind]))
+    return Cut(outputs[kind]) if kind in outputs else Cut(inputs={"o_proj": q, "down_proj": between}[kind])
 
 
 def part_of(model: Decoder, part: Part) -> Decoder:
@@ -146,9 +144,9 @@ def part_of(model: Decoder, part: Part) -> Decoder:
         raise UserError(f"{config.kv_heads} heads of keys and values are not shared by {parts} processes.",
                         remedy=f"Take --tensor-parallel {config.kv_heads} or fewer.")  # fmt: skip
     slots = {name: slot for name, slot in model.named_modules() if isinstance(slot, Linear | RMSNorm)}
-    kv = len(share(config.kv_heads, part))
-    own = replace(config, kv_heads=kv, heads=kv * config.heads // config.kv_heads,
-                  hidden=len(cut("down_proj", config, part).inputs or ()))  # fmt: skip
+    kv, hidden = len(share(config.kv_heads, part)), cut("gate_proj", config, part).outputs
+    assert hidden is not None
+    own = replace(config, kv_heads=kv, heads=kv * config.heads // config.kv_heads, hidden=len(hidden))
     with torch.device("meta"):
         made = Decoder(own)
     for name, slot in made.layers.named_modules(prefix="layers"):
@@ -167,13 +165,5 @@ def part_of(model: Decoder, part: Part) -> Decoder:
     return made
 
 
-def _some(t: Tensor, which: list[int] | None, across: int = 0) -> Tensor:
-    return t if which is None else t.index_select(across, torch.tensor(which, device=t.device))
-
-
-def _times(some: range, each: int) -> range:
-    return range(some.start * each, some.stop * each)
-
-
-def _after(some: range, first: int) -> range:
-    return range(some.start + first, some.stop + first)
+def _some(t: Tensor, which: Tensor | None, across: int = 0) -> Tensor:
+    return t if which is None else t.index_select(across, which.to(t.device))

@@ -103,10 +103,9 @@ class Floor:
 
     def __init__(self, model: Decoder, kind: type[Mixed] = Mixed) -> None:
         self.wear = Wear(())
-        self.slots = [slot for _, slot in linears(model)]
-        self.deltas = [kind(self, i) for i in range(len(self.slots))]
+        self.items = [(slot, kind(self, i)) for i, (_, slot) in enumerate(linears(model))]
 
     def on(self, wear: Wear) -> AbstractContextManager[None]:
         """Let the rows of a batch wear this for the length of a `with` block; what was worn before comes back."""
         self.wear = wear
-        return filled(zip(self.slots, self.deltas, strict=True))
+        return filled(self.items)

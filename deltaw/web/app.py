@@ -48,11 +48,10 @@ def application(hub: Hub, shelf: Shelf, serving: Serving, guard: bool = True) ->
                   responses={"4XX": MISTAKE, "5XX": MISTAKE})  # fmt: skip
     if guard:
         guarded(app, serving)
-    routes, managing = APIRouter(), APIRouter(dependencies=[Depends(manages)])
-    _answering(routes, hub)
-    _telling(routes, managing, hub, shelf)
+    managing = APIRouter(dependencies=[Depends(manages)])
+    _answering(app, hub)
+    _telling(app, managing, hub, shelf)
     adapter_routes(managing, shelf)
-    app.include_router(routes)
     app.include_router(managing)
     _open(app, hub)
     mistakes(app)
@@ -71,7 +70,7 @@ async def _watch(shelf: Shelf) -> None:
         took = monotonic() - began
 
 
-def _answering(routes: APIRouter, hub: Hub) -> None:
+def _answering(routes: FastAPI, hub: Hub) -> None:
     tokenizer = hub.base.tokenizer
 
     @routes.post("/v1/completions")
@@ -87,7 +86,7 @@ def _answering(routes: APIRouter, hub: Hub) -> None:
     async def chat(asked: ChatAsked, request: Request) -> Response:
         """Answer a conversation. One without a system prompt gets the persona's own."""
         source = hub.catalog.sources.get(asked.model) if tenant_of(request).sees(asked.model) else None
-        prompt = Persona(asked.model, hub.base, system=source.system if source else "").prompt(asked.turns)
+        prompt = Persona(asked.model, hub.base, system=source.system if source else "").prompt(turns(asked.messages))
         return await _respond(hub, asked, [prompt], ChatForm(asked.model, tokenizer), request)
 
     @routes.post("/tokenize")
@@ -157,7 +156,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _telling(routes: APIRouter, managing: APIRouter, hub: Hub, shelf: Shelf) -> None:
+def _telling(routes: FastAPI, managing: APIRouter, hub: Hub, shelf: Shelf) -> None:
     @routes.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         """The base and its personas."""

@@ -204,11 +204,6 @@ class ChatAsked(Asked):
     def tops(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    @property
-    def turns(self) -> list[Message]:
-        """The messages as templates have them."""
-        return turns(self.messages)
-
 
 class TokenizeAsked(Body):
     """`POST /tokenize`: a text, or a conversation."""
