@@ -96,7 +96,7 @@ def measured(folder, model, saying, prompts, count, rate, bandwidth):
     """Rows of one shape: seconds of each kind, what it could not be quicker than, and what is left of a whole step."""
     import torch
 
-    from deltaw.kernels.program import KINDS, Calls
+    from deltaw.kernels.worn import KINDS, Calls
     from deltaw.serve.engine import Engine
 
     engine, found, native, rng = Engine(model, 1 << 30), {}, Calls.make, random.Random(1)

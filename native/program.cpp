@@ -7,7 +7,7 @@
 
 enum Kind { NORM, PRODUCT, ADD, TURN, PAGED, GATED, WEAR };
 
-// As deltaw/kernels/program.py lays them out. What places and sizes mean is said where they are used.
+// As deltaw/kernels/worn.py lays them out. What places and sizes mean is said where they are used.
 struct Op {
   int64_t kind;
   uint16_t* at[5];

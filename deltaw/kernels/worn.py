@@ -1,11 +1,14 @@
 """What each row of a batch wears at a linear layer, beside others that wear other things (native/worn.cpp).
 
 An adapter is one piece of memory: a directory, and for each layer A, B, gain and bias, read where they lie.
+
+`Calls`: calls of native functions, these among them, as a list that is made once (native/program.cpp): in bf16, where a
+processor multiplies it.
 """
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltaw.kernels.library import AT, COUNT, FLAG, NUMBER, PLAIN, fields, function
+from deltaw.kernels.attention import Paged
+from deltaw.kernels.library import AT, COUNT, FLAG, NUMBER, PLAIN, WIDE, fields, function
 from deltaw.kernels.products import Product, summed
 
 LAYOUT = "panels-summed"
@@ -220,3 +224,48 @@ def _add(y_TO: Tensor, worn: Sequence[tuple[Slab, float]], layer: int, downs: Se
         y_TO += more_TO.to(y_TO.dtype)
     if products:
         summed(products, onto=y_TO)
+
+
+KINDS = ("norm", "product", "add", "turn", "paged", "gated", "wear")
+
+
+class Op(ctypes.Structure):
+    """One call, as C has it."""
+
+    _fields_ = fields((COUNT, "kind"), (AT * 5, "at"), (COUNT * 4, "sizes"), (WIDE, "number"))
+
+
+class Angles(ctypes.Structure):
+    """By what pairs are turned, as C has it."""
+
+    _fields_ = fields((AT, "cosine sine"), (COUNT, "width"))
+
+
+class Program(ctypes.Structure):
+    """A list of calls, and what is another for every step, as C has them."""
+
+    _fields_ = fields((AT, "ops"), (COUNT, "count rows"), (Angles * 2, "angles"), (Paged, "paged"), (worn.Call, "worn"),
+                      (FLAG, "threads"))  # fmt: skip
+
+
+class Calls:
+    """A list of calls that are told one by one, and made at once as often as is asked."""
+
+    def __init__(self) -> None:
+        self.native = function("program")
+        self.told, self.held = list[Op](), list[Tensor]()
+
+    def tell(self, kind: str, *tensors: Tensor, sizes: Sequence[int] = (), number: float = 0.0) -> None:
+        """Add a call of this kind. Its tensors are held; what sizes mean is said in native/program.cpp."""
+        self.held += tensors
+        places = (AT * 5)(*(t.data_ptr() for t in tensors))
+        self.told.append(Op(KINDS.index(kind), places, (COUNT * 4)(*sizes), number))
+
+    def make(self, rows: int, angles: Sequence[Tensor], seen: Mapping[str, int],
+             wear: Mapping[str, int]) -> None:  # fmt: skip
+        """Make all calls for so many rows. Angles: cosines and sines, of shape 2 x T x 1 x E, contiguous."""
+        ops = (Op * len(self.told))(*self.told)
+        by = (Angles * 2)(*(Angles(a[0].data_ptr(), a[1].data_ptr(), a.shape[-1]) for a in angles))
+        calls = Paged(**seen), Call(**wear, bf16=1)
+        told = Program(ctypes.addressof(ops), len(ops), rows, by, *calls, torch.get_num_threads())
+        self.native(ctypes.byref(told))

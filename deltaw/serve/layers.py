@@ -13,8 +13,7 @@ from torch import Tensor
 from deltaw.adapters.adapter import Adapter
 from deltaw.kernels.attention import Book, Run
 from deltaw.kernels.library import LANES, function
-from deltaw.kernels.program import Calls
-from deltaw.kernels.worn import Rows, Wear
+from deltaw.kernels.worn import Calls, Rows, Wear
 from deltaw.models.checkpoint import linears
 from deltaw.models.decoder import Decoder
 from deltaw.models.seen import Score, attention, causal

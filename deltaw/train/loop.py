@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from deltaw.data.batch import IGNORED, Batch, lay, micro_batches, steps
 from deltaw.decode.generate import complete
@@ -162,11 +163,9 @@ class Trainer:
         if self.job.ranks.count == 1:
             return total
         grads = [p.grad for p in self.job.adapter.parameters() if p.grad is not None]
-        last = torch.tensor([total], device=self.job.model.device)
-        summed = self.job.ranks.sum(torch.cat([t.flatten() for t in (*grads, last)]))
-        for grad, t in zip(grads, torch.split(summed, [t.numel() for t in (*grads, last)]), strict=False):
-            grad.copy_(t.view_as(grad))
-        return float(summed[-1])
+        all_of = [*grads, torch.tensor([total], device=self.job.model.device)]
+        vector_to_parameters(self.job.ranks.sum(parameters_to_vector(all_of)), all_of)
+        return all_of[-1].item()
 
     def _clip(self) -> float:
         grads = [p.grad for p in self.job.adapter.parameters() if p.grad is not None]
