@@ -119,9 +119,8 @@ def key(name: str, /, *, file: Path = Path("keys.yaml"), rights: Flat[Rights] = 
     if name in told:
         raise UserError(f"There is a key '{name}' already.", where=str(file), remedy="Delete its entry first.")
     drawn = f"dw-{secrets.token_urlsafe(32)}"
-    told[name] = {"sha256": hashed(drawn)} | {
-        field: value for field, value in plain(rights or Rights()).items() if value
-    }
+    given = {field: value for field, value in plain(rights or Rights()).items() if value}
+    told[name] = {"sha256": hashed(drawn), **given}
     write_text(file, yaml.safe_dump(told, sort_keys=False))
     sys.stdout.write(f"{drawn}\n")
 

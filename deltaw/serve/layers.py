@@ -136,10 +136,8 @@ class Layers:
         tell("add", self.x, self.h, sizes=(self.x.shape[1], self.x.shape[1]))
 
     def _feed_forward(self, layer: Any) -> None:
-        own = layer.mlp
-        self._norm(
-            layer.pre_feedforward_layernorm if layer.sandwich else layer.post_attention_layernorm, self.x, self.h
-        )
+        own, before = layer.mlp, layer.pre_feedforward_layernorm if layer.sandwich else layer.post_attention_layernorm
+        self._norm(before, self.x, self.h)
         self._linear(own.gate_proj, self.h, self.g)
         self._linear(own.up_proj, self.h, self.u)
         self.calls.tell("gated", self.g, self.u, sizes=(self.g.shape[1], int(own.activation == "gelu_tanh")))

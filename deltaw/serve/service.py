@@ -5,6 +5,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from math import inf
 from time import monotonic
 from typing import TypeVar
@@ -26,7 +27,7 @@ class Closed(RuntimeError):
     """Nothing is answered any more."""
 
 
-class Service:
+class Service(AbstractContextManager["Service"]):
     """Steps as long as there is anything to compute. Close it, or use it as a context."""
 
     def __init__(self, engine: Engine) -> None:
@@ -35,9 +36,6 @@ class Service:
         self.threads = torch.get_num_threads()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
-
-    def __enter__(self) -> "Service":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

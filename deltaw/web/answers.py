@@ -155,9 +155,8 @@ class Hub:
             self.metrics.refused.labels(tenant.name, type(e).__name__).inc()
             raise
         tenant.had(sum(len(sequence.asked) for sequence in sequences if not sequence.stream), requests=1)
-        late = asyncio.get_running_loop().call_later(
-            self.serving.request_seconds, heard.put_nowait, (choices[0], "late")
-        )
+        loop, seconds = asyncio.get_running_loop(), self.serving.request_seconds
+        late = loop.call_later(seconds, heard.put_nowait, (choices[0], "late"))
         for choice in choices:
             choice.sequence.heard = partial(self.post.tell, heard, choice)
             self.service.submit(choice.sequence)
@@ -166,7 +165,7 @@ class Hub:
             while left:
                 choice, what = await heard.get()
                 if what == "late":
-                    raise Refused(f"This took longer than {self.serving.request_seconds:g} s.", 504)
+                    raise Refused(f"This took longer than {seconds:g} s.", 504)
                 if choice.finish is None and (piece := self._piece(asked, choice, what)) is not None:
                     left -= piece.finish is not None
                     yield piece
@@ -175,8 +174,7 @@ class Hub:
             for choice in choices:
                 tenant.had(len(choice.sequence.said))
                 if choice.finish is None:
-                    choice.finish = "abort"
-                    self.metrics.ended(asked.model, choice.sequence, choice.first, "abort")
+                    self._ended(asked, choice, "abort")
                 with suppress(Closed):
                     self.service.abort(choice.sequence)
 
@@ -184,8 +182,7 @@ class Hub:
         """What there is to tell after one more token, or at the end; None: nothing yet."""
         sequence, speech = choice.sequence, choice.speech
         if what in ("error", "refused", "abort"):
-            choice.finish = str(what)
-            self.metrics.ended(asked.model, sequence, choice.first, str(what))
+            self._ended(asked, choice, str(what))
             raise Refused(sequence.fault or "The server is closing.", 400 if what == "refused" else 500)
         finish = what if isinstance(what, str) else None
         if finish is None:
@@ -202,11 +199,14 @@ class Hub:
             # lm-evaluation-harness counts on it
             ids, scores = [*ids, sequence.ended], sequence.scores[start:]
         if finish is not None:
-            choice.finish = finish
-            self.metrics.ended(asked.model, sequence, choice.first, finish)
+            self._ended(asked, choice, finish)
             if speech.stopped:
                 self.service.abort(sequence)
         return Piece(choice, text, ids, scores, finish, start == 0)
+
+    def _ended(self, asked: Asked, choice: Choice, why: str) -> None:
+        choice.finish = why
+        self.metrics.ended(asked.model, choice.sequence, choice.first, why)
 
 
 class UnknownModel(Exception):

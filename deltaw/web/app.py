@@ -204,8 +204,5 @@ def _open(app: FastAPI, hub: Hub) -> None:
 
 def _prompts(told: Prompt) -> list[str] | list[list[int]]:
     """Prompts, one or many."""
-    if isinstance(told, str):
-        return [told]
-    if told and isinstance(told[0], int):
-        return cast("list[list[int]]", [told])
-    return cast("list[str] | list[list[int]]", told)
+    one = isinstance(told, str) or (told and isinstance(told[0], int))
+    return cast("list[str] | list[list[int]]", [told] if one else told)

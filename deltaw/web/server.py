@@ -42,8 +42,7 @@ def hub_of(base: Base, folders: Sequence[Path], serving: Serving,
         least = math.ceil(1000 * serving.most * engine.arena.page_bytes / GIGABYTE) / 1000
         raise UserError(f"{serving.budget_gb:g} GB have no room for {serving.most} answers at once.",
                         remedy=f"Take --budget-gb {least} or more, or a smaller --most.")  # fmt: skip
-    kept = source.cache() / "served"
-    catalog = Catalog(base.model, base.fingerprint, engine.wardrobe, folders, kept)
+    catalog = Catalog(base.model, base.fingerprint, engine.wardrobe, folders, source.cache() / "served")
     if ranks.count > 1:
         catalog.apart = Leader(base.model, engine, ranks).apart
     catalog.update(catalog.found({}))
