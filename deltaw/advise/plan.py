@@ -27,7 +27,7 @@ from deltaw.models.checkpoint import read_json
 from deltaw.scoring.loss import batch_loss
 from deltaw.settings import Count, complaint
 from deltaw.train.checkpoint import SAVE_SECONDS, get_random, set_random
-from deltaw.train.job import SAMPLE_TOKENS, Job
+from deltaw.train.events import SAMPLE_TOKENS, Job
 
 SPREAD = 0.15
 """Half the width of the shown range: how much the same step varies on a quiet machine."""

@@ -16,7 +16,7 @@ from deltaw.data.batch import IGNORED, Batch
 from deltaw.kernels.memory import peak_bytes
 from deltaw.models.seen import Documents, Span
 from deltaw.scoring.loss import batch_loss, cross_entropy
-from deltaw.train.job import Job
+from deltaw.train.events import Job
 
 LONG_SECONDS = 6.0
 """A micro-step that would take longer is never run whole to measure it."""

@@ -28,8 +28,7 @@ from deltaw.models.checkpoint import count
 from deltaw.models.ranks import Ranks
 from deltaw.settings import Training, build, names, plain
 from deltaw.train.checkpoint import guarded
-from deltaw.train.events import Event, Finished, Planned, Started, Warned
-from deltaw.train.job import Job
+from deltaw.train.events import Event, Finished, Job, Planned, Started, Warned
 from deltaw.train.loop import DISK_FULL, Trainer
 from deltaw.train.record import EventFile, TensorBoard
 from deltaw.train.report import write_card, write_report

@@ -26,7 +26,7 @@ from deltaw.errors import UserError
 from deltaw.files.runs import FORMAT, digest
 from deltaw.scoring.loss import batch_loss
 from deltaw.settings import Training
-from deltaw.train.job import SAMPLE_TOKENS, Question
+from deltaw.train.events import SAMPLE_TOKENS, Question
 from deltaw.weights import Packed
 from deltaw.words import some
 

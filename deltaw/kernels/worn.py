@@ -244,7 +244,7 @@ class Angles(ctypes.Structure):
 class Program(ctypes.Structure):
     """A list of calls, and what is another for every step, as C has them."""
 
-    _fields_ = fields((AT, "ops"), (COUNT, "count rows"), (Angles * 2, "angles"), (Paged, "paged"), (worn.Call, "worn"),
+    _fields_ = fields((AT, "ops"), (COUNT, "count rows"), (Angles * 2, "angles"), (Paged, "paged"), (Call, "worn"),
                       (FLAG, "threads"))  # fmt: skip
 
 

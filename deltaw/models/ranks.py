@@ -8,7 +8,7 @@ Shoeybi et al. 2019, arXiv:1909.08053). Or of all its matrices, for training (FS
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,6 @@ from deltaw.models.config import ModelConfig
 from deltaw.models.decoder import Decoder
 from deltaw.models.slots import Linear, RMSNorm
 from deltaw.weights import Dense, Weight
-
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
 
 T = TypeVar("T")
 FOR_EVER = timedelta(days=3650)
@@ -104,8 +101,9 @@ class Ranks:
 
     def whole(self, model: Decoder) -> None:
         """Let each have every layer whole, until it computes again."""
-        for layer in model.layers if self.count > 1 else ():
-            cast("FSDPModule", layer).unshard()
+        layers: Any = model.layers if self.count > 1 else ()  # of FSDP's by now
+        for layer in layers:
+            layer.unshard()
 
 
 ALONE = Ranks()

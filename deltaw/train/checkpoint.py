@@ -20,8 +20,7 @@ from deltaw.files.adapters import read_said, read_tensors, sealed
 from deltaw.files.atomic import disk_is_full, replacing
 from deltaw.files.runs import Run
 from deltaw.settings import plain
-from deltaw.train.events import Event, Saved, Warned
-from deltaw.train.job import Job
+from deltaw.train.events import Event, Job, Saved, Warned
 
 KEPT, KEY = 2, "progress"
 SAVE_SECONDS = 120

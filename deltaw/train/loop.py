@@ -22,8 +22,7 @@ from deltaw.kernels.memory import frugal, held_bytes, peak_bytes
 from deltaw.scoring.loss import batch_loss
 from deltaw.train import checkpoint
 from deltaw.train.checkpoint import Progress, Saver
-from deltaw.train.events import Evaluated, Event, Finished, Sampled, Stepped, Warned
-from deltaw.train.job import SAMPLE_TOKENS, Job
+from deltaw.train.events import SAMPLE_TOKENS, Evaluated, Event, Finished, Job, Sampled, Stepped, Warned
 from deltaw.train.optimizer import adamw, rate
 
 DISK_FULL = "disk full"

@@ -19,8 +19,7 @@ from deltaw.models import checkpoint
 from deltaw.models.tokenizer import Tokenizer
 from deltaw.scoring.loss import batch_loss
 from deltaw.settings import Training
-from deltaw.train.events import Stepped
-from deltaw.train.job import Job
+from deltaw.train.events import Job, Stepped
 from deltaw.train.loop import Trainer
 from deltaw.train.optimizer import rate
 

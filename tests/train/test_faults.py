@@ -15,8 +15,7 @@ from deltaw.errors import Diverged
 from deltaw.files import adapters
 from deltaw.files.runs import Run
 from deltaw.train import checkpoint, loop
-from deltaw.train.events import Evaluated, Finished, Saved, Stepped, Warned
-from deltaw.train.job import Question
+from deltaw.train.events import Evaluated, Finished, Question, Saved, Stepped, Warned
 from deltaw.train.loop import Trainer
 from deltaw.train.optimizer import rate
 

@@ -20,8 +20,7 @@ from deltaw.decode.sampling import Sampling
 from deltaw.files import adapters
 from deltaw.settings import Training
 from deltaw.train import loop
-from deltaw.train.events import Evaluated, Finished, Sampled, Saved, Stepped
-from deltaw.train.job import Job, Question
+from deltaw.train.events import Evaluated, Finished, Job, Question, Sampled, Saved, Stepped
 from deltaw.train.loop import Trainer, validation_loss
 from deltaw.train.optimizer import adamw, rate
 
