@@ -141,7 +141,6 @@ def _trained_on(folders: list[Path]) -> tuple[str, str]:
 def _tell(what: str, at: socket, serving: Serving) -> Console:
     """Where it is."""
     console, url = Console(highlight=False, soft_wrap=True), f"http://{serving.host}:{at.getsockname()[1]}"
-    console.print(f"{what} at {url}", markup=False)
-    console.print(f"  a page to talk with them   {url}/", markup=False)
-    console.print(f"  for OpenAI's clients       {url}/v1", markup=False)
+    lines = f"{what} at {url}", f"  a page to talk with them   {url}/", f"  for OpenAI's clients       {url}/v1"
+    console.print(*lines, sep="\n", markup=False)
     return console

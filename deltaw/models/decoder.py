@@ -1,4 +1,4 @@
-"""One decoder for all families of `families.py`, for training and serving.
+"""One decoder for all families of `config.py`, for training and serving.
 
 It owns no trainable parameter: its tensors are buffers, and what is trained belongs to an adapter in its slots. Module
 names are those of the Hugging Face checkpoint, without the leading `model.`.

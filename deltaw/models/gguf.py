@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import UserError, explained
-from deltaw.models.config import ModelConfig
-from deltaw.models.families import ROWS, Family, supported
+from deltaw.models.config import ROWS, Family, ModelConfig, supported
 from deltaw.models.rope import Llama3, plain
 
 NAMES = {

@@ -49,9 +49,6 @@ class Spent(Tenant):
         super().__init__(name, rights)
         self.tell = tell
 
-    def ask(self) -> None:
-        """It may."""
-
     def had(self, tokens: int, requests: int = 0) -> None:
         """Tell what it had."""
         self.tell({"type": "spent", "tokens": tokens, "requests": requests})
@@ -164,8 +161,7 @@ def replicas_of(load: Callable[[], Base], folders: Sequence[Path], serving: Serv
     Raises:
         UserError: they did not come up.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0", **os.environ})
     ends = signal.getsignal(signal.SIGTERM)
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     signal.signal(signal.SIGTERM, ends)  # Ray has one of its own, which leaves at once

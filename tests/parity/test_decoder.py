@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from deltaw.errors import UserError
 from deltaw.models import checkpoint
-from deltaw.models.config import ModelConfig
-from deltaw.models.families import FAMILIES, supported
+from deltaw.models.config import FAMILIES, ModelConfig, supported
 from deltaw.models.rope import KINDS
 from deltaw.models.seen import Documents
 

@@ -16,7 +16,7 @@ from deltaw.decode.sampling import Sampling
 from deltaw.errors import UserError
 from deltaw.kernels import library
 from deltaw.models import checkpoint
-from deltaw.models.families import FAMILIES
+from deltaw.models.config import FAMILIES
 from deltaw.models.seen import Documents
 from deltaw.scoring.loss import batch_loss
 
