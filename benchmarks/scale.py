@@ -29,8 +29,7 @@ import torch
 from deltaw.decode.sampling import Sampling
 from deltaw.models.config import ModelConfig
 from deltaw.models.decoder import Decoder
-from deltaw.serve import engine as engines
-from deltaw.serve import order, sequence, wardrobe
+from deltaw.serve import engine as engines, order, sequence, wardrobe
 from deltaw.serve.order import Busy
 from deltaw.serve.sequence import Sequence
 

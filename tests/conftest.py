@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import shapes
 import torch
-from tokenizers import Tokenizer as Fast
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Fast, decoders, models, pre_tokenizers
 
 from deltaw.kernels import library
 

@@ -6,8 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from oracles import our_logits, scramble
 
 from deltaw.adapters.adapter import Adapter

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from oracles import our_logits, scramble
 from transformers import AutoModelForCausalLM
 from transformers.generation.logits_process import (

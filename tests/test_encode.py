@@ -6,10 +6,8 @@ from dataclasses import replace
 
 import pytest
 from conftest import TEMPLATE, byte_tokenizer
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer as Fast
-from tokenizers import decoders, models, pre_tokenizers
+from hypothesis import example, given, settings, strategies as st
+from tokenizers import Tokenizer as Fast, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 

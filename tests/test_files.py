@@ -8,8 +8,7 @@ import stat
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from oracles import scramble
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_tiny
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from oracles import our_logits, scramble
 from peft.utils.other import get_pattern_key
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_tiny
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
 from deltaw.adapters.adapter import Adapter

@@ -4,8 +4,7 @@ import re
 
 import pytest
 from conftest import TEMPLATE, byte_tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from deltaw.errors import UserError
 from deltaw.files.ollama import Turns, modelfile

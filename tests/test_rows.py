@@ -7,8 +7,7 @@ from contextlib import suppress
 from itertools import islice
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from deltaw.data import jsons
 from deltaw.data.files import read, split_weight, stream

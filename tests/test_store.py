@@ -5,8 +5,7 @@ import gc
 import hashlib
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from small import stored
 
 from deltaw.data.encode import Encoded

@@ -4,8 +4,7 @@ import json
 
 import pytest
 from conftest import TEMPLATE, byte_tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deltaw.errors import UserError

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from deltaw.errors import UserError
 from deltaw.kernels.packed import PLANES, pack, stored_bytes, unpack

@@ -132,7 +132,14 @@ class Prepared:
             self.job.steps = trainer.progress.steps or self.plan.steps
             self.job.recompute = self.plan.recompute
             yield from self._write_plan({})
-        yield _planned(self.plan)
+        told, low, high = (
+            self.plan,
+            self.plan.seconds * (1 - planning.SPREAD),
+            self.plan.seconds * (1 + planning.SPREAD),
+        )
+        yield Planned(steps=told.steps, train_seconds=told.seconds, low_seconds=low, high_seconds=high,
+                      peak_bytes=told.peak_bytes, available_bytes=told.available_bytes, recompute=told.recompute,
+                      notices=told.notices)  # fmt: skip
         if self.job.ranks.count > 1:
             self.job.ranks.shard(self.job.model)
         for event in trainer.run():
@@ -256,12 +263,6 @@ def _check_disk(run: Run, adapter: Adapter) -> None:
         run.folder.rmdir()
         raise WillNotFit(f"Checkpoints need about {size(need)} of disk; {size(free)} are free.",
                          where=str(run.folder.parent), remedy="Free some, or take --runs on another disk.")  # fmt: skip
-
-
-def _planned(plan: planning.Plan) -> Planned:
-    return Planned(steps=plan.steps, train_seconds=plan.seconds, low_seconds=plan.seconds * (1 - planning.SPREAD),
-                   high_seconds=plan.seconds * (1 + planning.SPREAD), peak_bytes=plan.peak_bytes,
-                   available_bytes=plan.available_bytes, recompute=plan.recompute, notices=plan.notices)  # fmt: skip
 
 
 def resolve(values: Mapping[str, Any], where: str = "") -> tuple[Training, Method]:

@@ -10,8 +10,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from deltaw.api import combine as several
-from deltaw.api import search as supernet
+from deltaw.api import combine as several, search as supernet
 from deltaw.api.evaluate import rows_of
 from deltaw.api.merge import home
 from deltaw.api.persona import load, load_all, locate

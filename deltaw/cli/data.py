@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from deltaw.cli.show import busy, facts
-from deltaw.data.check import DROPPED, FAULTY, SHOWN, UNLEARNT, Checked
-from deltaw.data.check import check as looked_at
+from deltaw.data.check import DROPPED, FAULTY, SHOWN, UNLEARNT, Checked, check as looked_at
 from deltaw.data.encode import Encoded, TrainOn
 from deltaw.data.files import split_weight
 from deltaw.data.rows import Example

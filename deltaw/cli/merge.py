@@ -35,8 +35,7 @@ def merge(run: str | None = None, /, *, out: Path | None = None, into: str = "ba
         Print one JSON object.
     """
     from deltaw.api.exchange import requantised
-    from deltaw.api.merge import home, known_rows
-    from deltaw.api.merge import merge as merged_into
+    from deltaw.api.merge import home, known_rows, merge as merged_into
     from deltaw.api.persona import load, load_base, locate
     from deltaw.data.files import read
     from deltaw.models.checkpoint import form_of

@@ -64,7 +64,7 @@ def serve(*, base: str | None = None, base_format: str = "",
     load = partial(load_base, base or first, base_format=base_format or form, **plain(machine))
     if serving.replicas > 1:
         return _replicated(load, folders, serving)
-    others = joined(together, _lost) if together > 1 else nullcontext(ALONE)
+    others = joined(together) if together > 1 else nullcontext(ALONE)
     with nullcontext() if int(os.environ.get("RANK", 0)) else bound(serving) as at, others as ranks:
         if at is None:
             return follow(load().model, ranks)
@@ -97,11 +97,6 @@ def _replicated(load: partial[Any], folders: list[Path], serving: Serving) -> No
     with bound(serving) as at, replicas_of(load, [folder.absolute() for folder in folders], serving) as replicas:
         _tell(some(serving.replicas, "replica"), at, serving)
         uvicorn.Server(uvicorn.Config(front(replicas, serving), log_level="warning", access_log=False)).run([at])
-
-
-def _lost(number: int) -> None:
-    sys.stderr.write(f"Process {number} of those that compute the model has ended: nothing can be answered any more.\n")
-    os._exit(1)
 
 
 def key(name: str, /, *, file: Path = Path("keys.yaml"), rights: Flat[Rights] = None) -> None:

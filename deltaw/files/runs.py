@@ -253,9 +253,8 @@ def for_all(ranks: Ranks, find: Callable[[], Run]) -> Run:
     run = Run(scratch() / "run") if ranks.own else find()
     files = [] if ranks.own or ranks.count == 1 else [run.config, run.manifest, run.plan, run.best, *run.checkpoints()]
     there = {str(f.relative_to(run.folder)): f.read_bytes() for f in files if f.exists()}
-    for name, content in ranks.agreed(there).items():
-        if not ranks.own:
-            break
+    told = ranks.agreed(there)
+    for name, content in told.items() if ranks.own else ():
         (run.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (run.folder / name).write_bytes(content)
     return run

@@ -107,8 +107,7 @@ class Slab:
 
 def share(count: int, part: Part) -> range:
     """What one of several has of so many; the first have one more."""
-    first, last = (-(-count * each // part[1]) for each in (part[0], part[0] + 1))
-    return range(first, last)
+    return range(*(-(-count * each // part[1]) for each in (part[0], part[0] + 1)))
 
 
 def _up(size: int, to: int = ALIGNED) -> int:

@@ -24,8 +24,6 @@ from deltaw.models.slots import Linear, RMSNorm
 from deltaw.weights import Dense, Weight
 
 T = TypeVar("T")
-FOR_EVER = timedelta(days=3650)
-"""How long one waits for another: a server may have nothing to do."""
 MEET = "DELTAW_MEET"
 """Where processes that one of ours began find it."""
 
@@ -45,7 +43,8 @@ class Ranks:
         if ranks.count > 1 and not dist.is_initialized():
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(env.get("LOCAL_RANK", ranks.own)))
-            dist.init_process_group(init_method=env.get(MEET), rank=ranks.own, world_size=ranks.count, timeout=FOR_EVER)
+            ever = timedelta(days=3650)  # a server may have nothing to do
+            dist.init_process_group(init_method=env.get(MEET), rank=ranks.own, world_size=ranks.count, timeout=ever)
         return ranks
 
     @property

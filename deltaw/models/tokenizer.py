@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tokenizers import Encoding
-from tokenizers import Tokenizer as Fast
+from tokenizers import Encoding, Tokenizer as Fast
 
 from deltaw.errors import UserError, explained
 from deltaw.models.gguf import GGUF
@@ -143,8 +142,7 @@ def _from_gguf(path: Path) -> Tokenizer:
     gguf = GGUF(path)
     fast, specials = _read_by_transformers(path.parent, gguf_file=path.name)
     if gguf.field("tokenizer.ggml.pre") == SPLIT_DIGITS:
-        from tokenizers.pre_tokenizers import ByteLevel, Digits
-        from tokenizers.pre_tokenizers import Sequence as InTurn
+        from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence as InTurn
 
         fast.pre_tokenizer = InTurn([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     ends = [gguf.field(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")]

@@ -53,10 +53,8 @@ class Pieces:
         return view
 
     def lengths(self, at_T: Tensor) -> Tensor:
-        length_T = torch.empty_like(at_T)
-        for run, length in zip(self.runs, self.planned, strict=True):
-            length_T[run.start : run.stop] = length
-        return length_T
+        counts_N = self.spans_N3[:, 1] - self.spans_N3[:, 0]
+        return torch.tensor(self.planned, dtype=at_T.dtype).repeat_interleave(counts_N)
 
     def after(self, k_PKE: Tensor, v_PKE: Tensor) -> "Pieces":  # noqa: ARG002 (they are in the pages)
         return self

@@ -10,8 +10,7 @@ import heapq
 import threading
 from bisect import insort
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator
-from collections.abc import Sequence as Row
+from collections.abc import Hashable, Iterable, Iterator, Sequence as Row
 from math import ceil, exp, inf
 from time import monotonic
 

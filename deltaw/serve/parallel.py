@@ -12,7 +12,7 @@ import tempfile
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import count
@@ -166,22 +166,22 @@ def _called(step: Step, names: Mapping[Any, Any]) -> Step:
 
 
 def _heard(ranks: Ranks) -> Any:
-    nothing: Any = None
     with suppress(RuntimeError):  # the first process is gone, and nobody is left to compute for
-        return ranks.agreed(nothing)
+        return ranks.agreed(())
 
 
 @contextmanager
-def joined(ranks: int, lost: Callable[[int], None]) -> Iterator[Ranks]:
+def joined(ranks: int) -> Iterator[Ranks]:
     """The processes that compute one model: those that `torchrun` began, or else this one and others like it.
 
-    Others run the same command, on this machine. `lost` is told of one that ended before it was to, by its number.
+    Others run the same command, on this machine. If one ends before it was to, so does this: nothing can be answered.
     """
     others, ended, env = list[subprocess.Popen[bytes]](), threading.Event(), os.environ
 
     def watch(other: subprocess.Popen[bytes], number: int) -> None:
         if other.wait() is not None and not ended.is_set():
-            lost(number)
+            sys.stderr.write(f"Process {number} of those that compute the model has ended: no more is answered.\n")
+            os._exit(1)
 
     try:
         with tempfile.TemporaryDirectory(prefix="deltaw-") as folder:  # which nobody else reads, unlike a port

@@ -53,8 +53,7 @@ class Shelf:
             UserError: it is outside the folders, or no adapter of this base; says what does not fit.
         """
         _check_name(name, self.hub.name)
-        inside = [folder for folder in self.catalog.folders if path.resolve().is_relative_to(folder.resolve())]
-        if not inside:
+        if not any(path.resolve().is_relative_to(folder.resolve()) for folder in self.catalog.folders):
             raise UserError("This path is in none of the folders that are served.", where=str(path))
         found = next((at for _, at in adapters_in(path)), None)
         if found is None:

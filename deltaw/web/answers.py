@@ -2,8 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
-from collections.abc import Sequence as Row
+from collections.abc import AsyncIterator, Sequence as Row
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,9 +10,10 @@ from math import inf
 from time import monotonic
 
 from deltaw.api.persona import Base
+from deltaw.decode.generate import Speech
 from deltaw.errors import UserError
 from deltaw.serve.catalog import BASE, Catalog
-from deltaw.serve.choice import Score, Speech
+from deltaw.serve.choice import Score
 from deltaw.serve.grammar import Grammars
 from deltaw.serve.order import Later
 from deltaw.serve.sequence import End, Sequence

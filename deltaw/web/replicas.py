@@ -38,8 +38,6 @@ MOST_KNOWN = 10_000
 """Personas that a replica is known to have had; which of them are in memory, its own budget says."""
 TOLD = ("type", "http_version", "method", "path", "raw_path", "query_string", "headers", "root_path", "scheme")
 ANSWERING = {"/v1/completions", "/v1/chat/completions"}
-ATTEMPTS = 3
-"""How often a request is asked anew, beside once of each replica, before it is given up."""
 
 
 class Spent(Tenant):
@@ -114,8 +112,8 @@ class Front:
 
     async def pass_on(self, scope: Scope, body: bytes, tenant: Tenant, persona: str, send: Send) -> None:
         """Send what a replica answers; if it dies, what is missing of it, from another."""
-        told, scope = 0, {name: scope[name] for name in TOLD if name in scope}
-        for _ in range(ATTEMPTS + self.serving.replicas):
+        told, charged, scope = 0, False, {name: scope[name] for name in TOLD if name in scope}
+        for _ in range(3 + self.serving.replicas):  # as one that is dead may be asked once more
             stream = self.replicas.options(multiplexed_model_id=persona, stream=True)
             answer, at = stream.ask.remote(scope, body, tenant.name, tenant.rights), 0
             try:
@@ -123,7 +121,9 @@ class Front:
                     if message["type"] == "from":
                         self.routed.labels(message["loaded"]).inc()
                     elif message["type"] == "spent":
-                        tenant.had(message["tokens"], message["requests"])
+                        if not (charged and message["requests"]):  # by the one that died
+                            tenant.had(message["tokens"], message["requests"])
+                        charged = True
                     elif (at := at + 1) > told:
                         await send(message)
                         told += 1

@@ -6,14 +6,12 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from small import ROW, end, gone_on, losses, stopping_at, told, write_rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from deltaw.advise import machine
-from deltaw.advise import plan as planning
+from deltaw.advise import machine, plan as planning
 from deltaw.advise.plan import Plan, measure, operations, through
 from deltaw.advise.probe import Cost, kept_bytes
 from deltaw.api.finetune import prepare

@@ -17,8 +17,7 @@ import yaml
 from small import ROW, told, write_rows
 
 import deltaw
-from deltaw.api import finetune as api
-from deltaw.api import prepare as preparing
+from deltaw.api import finetune as api, prepare as preparing
 from deltaw.api.persona import load_base
 from deltaw.api.prepare import load
 from deltaw.cli.app import run as command

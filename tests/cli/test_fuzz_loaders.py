@@ -8,8 +8,7 @@ from itertools import islice
 import pytest
 import yaml
 from gguf import GGUFReader
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from oracles import scramble
 from parity.test_gguf_families import merging_tokenizer
 from small import prepared, stopping_at, told

@@ -10,8 +10,7 @@ from small import TRAIN, told
 
 import deltaw
 from deltaw.api.persona import Persona
-from deltaw.cli import app as entry
-from deltaw.cli import chat
+from deltaw.cli import app as entry, chat
 from deltaw.cli.app import run
 from deltaw.cli.show import busy, facts, grid, json_line
 

@@ -5,12 +5,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from scipy.stats import chisquare
 
-from deltaw.kernels import draw as kernel
-from deltaw.kernels import library
+from deltaw.kernels import draw as kernel, library
 from deltaw.kernels.draw import Draw, drawn, likely
 
 ROUNDED = 1e-6

@@ -5,8 +5,7 @@ The oracle is the explicit formula, left to autograd.
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from oracles import our_logits, scramble
 from torch import nn
 

@@ -3,8 +3,7 @@
 import psutil
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from deltaw.kernels import library, products
 from deltaw.kernels.products import across, summed

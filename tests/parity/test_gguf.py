@@ -8,8 +8,7 @@ import torch
 from conftest import write_tiny
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import dequantize, quantize
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from oracles import hf_logits, our_logits
 from transformers import AutoTokenizer
 

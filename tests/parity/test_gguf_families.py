@@ -8,8 +8,7 @@ import torch
 from conftest import write_tiny
 from oracles import hf_logits, our_logits
 from parity.test_families import LLAMA3, LONG, VARIANTS
-from tokenizers import Tokenizer as Fast
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Fast, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaw.decode.generate import generate

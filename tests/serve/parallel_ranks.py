@@ -86,7 +86,7 @@ def counted(engine, entry):
 
 def main(folder, processes):
     torch.set_num_threads(1)
-    with joined(processes, print) as found:
+    with joined(processes) as found:
         ranks = Counting(found.own, found.count)
         for path in sorted(folder.iterdir()):
             model = checkpoint.load(path)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from conftest import write_tiny
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from oracles import our_logits, scramble
 from serve.integrity import check

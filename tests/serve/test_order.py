@@ -6,17 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given
-from hypothesis import settings as examples
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings as examples, strategies as st
 from oracles import scramble
 from serve.integrity import check
 from serve.test_engine import ENDS, GREEDY, prompt, ties
 
 from deltaw.adapters.adapter import Adapter
 from deltaw.methods import method
-from deltaw.serve import engine as engines
-from deltaw.serve import order as orders
+from deltaw.serve import engine as engines, order as orders
 from deltaw.serve.engine import Engine
 from deltaw.serve.order import SAID, STARVED_SECONDS, Busy
 from deltaw.serve.sequence import Sequence

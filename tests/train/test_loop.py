@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from small import end, gone_on, losses, write_contrary
 from transformers import AutoModelForCausalLM
 

@@ -5,14 +5,13 @@ import urllib.error
 import urllib.request
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
 from deltaw.api.persona import load_base
+from deltaw.decode.generate import Speech
 from deltaw.errors import UserError
 from deltaw.models.tokenizer import Tokenizer
-from deltaw.serve.choice import Speech
 from deltaw.web.server import running
 
 PATIENCE = 30

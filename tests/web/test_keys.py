@@ -261,6 +261,11 @@ def test_who_would_wait_too_long_is_told_when_to_come_again(base, home):
         for _ in range(100):
             engine.waiting.computed(100, 1.0)  # tokens a second, as if it were slow
         assert http(url, "a").post("/v1/completions", json={**ASK, "model": "base"}).status_code == 200
+        engine.waiting.done, engine.waiting.seconds, engine.waiting.slack = (
+            1000.0,
+            10.0,
+            1.0,
+        )  # however busy the machine is
         waiting = {(): 300, ("a",): 300, ("a", ()): 300}
         engine.waiting.expected.update(waiting)
         told = http(url, "a").post("/v1/completions", json={**ASK, "model": "base", "prompt": [5] * 300})

@@ -1,12 +1,11 @@
 """Text as it comes: whatever the pieces, together they are what all tokens say, up to a stop string."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
+from deltaw.decode.generate import Speech
 from deltaw.models import source
 from deltaw.models.tokenizer import Tokenizer
-from deltaw.serve.choice import Speech
 
 TEXTS = st.text(st.sampled_from("ab é漢🙂\n.</"), max_size=40)
 
