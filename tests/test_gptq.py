@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deltaw.errors import UserError
-from deltaw.weights import gptq as module
+from deltaw.weights import grid as module
 from deltaw.weights.grid import Grid, gptq
 
 

@@ -7,12 +7,12 @@ import urllib.request
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
+from web.hubs import running
 
 from deltaw.api.persona import load_base
 from deltaw.decode.generate import Speech
 from deltaw.errors import UserError
 from deltaw.models.tokenizer import Tokenizer
-from deltaw.web.server import running
 
 PATIENCE = 30
 EXAMPLES = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
