@@ -164,11 +164,11 @@ class Watched:
             self.most = max(self.most, 1024 * int(re.search(r"Anonymous:\s+(\d+)", told)[1]))
 
 
-def ours(folder, count, runs, power=False, total=None, path=None):
+def ours(folder, count, runs, power=False, total=None, path=None, more=()):
     """Runs of one server, vLLM's if `path` is a model's; the first is not counted."""
     names = [f"a{i:04d}" for i in range(count)] or ["base"]
     folders = [folder] if total else [folder / name for name in names if count]
-    with vllm_served(folders, path) if path else served(folders) as (port, process):
+    with vllm_served(folders, path) if path else served(folders, more=more) as (port, process):
         watched, found = Watched(process.pid), []
         if count and not total:
             asyncio.run(load(port, [(name, [1] * 8) for name in names]))
@@ -221,7 +221,8 @@ def measured(args, folder):
         return
     made(folder, max([*args.adapters, 32]), RANK, path)
     for count in args.adapters:
-        yield {"side": "deltaw", "adapters": count, **ours(folder, count, args.runs)}
+        yield {"side": f"deltaw {args.more}".strip(), "adapters": count,
+               **ours(folder, count, args.runs, more=args.more.split())}  # fmt: skip
     for count in args.vllm:
         yield {"side": "vLLM", "adapters": count, **ours(folder, count, args.runs, path=path)}
     for count in args.peft:
@@ -234,6 +235,7 @@ def main():
     parser.add_argument("--peft", nargs="*", type=int, default=THEIRS, help="default: %(default)s")
     parser.add_argument("--vllm", nargs="*", type=int, default=(), help="after benchmarks/peers/vllm.sh; default: none")
     parser.add_argument("--scale", action="store_true", help="2,000 adapters")
+    parser.add_argument("--more", default="", help="what our server is told beside, such as --more='--replicas 2'")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where adapters are made and kept; default: nowhere")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="a folder; default: %(default)s")

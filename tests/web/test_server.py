@@ -397,4 +397,4 @@ def test_a_full_disk_ends_no_answer_and_leaves_nothing_half(shelf, base, monkeyp
     monkeypatch.setattr(Path, "open", real)
     assert text(http, "one") != text(http, "base")
     assert http.post("/v1/adapters/upload", data={"name": "up"}, files=files).status_code == 201
-    hub.service.do(hub.service.engine.check_integrity).result(PATIENCE)
+    hub.service.do(lambda: check(hub.service.engine)).result(PATIENCE)
