@@ -268,8 +268,8 @@ def catalog(count):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--personas", type=int, default=100_000)
-    parser.add_argument("--rate", type=float, default=200.0, help="requests a second, of all replicas together")
-    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--rate", type=float, default=450.0, help="requests a second, of all replicas together")
+    parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--target", type=float, default=2.0, help="a first token within so many seconds is promised")
     parser.add_argument("--catalog", type=int, help="measure what so many files of adapters cost a server")
     parser.add_argument("--counts", action="store_true", help="bytes and messages of eight processes")
