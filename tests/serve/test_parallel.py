@@ -17,7 +17,7 @@ from deltaw.models import checkpoint
 from deltaw.models.ranks import part_of
 from deltaw.serve.engine import Engine
 
-PATIENCE = 120
+PATIENCE = 300
 UNEVEN = {
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
