@@ -86,6 +86,9 @@ def serve(*, base: str | None = None, base_format: str = "",
 def _replicated(load: partial[Any], folders: list[Path], serving: Serving) -> None:
     if serving.tensor_parallel > 1:
         raise UserError("A replica is one process.", remedy="Leave --tensor-parallel or --replicas out.")
+    from deltaw.models import source
+
+    source.find(load.args[0])  # told here if it is not there, and fetched once
     try:
         from deltaw.web.replicas import front, replicas_of
     except ImportError as e:  # all of it, or a part

@@ -127,9 +127,10 @@ class Trainer:
         job.adapter.train()
         self.optimizer.zero_grad(set_to_none=False)
         total = 0.0
-        empty = lay([job.rows[rows[0]]])  # for those with fewer: every layer is computed by all at once
-        empty = replace(empty, labels_T=torch.full_like(empty.labels_T, IGNORED))
-        for batch in [*batches, *[empty] * (most - len(batches))]:
+        if len(batches) < most:  # every layer is computed by all at once, whoever has fewer
+            empty = lay([job.rows[rows[0]]])
+            batches += [replace(empty, labels_T=torch.full_like(empty.labels_T, IGNORED))] * (most - len(batches))
+        for batch in batches:
             total += self._micro_step(batch, targets)
             if any(job.ranks.all(job.stop())):
                 return None

@@ -24,7 +24,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from deltaw.api.persona import Base
-from deltaw.errors import UserError
+from deltaw.errors import explained
 from deltaw.settings import Rights, Serving
 from deltaw.web.answers import Refused
 from deltaw.web.app import application, unless_gone
@@ -170,9 +170,9 @@ def replicas_of(load: Callable[[], Base], folders: Sequence[Path], serving: Serv
     options = {"num_cpus": (os.cpu_count() or 1) / serving.replicas}
     made = serve.deployment(num_replicas=serving.replicas, max_ongoing_requests=MOST_KNOWN, ray_actor_options=options)
     try:
-        yield serve.run(made(Replica).bind(load, folders, serving), name="deltaw", route_prefix=None)
-    except RuntimeError as e:
-        raise UserError("The replicas did not come up.", why=str(e).splitlines()[0]) from None
+        with explained("The replicas did not come up.", RuntimeError, why=lambda e: str(e).splitlines()[0]):
+            replicas = serve.run(made(Replica).bind(load, folders, serving), name="deltaw", route_prefix=None)
+        yield replicas
     finally:
         if "RAY_ADDRESS" in os.environ:  # else all of Ray ends with this process
             serve.delete("deltaw")

@@ -15,6 +15,7 @@ from web.hubs import saved
 from web.test_serve_command import PATIENCE, Process
 
 from deltaw.api.persona import load_base
+from deltaw.cli.app import run
 from deltaw.web.keys import hashed
 
 NAMES = [f"persona-{i}" for i in range(6)]
@@ -115,6 +116,13 @@ def test_every_request_is_answered_though_a_replica_is_killed(replicas):
         for name, text in texts:
             assert text.result() == want[name]
     assert counted(url)["deltaw_again_total"] >= 1
+
+
+def test_a_base_that_is_not_there_is_told_before_any_replica_is_begun(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "personas").mkdir()
+    assert run(["serve", "--base", "smollm2-136m", "--personas", "personas", "--replicas", "2", "--port", "0"]) == 2
+    assert "smollm2-135m" in capsys.readouterr().err
 
 
 def test_keys_are_asked_for_and_limits_are_those_of_all_replicas_together(replicas):
