@@ -128,9 +128,8 @@ class Decoder(nn.Module):
         self.norm = _norm(config, config.width)
         self.lm_head = None if config.tied else _linear(config.vocab, config.width, bias=False)
 
-    def hidden(
-        self, ids_T: Tensor, at_T: Tensor, seen: Seen, recompute: bool = False, depth: int | None = None
-    ) -> Tensor:
+    def hidden(self, ids_T: Tensor, at_T: Tensor, seen: Seen, recompute: bool = False,
+               depth: int | None = None) -> Tensor:  # fmt: skip
         """Hidden states h_TD before the head, for tokens at positions `at_T`.
 
         `recompute`: keep only each layer's input for the backward pass and run the layer again there
@@ -140,10 +139,8 @@ class Decoder(nn.Module):
         try:
             x_TD: Tensor = self.embed_tokens(ids_T)
         except IndexError:
-            raise UserError(
-                f"The tokenizer gives the id {int(ids_T.max())}, and the model has {self.config.vocab} rows.",
-                why="Tokenizer and model do not belong together.",
-            ) from None
+            raise UserError(f"The tokenizer gives the id {ids_T.max()}, and the model has {self.config.vocab} rows.",
+                            why="Tokenizer and model do not belong together.") from None  # fmt: skip
         far, near = self.angles(at_T + self.before, seen)
         for i, layer in enumerate(self.layers[:depth]):
             around = (x_TD, near if layer.local else far, seen.layer(i))

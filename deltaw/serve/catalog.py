@@ -102,9 +102,8 @@ class Source:
 class Catalog:
     """The personas of one base. Only `found` and `worn` may be asked by any thread; the rest is between two steps."""
 
-    def __init__(
-        self, model: Decoder, fingerprint: str, wardrobe: Wardrobe, folders: Sequence[Path], kept: Path
-    ) -> None:
+    def __init__(self, model: Decoder, fingerprint: str, wardrobe: Wardrobe, folders: Sequence[Path],
+                 kept: Path) -> None:  # fmt: skip
         self.model, self.fingerprint, self.wardrobe, self.folders = model, fingerprint, wardrobe, folders
         self.kept = kept / f"{fingerprint[:16]}-{str(model.dtype).removeprefix('torch.')}-{LAYOUT}"
         self.sources: dict[str, Source] = {}

@@ -123,8 +123,9 @@ class Saver:
             yield Saved(step=progress.step, path=str(job.run.checkpoints()[-1]))
 
     def best(self, progress: Progress, loss: float) -> Iterator[Event]:
-        """Keep the adapter as the best so far."""
-        warned = list(guarded(lambda: adapters.save(self.job.adapter, self.job.header, self.job.run.best)))
+        """Keep the adapter as the best so far, if each process can: what comes of it must be so for all."""
+        told = guarded(lambda: adapters.save(self.job.adapter, self.job.header, self.job.run.best))
+        warned = next(filter(None, self.job.ranks.all([*told])), [])
         yield from warned
         if not warned:  # else the file still holds the one before
             progress.best_loss, progress.best_step = loss, progress.step

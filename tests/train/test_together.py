@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import ROOT, end, gone_on, losses, prepared, stopping_at, told
+from small import ROOT, end, gone_on, losses, prepared, stopping_at, told, write_contrary
 from variants import VARIANTS
 
 from deltaw.api import finetune
@@ -48,6 +48,8 @@ def folder(tiny_path, tmp_path_factory):
     fresh = {name: {**values, "name": name, **own} for name, own in cases()}
     fresh["stopped-by-two"] = {**values, "name": "stopped-by-two", "method": "lora", "stop": 8}
     stopped = {**values, "name": "stopped-by-one", "method": "lora"}
+    contrary = {"val": write_contrary(folder), "steps": 12, "evaluations": 6, "patience": 1}
+    fresh["full"] = {**values, "name": "full", "method": "lora", **contrary, "full": True}
     assert end(list(prepared(folder / "rows.jsonl", stopped, stopping_at(8)).events())).reason == "interrupted"
     (folder / "fresh.json").write_text(json.dumps(fresh))
     (folder / "begun.json").write_text(json.dumps(["stopped-by-one"]))
@@ -55,13 +57,13 @@ def folder(tiny_path, tmp_path_factory):
     return folder
 
 
-def together(ranks, *command, cwd=None):
+def together(ranks, *command, cwd=None, code=0):
     """What several processes print."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *command]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(run, capture_output=True, text=True, check=False, cwd=cwd, env=env, timeout=PATIENCE)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr * bool(code)
 
 
 def alone(folder, name, values):
@@ -115,6 +117,13 @@ def test_what_two_began_one_goes_on_with_though_only_the_second_was_asked_to_sto
     assert 0 < len(stopped["losses"][0]) < len(unbroken[0])
     assert end(list(gone_on(folder / "runs" / "stopped-by-two").events())).reason == "done"
     close(losses(recorded(folder / "runs" / "stopped-by-two")), unbroken)
+
+
+def test_where_the_disk_of_one_is_full_no_process_has_a_best_adapter_that_another_lacks(folder):
+    """Else one would give up before the other, which would wait for it."""
+    told = json.loads((folder / "full.json").read_text())
+    assert (told["reason"], len(told["losses"][0])) == ("done", 12)
+    assert [best for *_, best in told["losses"][1]] == [True] * 6
 
 
 def recorded(folder):

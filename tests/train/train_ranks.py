@@ -1,5 +1,6 @@
 """One of several processes that train the runs of a folder together, to be compared with what one does alone."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -7,15 +8,23 @@ from pathlib import Path
 from small import gone_on, losses, prepared, stopping_at
 
 from deltaw.api import finetune
+from deltaw.files import adapters
 from deltaw.models.ranks import Ranks
 from deltaw.train.events import Sampled
 
 
 def main(folder):
-    own = Ranks.joined().own
+    own, save = Ranks.joined().own, adapters.save
+
+    def full(adapter, header, path):
+        if path.name == "best.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(adapter, header, path)
+
     for name, values in json.loads((folder / "fresh.json").read_text()).items():
         stop, asks = stopping_at(values.pop("stop", 0) * own), values.pop("asks", False)  # only the second is asked to
         prepare = finetune.prepare if asks else prepared
+        adapters.save = full if values.pop("full", False) and not own else save
         finished(
             folder / f"{name}.json",
             own,
