@@ -4,6 +4,7 @@ import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -129,14 +130,10 @@ class Prepared:
         yield replace(self.started, resumed_at=trainer.progress.step, notices=(*self.started.notices, *lost))
         if self.plan is None:
             self.plan = self.job.ranks.agreed(planning.measure(self.job, self.job.settings.minutes))
-            self.job.steps = trainer.progress.steps or self.plan.steps
-            self.job.recompute = self.plan.recompute
             yield from self._write_plan({})
-        told, low, high = (
-            self.plan,
-            self.plan.seconds * (1 - planning.SPREAD),
-            self.plan.seconds * (1 + planning.SPREAD),
-        )
+        told = self.plan
+        self.job.steps, self.job.recompute = trainer.progress.steps or told.steps, told.recompute
+        low, high = (told.seconds * (1 + by) for by in (-planning.SPREAD, planning.SPREAD))
         yield Planned(steps=told.steps, train_seconds=told.seconds, low_seconds=low, high_seconds=high,
                       peak_bytes=told.peak_bytes, available_bytes=told.available_bytes, recompute=told.recompute,
                       notices=told.notices)  # fmt: skip
@@ -163,19 +160,25 @@ def prepare(data: Sequence[str], values: Mapping[str, Any], stop: Callable[[], b
         UserError: wrong settings or data. WillNotFit: too little disk.
     """
     settings, method = resolve(values)
-    if Ranks.joined().own:
-        settings = replace(settings, runs=runs.scratch())
     loaded = load(data, settings, stop)  # before the model: a fault in the data is found at once
     base = load_base(settings.base, settings.dtype, settings.device, settings.threads, say, packing(settings, method))
     adapter, encoded = begun(method, base, settings, loaded, stop)
     method = adapter.method
     settings = _resolved(settings, method, base, encoded)
-    run = runs.create(settings.runs, settings.name, called(loaded.parts[0].path), settings.method)
-    _check_disk(run, adapter)
     # Without the name, so that the file can be given back with --config.
     config = {"data": list(data), **plain(replace(settings, name=None)), **plain(method)}
-    run.write_config(config)
-    run.write_json(run.manifest, {**manifest(base, loaded, encoded), "settings": config})
+
+    def made() -> Run:
+        run = runs.create(settings.runs, settings.name, called(loaded.parts[0].path), settings.method)
+        if (free := free_disk(run.folder)) < (need := CHECKPOINTS * 12 * adapter.parameter_count):
+            run.folder.rmdir()
+            raise WillNotFit(f"Checkpoints need about {size(need)} of disk; {size(free)} are free.",
+                             where=str(settings.runs), remedy="Free some, or take --runs on another disk.")  # fmt: skip
+        run.write_config(config)
+        run.write_json(run.manifest, {**manifest(base, loaded, encoded), "settings": config})
+        return run
+
+    run = runs.for_all(Ranks.joined(), made)
     return Prepared(base, *_job(base, run, adapter, settings, loaded, encoded, stop))
 
 
@@ -214,7 +217,6 @@ def resume(name: str | None, folder: Path, stop: Callable[[], bool] = lambda: Fa
     prepared = Prepared(base, job, replace(started, notices=(*started.notices, *moved)))
     if run.plan.exists():
         prepared.plan = planning.Plan.read(run.plan)
-        prepared.job.steps, prepared.job.recompute = prepared.plan.steps, prepared.plan.recompute
     return prepared
 
 
@@ -228,14 +230,11 @@ def called(file: Path) -> str:
 
 def _resolved(settings: Training, method: Method, base: Base, encoded: EncodedData) -> Training:
     """The settings with what was chosen here in the place of `auto` and nothing: what a resumed run goes by."""
-    width = base.model.config.width
-    chosen: dict[str, Any] = {
-        "dtype": str(base.model.dtype).removeprefix("torch."), "device": str(base.model.device),
-        "threads": torch.get_num_threads(),
-        "batch_rows": settings.batch_rows or rows_per_step(encoded.rows.mean_tokens),
-        "learning_rate": settings.learning_rate or type(method).peak_rate * min(1.0, RATE_WIDTH / width),
-    }  # fmt: skip
-    return replace(settings, **chosen)
+    dtype: Any = str(base.model.dtype).removeprefix("torch.")
+    rate = settings.learning_rate or type(method).peak_rate * min(1.0, RATE_WIDTH / base.model.config.width)
+    rows = settings.batch_rows or rows_per_step(encoded.rows.mean_tokens)
+    return replace(settings, dtype=dtype, device=str(base.model.device), threads=torch.get_num_threads(),
+                   batch_rows=rows, learning_rate=rate)  # fmt: skip
 
 
 def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loaded, encoded: EncodedData,
@@ -258,25 +257,15 @@ def _job(base: Base, run: Run, adapter: Adapter, settings: Training, loaded: Loa
     return job, started
 
 
-def _check_disk(run: Run, adapter: Adapter) -> None:
-    if (free := free_disk(run.folder)) < (need := CHECKPOINTS * 12 * adapter.parameter_count):
-        run.folder.rmdir()
-        raise WillNotFit(f"Checkpoints need about {size(need)} of disk; {size(free)} are free.",
-                         where=str(run.folder.parent), remedy="Free some, or take --runs on another disk.")  # fmt: skip
-
-
 def resolve(values: Mapping[str, Any], where: str = "") -> tuple[Training, Method]:
     """Divide flat settings into those of training and those of the method.
 
     Raises:
         UserError: an unknown setting, with the nearest known one, or a value that does not fit.
     """
-    method = methods.find(str(values.get("method", "lora")))
-    known = [*names(Training), *names(method)]
-    for key in values:
-        if key not in known:
-            raise UserError(f"Unknown setting '{key}'.", where=where, remedy=nearest(key, known))
-    own = {k: v for k, v in values.items() if k in names(method)}
-    rest = {k: v for k, v in values.items() if k in names(Training)}
-    settings = build(Training, rest, where)
-    return settings, methods.method(settings.method, where, **own)
+    method = str(values.get("method", "lora"))
+    known = [names(Training), names(methods.find(method))]
+    if (odd := next((key for key in values if key not in chain(*known)), None)) is not None:
+        raise UserError(f"Unknown setting '{odd}'.", where=where, remedy=nearest(odd, chain(*known)))
+    rest, own = ({k: v for k, v in values.items() if k in some} for some in known)
+    return build(Training, rest, where), methods.method(method, where, **own)

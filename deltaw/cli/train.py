@@ -61,10 +61,10 @@ def register(app: App, arguments: Sequence[str]) -> None:
             _refuse_changes(arguments, (settings, Training()), (own, method()))
         if resume and len(files) > 1:
             raise UserError("Only one run is resumed at a time.", remedy=f"deltaw train --resume {files[0]}")
-        if Ranks.joined().own:  # what several processes do together is shown once
+        if (ranks := Ranks.joined()).own:  # what several processes do together is shown once
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (until it ends)
         with interruptible() as stop:
-            with busy(json) as say:
+            with busy(json) as say, ranks.once():
                 if resume:
                     on = {key: getattr(settings, key) for key in ELSEWHERE
                           if getattr(settings, key) != getattr(Training(), key)}  # fmt: skip
@@ -72,6 +72,7 @@ def register(app: App, arguments: Sequence[str]) -> None:
                 else:
                     named = files or tuple([data] if isinstance(data, str) else data)
                     prepared = finetune.prepare(named, {**plain(settings), **plain(own)}, stop, say)
+            ranks.agreed(None)
             return _show(prepared, json)
 
     train.__annotations__ |= {"files": str, "settings": Flat[Training], "own": Flat[method],  # type: ignore[misc, valid-type]

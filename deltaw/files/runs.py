@@ -241,16 +241,11 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def scratch() -> Path:
-    """Where a process that trains with others keeps its records, which are the first one's too; it goes with it."""
-    folder = tempfile.mkdtemp(prefix="deltaw-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
-
-
 def for_all(ranks: Ranks, find: Callable[[], Run]) -> Run:
-    """The run that the first process finds; others have a copy of what it resumes from."""
-    run = Run(scratch() / "run") if ranks.own else find()
+    """The run that the first process makes or finds; others have a copy of what it begins with, until they end."""
+    run = Run(Path(tempfile.mkdtemp(prefix="deltaw-"))) if ranks.own else find()
+    if ranks.own:
+        atexit.register(run.remove)
     files = [] if ranks.own or ranks.count == 1 else [run.config, run.manifest, run.plan, run.best, *run.checkpoints()]
     there = {str(f.relative_to(run.folder)): f.read_bytes() for f in files if f.exists()}
     told = ranks.agreed(there)

@@ -6,6 +6,8 @@ Shoeybi et al. 2019, arXiv:1909.08053). Or of all its matrices, for training (FS
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -71,6 +73,21 @@ class Ranks:
         if self.count > 1:
             dist.broadcast_object_list(heard, 0)
         return heard[0]
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Let a fault in this block be told by the first process if it has ended of one, too; others end quietly then.
+
+        Behind the block the first has to be `agreed` with, so that others hear that it has not.
+        """
+        try:
+            yield
+        except (UserError, RuntimeError):
+            with suppress(RuntimeError):  # it is gone
+                if self.own:
+                    self.agreed(None)
+                raise
+            raise SystemExit(UserError.code) from None
 
     def beside(self, t_TV: Tensor, columns: int) -> Tensor:
         """The columns of all, beside each other; only the first hears them."""

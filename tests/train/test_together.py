@@ -140,3 +140,20 @@ def test_the_command_line_shows_a_run_once(folder, tiny_path, tmp_path):
     assert len(re.findall("Talk to it: deltaw chat shown", shown)) == 1
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["shown"]
     assert "2 processes train together" in shown
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), [
+    (["rows.jsonl", "--name", "taken"], "There is a run 'taken' already."),
+    (["--resume", "nobody"], "There is no run 'nobody'."),
+    (["bad.jsonl"], "This line is not JSON"),
+])  # fmt: skip
+def test_what_is_wrong_is_told_once_and_ends_all(folder, tiny_path, tmp_path, arguments, complaint):
+    """Whether only the first finds it, or all do: the others neither say it again nor wait until they are ended."""
+    (tmp_path / "rows.jsonl").write_bytes((folder / "rows.jsonl").read_bytes())
+    (tmp_path / "bad.jsonl").write_text("{")
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    base = [] if "--resume" in arguments else ["--base", str(tiny_path)]
+    shown = together(2, "-m", "deltaw.cli", "train", *arguments, *base, cwd=tmp_path, code=1)
+    assert shown.count(complaint) == 1
+    assert "[rank1]" not in shown  # as a traceback is
+    assert "forcefully" not in shown
