@@ -17,7 +17,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from deltaw.cli.show import Flat, busy
-from deltaw.errors import UserError
+from deltaw.errors import UserError, explained
 from deltaw.files.atomic import write_text
 from deltaw.files.runs import check_name
 from deltaw.settings import KEY, Machine, Rights, Serving, plain, read_yaml
@@ -45,7 +45,6 @@ def serve(*, base: str | None = None, base_format: str = "",
     if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
         raise UserError(f"The server needs {', '.join(missing)}.", remedy="pip install 'deltaw[serve]'")
     from deltaw.api.persona import load_base
-    from deltaw.models.ranks import ALONE
     from deltaw.serve.parallel import follow, joined
     from deltaw.web.app import application
     from deltaw.web.server import Listener, bound, hub_of
@@ -64,10 +63,9 @@ def serve(*, base: str | None = None, base_format: str = "",
     load = partial(load_base, base or first, base_format=base_format or form, **plain(machine))
     if serving.replicas > 1:
         return _replicated(load, folders, serving)
-    others = joined(together) if together > 1 else nullcontext(ALONE)
-    with nullcontext() if int(os.environ.get("RANK", 0)) else bound(serving) as at, others as ranks:
+    with nullcontext() if int(os.environ.get("RANK", 0)) else bound(serving) as at, joined(together) as ranks:
         if at is None:
-            return follow(load().model, ranks)
+            return follow(lambda: load().model, ranks)
         # In a thread that ends: what computes in this one would keep OpenMP's threads, and with more of them than cores
         # those of the engine sleep after each product.
         with busy() as say, ThreadPoolExecutor(1) as loader:
@@ -89,10 +87,8 @@ def _replicated(load: partial[Any], folders: list[Path], serving: Serving) -> No
     from deltaw.models import source
 
     source.find(load.args[0])  # told here if it is not there, and fetched once
-    try:
+    with explained("Replicas need Ray.", ImportError, remedy="pip install 'deltaw[serve,scale]'"):  # all, or a part
         from deltaw.web.replicas import front, replicas_of
-    except ImportError as e:  # all of it, or a part
-        raise UserError("Replicas need Ray.", why=str(e), remedy="pip install 'deltaw[serve,scale]'") from None
     import uvicorn
 
     from deltaw.web.server import bound

@@ -6,17 +6,18 @@ with the outputs; where a layer's outputs are whole, so is B, and what is betwee
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from deltaw.adapters.adapter import Adapter
 from deltaw.errors import UserError
 from deltaw.kernels.worn import Change, Part, Slab, share
 from deltaw.models.checkpoint import linears
+from deltaw.models.config import ModelConfig
 from deltaw.models.decoder import Decoder
 from deltaw.models.ranks import MEET, Ranks, cut, part_of
 from deltaw.models.slots import Before, Linear
@@ -63,10 +65,10 @@ class Apart(Mixed):
 class Hall(Floor):
     """Where rows wear what they do in a part of a model. What layers that read the same x need is summed at once."""
 
-    def __init__(self, whole: Decoder, part: Decoder, ranks: Ranks) -> None:
+    def __init__(self, whole: ModelConfig, part: Decoder, ranks: Ranks) -> None:
         super().__init__(part, Apart)
         self.ranks, self.found = ranks, dict[int, Tensor]()
-        self.cuts = [cut(name, whole.config, ranks.part) for name, _ in linears(part)]
+        self.cuts = [cut(name, whole, ranks.part) for name, _ in linears(part)]
 
     def between(self, layer: int, x_TI: Tensor) -> Tensor:
         """What is between A and B at a layer; its neighbours' is kept until they ask."""
@@ -82,10 +84,10 @@ class Hall(Floor):
 class Forwards(Forward):
     """A part of a model; only the first process has the logits."""
 
-    def __init__(self, whole: Decoder, part: Decoder, arena: Arena, ranks: Ranks) -> None:
+    def __init__(self, whole: ModelConfig, part: Decoder, arena: Arena, ranks: Ranks) -> None:
         self.model, self.arena, self.layers, self.ranks = part, arena, None, ranks
         self.floor: Hall = Hall(whole, part, ranks)
-        heads = share(whole.config.kv_heads, ranks.part)
+        heads = share(whole.kv_heads, ranks.part)
         arena.heads = slice(heads.start, heads.stop)
 
     def __call__(self, step: Step, alone: Adapter | None = None) -> Tensor:
@@ -98,7 +100,7 @@ class Leader:
 
     def __init__(self, whole: Decoder, engine: Engine, ranks: Ranks) -> None:
         self.whole, self.ranks = whole, ranks
-        self.forward = Forwards(whole, engine.model, engine.arena, ranks)
+        self.forward = Forwards(whole.config, engine.model, engine.arena, ranks)
         self.numbers, self.clock = weakref.WeakKeyDictionary[Slab, int](), count()
         self.unsent = weakref.WeakKeyDictionary[Slab, list[Slab]]()
         self.gone, self.written = deque[int](), list[tuple[list[int], int, tuple[Before, ...]]]()
@@ -125,19 +127,27 @@ class Leader:
         new = {self.numbers[slab]: self.unsent.pop(slab) for slab in worn if slab in self.unsent}
         gone = [self.gone.popleft() for _ in range(len(self.gone))]
         written, self.written = self.written, []
-        self.ranks.agreed(Told(_called(step, self.numbers), new, gone, written))
-        return self.forward(step, alone)
+        try:
+            self.ranks.agreed(Told(_called(step, self.numbers), new, gone, written))
+            return self.forward(step, alone)
+        except Exception as e:  # the others are in the midst of it, and would wait for ever
+            _end(f"The step of several processes failed: {e}")
 
 
 @torch.inference_mode()
-def follow(whole: Decoder, ranks: Ranks) -> None:
+def follow(load: Callable[[], Decoder], ranks: Ranks) -> None:
     """Compute a part of every step that the first process tells, until it tells no more."""
-    part = part_of(whole, ranks.part)
-    arena = Arena(part, (_heard(ranks) or 0) * Arena(part, 0).page_bytes)
-    forward, slabs = Forwards(whole, part, arena, ranks), dict[int, Slab]()
+    for number in (signal.SIGINT, signal.SIGTERM):  # which torchrun sends to all: the first answers to the end
+        signal.signal(number, signal.SIG_IGN)
+    with ranks.once():
+        whole = load()
+        part, config = part_of(whole, ranks.part), whole.config
+        del whole  # of which each has a part
+        arena = Arena(part, ranks.agreed(0) * Arena(part, 0).page_bytes)
+    forward, slabs = Forwards(config, part, arena, ranks), dict[int, Slab]()
     while (told := _heard(ranks)) is not None:
-        slabs |= {number: parts[ranks.own - 1] for number, parts in told.new.items()}
-        slabs = {number: slab for number, slab in slabs.items() if number not in told.gone}
+        new = {number: parts[ranks.own - 1] for number, parts in told.new.items()}
+        slabs = {number: slab for number, slab in (slabs | new).items() if number not in told.gone}
         for each in told.written:
             arena.write(*each)
         forward(_called(told.step, slabs))
@@ -170,6 +180,12 @@ def _heard(ranks: Ranks) -> Any:
         return ranks.agreed(())
 
 
+def _end(why: str) -> NoReturn:
+    """End now, and all with this process: none can compute without the others."""
+    sys.stderr.write(f"{why}: no more is answered.\n")
+    os._exit(1)
+
+
 @contextmanager
 def joined(ranks: int) -> Iterator[Ranks]:
     """The processes that compute one model: those that `torchrun` began, or else this one and others like it.
@@ -180,8 +196,7 @@ def joined(ranks: int) -> Iterator[Ranks]:
 
     def watch(other: subprocess.Popen[bytes], number: int) -> None:
         if other.wait() is not None and not ended.is_set():
-            sys.stderr.write(f"Process {number} of those that compute the model has ended: no more is answered.\n")
-            os._exit(1)
+            _end(f"Process {number} of those that compute the model has ended")
 
     try:
         with tempfile.TemporaryDirectory(prefix="deltaw-") as folder:  # which nobody else reads, unlike a port

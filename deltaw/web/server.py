@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from deltaw.api.persona import Base
-from deltaw.errors import UserError
+from deltaw.errors import UserError, explained
 from deltaw.models import source
 from deltaw.models.ranks import ALONE, Ranks, part_of
 from deltaw.serve.catalog import BASE, Catalog
@@ -64,11 +64,9 @@ def bound(serving: Serving) -> socket.socket:
     if not serving.alone and not serving.key and not serving.keys:
         raise UserError(f"At {serving.host} everybody could ask, and there is no key.",
                         remedy="Set DELTAW_API_KEY, take --keys, or leave --host out.")  # fmt: skip
-    try:
+    with explained("The server cannot listen here.", OSError, where=f"{serving.host}:{serving.port}",
+                   why="{error.strerror}.", remedy="Take another --port."):  # fmt: skip
         return socket.create_server((serving.host, serving.port))
-    except OSError as e:
-        raise UserError("The server cannot listen here.", where=f"{serving.host}:{serving.port}", why=f"{e.strerror}.",
-                        remedy="Take another --port.") from None  # fmt: skip
 
 
 class Listener(uvicorn.Server):

@@ -70,9 +70,13 @@ class Counting(Ranks):
     """Which counts what is summed, in numbers."""
 
     sums: ClassVar[list[int]] = []
+    fails = sys.maxsize
+    """Sums after which the first process fails in the midst of a step."""
 
     def sum(self, t):
         self.sums.append(t.numel())
+        if not self.own and len(self.sums) > self.fails:
+            raise MemoryError("there is none left")
         return super().sum(t)
 
 
@@ -91,7 +95,7 @@ def main(folder, processes):
         for path in sorted(folder.iterdir()):
             model = checkpoint.load(path)
             if ranks.own:
-                follow(model, ranks)
+                follow(lambda model=model: model, ranks)
                 continue
             engine = Engine(part_of(model, ranks.part), 8 << 20, most=9, chunk=40)
             leader, whole = Leader(model, engine, ranks), personas(model)
@@ -110,4 +114,5 @@ def main(folder, processes):
 
 
 if __name__ == "__main__":
+    Counting.fails = int(*sys.argv[3:]) or sys.maxsize
     main(Path(sys.argv[1]), int(sys.argv[2]))

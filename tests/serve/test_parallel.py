@@ -51,12 +51,12 @@ def alone(models):
     return whole
 
 
-def begun(script, *told, ranks, meet):
+def begun(script, *told, ranks, meet, **more):
     """Processes of a script that find each other at a file."""
     env = {**os.environ, "DELTAW_MEET": f"file://{meet}", "WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo",
            "PYTHONPATH": str(Path(__file__).parents[1])}  # fmt: skip
     command = [sys.executable, str(Path(__file__).parent / script), *map(str, told)]
-    return [subprocess.Popen(command, env={**env, "RANK": str(k)}) for k in range(ranks)]
+    return [subprocess.Popen(command, env={**env, "RANK": str(k)}, **more) for k in range(ranks)]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -75,6 +75,14 @@ def test_several_processes_say_what_one_says_whatever_is_worn(models, alone, ran
         for (_, scores), (_, expected) in zip(got, want, strict=True):
             torch.testing.assert_close(torch.tensor(scores), torch.tensor(expected), rtol=0, atol=2e-4)
     assert len({tuple(tokens) for want in alone.values() for tokens, _ in want}) > 60
+
+
+def test_a_step_that_fails_in_one_process_ends_all_rather_than_that_they_wait_for_each_other(models, tmp_path):
+    first, other = begun("parallel_ranks.py", models, 2, 30, ranks=2, meet=tmp_path / "meet", stderr=subprocess.PIPE)
+    assert b"failed: there is none left: no more is answered." in first.communicate(timeout=PATIENCE)[1]
+    assert first.returncode == 1
+    other.communicate(timeout=PATIENCE)
+    assert other.returncode
 
 
 def test_parts_have_all_of_a_model_between_them(models):

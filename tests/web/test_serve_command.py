@@ -25,8 +25,20 @@ PATIENCE = 90
 class Process:
     """A server in a process of its own; `told` is what it says when it is ready."""
 
-    def __init__(self, folder, *arguments, **environment):
-        command = [sys.executable, "-m", "deltaw.cli", "serve", "--port", "0", "--dtype", "float32", "--threads", "1"]
+    def __init__(self, folder, *arguments, module=(), **environment):
+        command = [
+            sys.executable,
+            "-m",
+            *module,
+            "deltaw.cli",
+            "serve",
+            "--port",
+            "0",
+            "--dtype",
+            "float32",
+            "--threads",
+            "1",
+        ]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "DELTAW_CACHE": str(folder / "cache"), **environment}
         self.process = subprocess.Popen([*command, *arguments], cwd=folder, env=environment, bufsize=0,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
@@ -111,7 +123,20 @@ def test_two_processes_say_what_one_says_and_one_that_is_lost_is_told(personas):
     three = [*both.process.args[:-1], "3"]
     refused = subprocess.run(three, capture_output=True, text=True, check=False, **told)
     assert refused.returncode == 2
-    assert "2 heads of keys and values are not shared by 3 processes" in refused.stderr
+    assert refused.stderr.count("2 heads of keys and values are not shared by 3 processes") == 1
+
+
+def test_torchrun_asked_to_end_lets_several_processes_answer_to_the_end(personas):
+    server = Process(personas, module=["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"])
+    body = {"model": "poet", "prompt": "abc", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    request = urllib.request.Request(server.url + "/v1/completions", json.dumps(body).encode(),
+                                     {"content-type": "application/json"})  # fmt: skip
+    with urllib.request.urlopen(request, timeout=PATIENCE) as f:
+        f.readline()
+        server.process.send_signal(signal.SIGTERM)
+        told = f.read().decode()
+    assert '"finish_reason": "length"' in told.replace('":"', '": "'), told[-500:]
+    assert "A step" not in server.process.communicate(timeout=PATIENCE)[0].decode()
 
 
 def test_the_base_and_its_form_are_those_of_the_first_persona(personas):
