@@ -127,7 +127,8 @@ def test_two_processes_say_what_one_says_and_one_that_is_lost_is_told(personas):
 
 
 def test_torchrun_asked_to_end_lets_several_processes_answer_to_the_end(personas):
-    server = Process(personas, module=["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"])
+    began = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    server = Process(personas, module=began, OMP_NUM_THREADS="1")  # or torchrun says that it sets it
     body = {"model": "poet", "prompt": "abc", "max_tokens": 400, "ignore_eos": True, "stream": True}
     request = urllib.request.Request(server.url + "/v1/completions", json.dumps(body).encode(),
                                      {"content-type": "application/json"})  # fmt: skip
