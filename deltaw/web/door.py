@@ -5,12 +5,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deltaw.settings import Serving
+from deltaw.settings import Rights, Serving
 from deltaw.web.forms import Answer, fault
 from deltaw.web.keys import Keys, Tenant
 
 OPEN = {"/", "/health", "/healthz", "/readyz", "/docs", "/openapi.json"}
 """Routes that ask for no key: they say nothing of anybody."""
+NOBODY = Tenant("", Rights(personas=()))
+"""Who comes without a key, to what is open."""
 ASKS = "This server asks for a key: Authorization: Bearer KEY."
 
 
@@ -23,11 +25,12 @@ class Door:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let one in, or say why not, before anything of its body is read."""
         if scope["type"] == "http":
-            tenant = self.keys.of(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")[len("Bearer ") :])
-            if tenant is None and scope["path"] not in OPEN:
+            key = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")[len("Bearer ") :]
+            tenant = self.keys.of(key) or NOBODY
+            if tenant is NOBODY and scope["path"] not in OPEN:
                 return await Answer(fault(ASKS, "invalid_api_key"), 401)(scope, receive, send)
             scope.setdefault("state", {})["tenant"] = tenant
-            upload = scope["path"] == "/v1/adapters/upload" and tenant is not None and tenant.rights.manage
+            upload = scope["path"] == "/v1/adapters/upload" and tenant.rights.manage
             receive = _counted(receive, 1e6 * (self.serving.upload_mb if upload else self.serving.body_mb))
         return await self.app(scope, receive, send)
 

@@ -20,6 +20,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from prometheus_client import CollectorRegistry, Counter
 from ray import serve
 from ray.exceptions import RayActorError
+from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
@@ -104,10 +105,11 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request be answered, until the answer is whole, or the client gone."""
         request = Request(scope, receive)
-        tenant, (persona, body) = tenant_of(request), _asked(await request.body())
-        if request.url.path in ANSWERING:
-            tenant.ask()
-        with suppress(Gone):
+        with suppress(Gone, ClientDisconnect):
+            tenant, persona, body = tenant_of(request), "", await request.body()
+            if scope["path"] in ANSWERING:
+                tenant.ask()
+                persona, body = _asked(body)
             await unless_gone(request, self.pass_on(scope, body, tenant, persona, send))
 
     async def pass_on(self, scope: Scope, body: bytes, tenant: Tenant, persona: str, send: Send) -> None:
@@ -181,10 +183,10 @@ def replicas_of(load: Callable[[], Base], folders: Sequence[Path], serving: Serv
 
 def _asked(body: bytes) -> tuple[str, bytes]:
     """The persona that is asked for; and the body, with a seed, so that another replica can say the same."""
-    with suppress(ValueError, UnicodeError):
+    with suppress(ValueError, RecursionError):  # which a replica tells
         told = json.loads(body)
         if isinstance(told, dict) and isinstance(told.get("model"), str):
-            if {"prompt", "messages"} & told.keys() and told.get("seed") is None:
+            if told.get("seed") is None:
                 body = json.dumps(told | {"seed": random.getrandbits(31)}).encode()
             return told["model"].partition("+")[0].partition(":")[0].strip(), body
     return "", body

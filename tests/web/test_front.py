@@ -1,0 +1,120 @@
+"""What listens before replicas, with one in this process, asked as Ray asks it: who is let in, and what it owes."""
+
+import asyncio
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx2 as httpx
+import pytest
+import uvicorn
+from ray.exceptions import RayActorError
+from web.hubs import saved
+from web.test_keys import made
+
+from deltaw.settings import Serving
+from deltaw.web.replicas import Replica, front
+from deltaw.web.server import bound
+
+PATIENCE = 30
+ASK = {"model": "poet", "prompt": "abc", "max_tokens": 4, "temperature": 0}
+LONG = {**ASK, "max_tokens": 300, "ignore_eos": True, "stream": True}
+
+
+class Local:
+    """A handle as Ray's: of one replica, which for who asks next dies after `lives` messages."""
+
+    def __init__(self):
+        self.replica, self.groups, self.lives = Replica.__new__(Replica), [], None
+
+    def options(self, multiplexed_model_id, stream):
+        self.groups.append(multiplexed_model_id)
+        return self
+
+    @property
+    def ask(self):
+        return self
+
+    def remote(self, *arguments):
+        lives, self.lives = self.lives, None
+        return Asked(self.replica.ask(*arguments), lives)
+
+
+class Asked:
+    """An answer as Ray gives it: computed ahead, whoever reads it; and given up where it is computed."""
+
+    def __init__(self, answer, lives):
+        self.heard, self.lives = asyncio.Queue(), lives
+        self.task = asyncio.create_task(self.hear(answer))
+        self.cancel = self.task.cancel
+
+    async def hear(self, answer):
+        async for message in answer:
+            self.heard.put_nowait(message)
+        self.heard.put_nowait(None)
+
+    async def __aiter__(self):
+        told = 0
+        while (message := await self.heard.get()) is not None:
+            if told == self.lives:
+                raise RayActorError
+            yield message
+            told += 1
+
+
+@contextmanager
+def served(base, home, **told):
+    """A front, in a thread; gives its address, and what it asks."""
+    keys = made(home / "keys.yaml", **told) if told else None
+    serving, local = Serving(port=0, budget_gb=0.02, keys=keys, replicas=2), Local()
+    at = bound(serving)
+    server = uvicorn.Server(uvicorn.Config(front(local, serving), log_level="warning"))
+
+    async def serve():
+        await local.replica.__init__(lambda: base, [home / "personas"], serving)
+        await server.serve([at])
+        await local.replica.stack.aclose()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{at.getsockname()[1]}", local
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def home(base, tmp_path, monkeypatch):
+    async def known(self, group):
+        return group
+
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Replica, "known", known)
+    for n, name in enumerate(("poet", "a:b")):
+        saved(base, tmp_path / "personas" / f"{name}.safetensors", "lora", {"rank": 2}, seed=n)
+    return tmp_path
+
+
+def of(name):
+    return {"authorization": f"Bearer key-of-{name}"}
+
+
+def test_what_is_open_to_all_is_open_before_replicas_too(base, home):
+    with served(base, home, all={"manage": True}) as (url, _), httpx.Client(base_url=url, timeout=PATIENCE) as http:
+        routes = ("/", "/health", "/healthz", "/readyz", "/docs", "/openapi.json")
+        assert [http.get(route).status_code for route in routes] == [200] * 6
+        assert [http.get(route).status_code for route in ("/v1/models", "/metrics", "/metrics/routing")] == [401] * 3
+
+
+def test_a_seed_is_told_only_where_one_is_known_and_no_body_breaks_what_listens(base, home, caplog):
+    with served(base, home) as (url, _), httpx.Client(base_url=url, timeout=PATIENCE) as http:
+        assert http.post("/tokenize", json={"model": "poet", "prompt": "abc"}).json()["tokens"] == [64, 65, 66]
+        deep = b'{"model": "poet", "prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+        told = {"content-type": "application/json"}
+        assert http.post("/v1/completions", content=deep, headers=told).status_code == 400
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as leaving:
+            leaving.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n{")
+        time.sleep(0.2)
+    assert "Traceback" not in caplog.text
