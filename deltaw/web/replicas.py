@@ -10,14 +10,16 @@ import logging
 import os
 import random
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import ray
 from fastapi import Depends, FastAPI, Request, Response
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter as Counts
 from ray import serve
 from ray.exceptions import RayActorError
 from starlette.requests import ClientDisconnect
@@ -35,54 +37,67 @@ from deltaw.web.keys import Tenant
 from deltaw.web.metrics import measured
 from deltaw.web.server import hub_of
 
-MOST_KNOWN = 10_000
-"""Personas that a replica is known to have had; which of them are in memory, its own budget says."""
+GROUPS = 1024
+"""Of personas, by their names: Ray keeps where each was, and of names, which anybody may make up, it forgets none."""
+MOST_ASKED = 10_000
+"""Requests that a replica has at once: which of them wait, its own engine says."""
 TOLD = ("type", "http_version", "method", "path", "raw_path", "query_string", "headers", "root_path", "scheme")
 ANSWERING = {"/v1/completions", "/v1/chat/completions"}
 
 
 class Spent(Tenant):
-    """Who asks, as a replica knows it: it was let in, and what it has is told to who let it in."""
+    """Who asks, as a replica knows it: it was let in, and what it has is owed to who let it in.
 
-    def __init__(self, name: str, rights: Rights, tell: Callable[[Message], None]) -> None:
+    `begun`: whether its answer was, here or by one that died, which told what the prompt is.
+    """
+
+    def __init__(self, name: str, rights: Rights, owed: Counter[str], begun: bool) -> None:
         super().__init__(name, rights)
-        self.tell = tell
+        self.owed, self.begun = owed, begun
 
     def had(self, tokens: int, requests: int = 0) -> None:
-        """Tell what it had."""
-        self.tell({"type": "spent", "tokens": tokens, "requests": requests})
+        """Owe what it had."""
+        if not (self.begun and requests):
+            self.owed[self.name] += tokens
+        self.begun = True
 
 
 class Replica:
     """One server of several, asked through Ray."""
 
     async def __init__(self, load: Callable[[], Base], folders: Sequence[Path], serving: Serving) -> None:  # type: ignore[misc]  # Ray awaits it
-        self.stack = AsyncExitStack()
+        self.stack, self.owed = AsyncExitStack(), Counter[str]()
         base = await asyncio.to_thread(load)
         self.hub, shelf = self.stack.enter_context(hub_of(base, folders, serving))
         self.app = application(self.hub, shelf, serving, guard=False)
         await self.stack.enter_async_context(self.app.router.lifespan_context(self.app))
 
-    @serve.multiplexed(max_num_models_per_replica=MOST_KNOWN)  # type: ignore[untyped-decorator]  # Ray's
-    async def known(self, persona: str) -> str:
-        """Let Ray know that who asks for this persona is best sent here."""
-        return persona
+    @serve.multiplexed(max_num_models_per_replica=GROUPS)  # type: ignore[untyped-decorator]  # Ray's
+    async def known(self, group: str) -> str:
+        """Let Ray know that who asks for a persona of this group is best sent here."""
+        return group
 
-    async def ask(self, scope: Scope, body: bytes, name: str, rights: Rights) -> AsyncIterator[Message]:
-        """What the server sends; before it, whether the persona was loaded, and between, what the tenant has."""
-        persona = serve.get_multiplexed_model_id()
-        entry = self.hub.catalog.wardrobe.entries.get(persona)
-        yield {"type": "from", "loaded": "no persona" if entry is None else str(entry.state == "ready").lower()}
-        if persona:
-            await self.known(persona)
+    async def ask(self, scope: Scope, body: bytes, model: str, name: str, rights: Rights,
+                  begun: bool) -> AsyncIterator[tuple[int, bool, Message]]:  # fmt: skip
+        """What the server sends; before it, whether the persona was loaded.
+
+        With each, the tokens that the tenant had meanwhile (of an answer that it left early: when it asks again), and
+        whether its answer was begun.
+        """
+        entries = self.hub.catalog.wardrobe.entries
+        entry = entries.get(model) or entries.get(_first(model))
+        loaded = "no persona" if entry is None else str(entry.state == "ready").lower()
+        yield self.owed.pop(name, 0), begun, {"type": "from", "loaded": loaded}
+        if entry is not None:
+            await self.known(_group(model))
         received, sent = asyncio.Queue[Message](), asyncio.Queue[Message | None]()
         received.put_nowait({"type": "http.request", "body": body, "more_body": False})
-        state = {"tenant": Spent(name, rights, sent.put_nowait)}
-        running = asyncio.create_task(self.app({**scope, "state": state}, received.get, sent.put))
+        who = Spent(name, rights, self.owed, begun)
+        running = asyncio.create_task(self.app({**scope, "state": {"tenant": who}}, received.get, sent.put))
         running.add_done_callback(lambda _: sent.put_nowait(None))
         try:
             while (message := await sent.get()) is not None:
-                yield message
+                yield self.owed.pop(name, 0), who.begun, message
             await running
         finally:
             received.put_nowait({"type": "http.disconnect"})
@@ -98,35 +113,37 @@ class Front:
 
     def __init__(self, replicas: Any, serving: Serving) -> None:
         self.replicas, self.serving, self.registry = replicas, serving, CollectorRegistry()
-        self.routed = Counter("deltaw_routed", "Requests by whether their persona was loaded where they went.",
+        self.routed = Counts("deltaw_routed", "Requests by whether their persona was loaded where they went.",
                               ["loaded"], registry=self.registry)  # fmt: skip
-        self.again = Counter("deltaw_again", "Requests asked again, as a replica died.", registry=self.registry)
+        self.again = Counts("deltaw_again", "Requests asked again, as a replica died.", registry=self.registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request be answered, until the answer is whole, or the client gone."""
         request = Request(scope, receive)
         with suppress(Gone, ClientDisconnect):
-            tenant, persona, body = tenant_of(request), "", await request.body()
-            if scope["path"] in ANSWERING:
-                tenant.ask()
-                persona, body = _asked(body)
-            await unless_gone(request, self.pass_on(scope, body, tenant, persona, send))
+            await unless_gone(request, self.pass_on(scope, await request.body(), tenant_of(request), send))
 
-    async def pass_on(self, scope: Scope, body: bytes, tenant: Tenant, persona: str, send: Send) -> None:
+    async def pass_on(self, scope: Scope, body: bytes, tenant: Tenant, send: Send) -> None:
         """Send what a replica answers; if it dies, what is missing of it, from another."""
-        told, charged, scope = 0, False, {name: scope[name] for name in TOLD if name in scope}
+        model, told, begun, asks = "", 0, False, scope["path"] in ANSWERING
+        if asks:
+            tenant.ask()
+            tenant.had(0, requests=1)  # at once, as others of it may ask before a replica says so
+            model, body = _asked(body)
+        scope = {name: scope[name] for name in TOLD if name in scope}
         for _ in range(3 + self.serving.replicas):  # as one that is dead may be asked once more
-            stream = self.replicas.options(multiplexed_model_id=persona, stream=True)
-            answer, at = stream.ask.remote(scope, body, tenant.name, tenant.rights), 0
+            stream = self.replicas.options(multiplexed_model_id=_group(model), stream=True)
+            answer, at = stream.ask.remote(scope, body, model, tenant.name, tenant.rights, begun), 0
             try:
-                async for message in answer:
+                async for tokens, was, message in answer:
+                    tenant.had(tokens)
+                    begun = was
                     if message["type"] == "from":
                         self.routed.labels(message["loaded"]).inc()
-                    elif message["type"] == "spent":
-                        if not (charged and message["requests"]):  # by the one that died
-                            tenant.had(message["tokens"], message["requests"])
-                        charged = True
                     elif (at := at + 1) > told:
+                        if asks and not begun:  # who is refused has not asked
+                            tenant.had(0, requests=-1)
+                            asks = False
                         await send(message)
                         told += 1
                 return
@@ -170,7 +187,7 @@ def replicas_of(load: Callable[[], Base], folders: Sequence[Path], serving: Serv
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location="Disabled")
     options = {"num_cpus": (os.cpu_count() or 1) / serving.replicas}
-    made = serve.deployment(num_replicas=serving.replicas, max_ongoing_requests=MOST_KNOWN, ray_actor_options=options)
+    made = serve.deployment(num_replicas=serving.replicas, max_ongoing_requests=MOST_ASKED, ray_actor_options=options)
     try:
         with explained("The replicas did not come up.", RuntimeError, why=lambda e: str(e).splitlines()[0]):
             replicas = serve.run(made(Replica).bind(load, folders, serving), name="deltaw", route_prefix=None)
@@ -181,12 +198,21 @@ def replicas_of(load: Callable[[], Base], folders: Sequence[Path], serving: Serv
         ray.shutdown()
 
 
+def _first(model: str) -> str:
+    """The persona, or the first of a blend."""
+    return model.partition("+")[0].partition(":")[0].strip()
+
+
+def _group(model: str) -> str:
+    return str(crc32(_first(model).encode("utf-8", "replace")) % GROUPS) if model else ""
+
+
 def _asked(body: bytes) -> tuple[str, bytes]:
-    """The persona that is asked for; and the body, with a seed, so that another replica can say the same."""
+    """The model that is asked for; and the body, with a seed, so that another replica can say the same."""
     with suppress(ValueError, RecursionError):  # which a replica tells
         told = json.loads(body)
         if isinstance(told, dict) and isinstance(told.get("model"), str):
             if told.get("seed") is None:
                 body = json.dumps(told | {"seed": random.getrandbits(31)}).encode()
-            return told["model"].partition("+")[0].partition(":")[0].strip(), body
+            return told["model"], body
     return "", body

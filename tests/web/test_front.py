@@ -1,9 +1,12 @@
 """What listens before replicas, with one in this process, asked as Ray asks it: who is let in, and what it owes."""
 
 import asyncio
+import json
+import re
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx2 as httpx
@@ -14,7 +17,7 @@ from web.hubs import saved
 from web.test_keys import made
 
 from deltaw.settings import Serving
-from deltaw.web.replicas import Replica, front
+from deltaw.web.replicas import GROUPS, Replica, front
 from deltaw.web.server import bound
 
 PATIENCE = 30
@@ -118,3 +121,44 @@ def test_a_seed_is_told_only_where_one_is_known_and_no_body_breaks_what_listens(
             leaving.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n{")
         time.sleep(0.2)
     assert "Traceback" not in caplog.text
+
+
+def test_of_names_that_are_made_up_nothing_is_kept(base, home):
+    with served(base, home) as (url, local), httpx.Client(base_url=url, timeout=PATIENCE) as http:
+        for name in ("x" * 100_000, "poet", "poet:0.5", "a:b", "", "\ud800"):
+            http.post("/v1/completions", content=json.dumps({**ASK, "model": name}),
+                      headers={"content-type": "application/json"})  # fmt: skip
+        assert all(not group or int(group) < GROUPS for group in local.groups)
+        assert local.groups[1] == local.groups[2]
+        told = http.get("/metrics/routing").text
+        assert re.findall(r'routed_total{loaded="(.*)"} (\S+)', told) == [
+            ("no persona", "3.0"),
+            ("false", "2.0"),
+            ("true", "1.0"),
+        ]
+
+
+def test_a_minute_has_so_many_requests_though_they_come_at_once(base, home):
+    with (
+        served(base, home, few={"requests_per_minute": 3}) as (url, _),
+        httpx.Client(base_url=url, timeout=PATIENCE, headers=of("few")) as http,
+        ThreadPoolExecutor(12) as pool,
+    ):
+        for _ in range(3):  # who is refused has not asked
+            assert http.post("/v1/completions", json={**ASK, "model": "nobody"}).status_code == 404
+        codes = list(pool.map(lambda _: http.post("/v1/completions", json=ASK).status_code, range(12)))
+        assert sorted(codes) == [200] * 3 + [429] * 9
+
+
+def test_who_leaves_early_owes_what_was_said_nevertheless(base, home):
+    with (
+        served(base, home, some={"tokens_per_minute": 60}) as (url, _),
+        httpx.Client(base_url=url, timeout=PATIENCE, headers=of("some")) as http,
+    ):
+        with http.stream("POST", "/v1/completions", json=LONG) as reply:
+            lines = reply.iter_lines()
+            for _ in range(180):
+                next(lines)
+        time.sleep(0.5)
+        assert http.post("/v1/completions", json=ASK).status_code == 200  # which tells
+        assert http.post("/v1/completions", json=ASK).status_code == 429
