@@ -80,14 +80,14 @@ def _answering(routes: FastAPI, hub: Hub) -> None:
         begin = tokenizer.begin_ids if asked.add_special_tokens else []
         ids = [[*begin, *tokenizer.encode(p)] if isinstance(p, str) else p for p in prompts]
         texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts] if asked.echo else []
-        return await _respond(hub, asked, ids, CompletionForm(asked.model, tokenizer, asked, texts), request)
+        return await _respond(hub, asked, ids, CompletionForm(request.state.mark, asked, tokenizer, texts), request)
 
     @routes.post("/v1/chat/completions")
     async def chat(asked: ChatAsked, request: Request) -> Response:
         """Answer a conversation. One without a system prompt gets the persona's own."""
         source = hub.catalog.sources.get(asked.model) if tenant_of(request).sees(asked.model) else None
         prompt = Persona(asked.model, hub.base, system=source.system if source else "").prompt(turns(asked.messages))
-        return await _respond(hub, asked, [prompt], ChatForm(asked.model, tokenizer), request)
+        return await _respond(hub, asked, [prompt], ChatForm(request.state.mark, asked.model, tokenizer), request)
 
     @routes.post("/tokenize")
     async def tokenize(asked: TokenizeAsked) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """Who comes in: only who brings a key where one is asked for, and with no more than a request may be."""
 
+import secrets
+import time
+
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -29,7 +32,8 @@ class Door:
             tenant = self.keys.of(key) or NOBODY
             if tenant is NOBODY and scope["path"] not in OPEN:
                 return await Answer(fault(ASKS, "invalid_api_key"), 401)(scope, receive, send)
-            scope.setdefault("state", {})["tenant"] = tenant
+            mark = secrets.token_hex(12), int(time.time())  # what its answer is known by
+            scope.setdefault("state", {}).update(tenant=tenant, mark=mark)
             upload = scope["path"] == "/v1/adapters/upload" and tenant.rights.manage
             receive = _counted(receive, 1e6 * (self.serving.upload_mb if upload else self.serving.body_mb))
         return await self.app(scope, receive, send)

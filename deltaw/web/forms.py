@@ -1,8 +1,6 @@
 """How answers look in JSON, completions and chats, whole and in pieces; and mistakes, in the form of OpenAI's."""
 
 import json
-import secrets
-import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -29,14 +27,14 @@ ROUTE = ": clients take /v1 as the end of their base_url."
 
 
 class Form:
-    """What is said of one request; `kind` is the prefix of its id, `whole` and `part` are the names of its objects."""
+    """What is said of one request, by its mark; `kind` is the prefix of its id, `whole` and `part` name its objects."""
 
     kind, whole, part = "", "", ""
     silent = False
     """Whether of an answer nothing is told: only the prompt was asked for."""
 
-    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
-        self.head = {"id": f"{self.kind}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+    def __init__(self, mark: tuple[str, int], model: str, tokenizer: Tokenizer) -> None:
+        self.head = {"id": f"{self.kind}-{mark[0]}", "created": mark[1], "model": model}
         self.tokenizer = tokenizer
 
     def chunk(self, piece: Piece) -> Json:
@@ -83,8 +81,9 @@ class CompletionForm(Form):
 
     kind, whole, part = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, tokenizer: Tokenizer, asked: CompletionAsked, texts: Sequence[str]) -> None:
-        super().__init__(model, tokenizer)
+    def __init__(self, mark: tuple[str, int], asked: CompletionAsked, tokenizer: Tokenizer,
+                 texts: Sequence[str]) -> None:  # fmt: skip
+        super().__init__(mark, asked.model, tokenizer)
         self.asked, self.texts, self.silent = asked, texts, asked.max_tokens == 0
 
     def event(self, piece: Piece) -> Json:

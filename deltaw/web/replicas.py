@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -42,6 +43,8 @@ GROUPS = 1024
 MOST_ASKED = 10_000
 """Requests that a replica has at once: which of them wait, its own engine says."""
 TOLD = ("type", "http_version", "method", "path", "raw_path", "query_string", "headers", "root_path", "scheme")
+CHOICE = re.compile(rb'"index": \d+, "finish_reason": ')
+"""Of which answer a chunk is; how those of one request follow each other, differs from one engine to another."""
 ANSWERING = {"/v1/completions", "/v1/chat/completions"}
 
 
@@ -77,7 +80,7 @@ class Replica:
         """Let Ray know that who asks for a persona of this group is best sent here."""
         return group
 
-    async def ask(self, scope: Scope, body: bytes, model: str, name: str, rights: Rights,
+    async def ask(self, scope: Scope, body: bytes, mark: tuple[str, int], model: str, name: str, rights: Rights,
                   begun: bool) -> AsyncIterator[tuple[int, bool, Message]]:  # fmt: skip
         """What the server sends; before it, whether the persona was loaded.
 
@@ -93,7 +96,8 @@ class Replica:
         received, sent = asyncio.Queue[Message](), asyncio.Queue[Message | None]()
         received.put_nowait({"type": "http.request", "body": body, "more_body": False})
         who = Spent(name, rights, self.owed, begun)
-        running = asyncio.create_task(self.app({**scope, "state": {"tenant": who}}, received.get, sent.put))
+        scope = {**scope, "state": {"tenant": who, "mark": mark}}
+        running = asyncio.create_task(self.app(scope, received.get, sent.put))
         running.add_done_callback(lambda _: sent.put_nowait(None))
         try:
             while (message := await sent.get()) is not None:
@@ -125,27 +129,31 @@ class Front:
 
     async def pass_on(self, scope: Scope, body: bytes, tenant: Tenant, send: Send) -> None:
         """Send what a replica answers; if it dies, what is missing of it, from another."""
-        model, told, begun, asks = "", 0, False, scope["path"] in ANSWERING
+        model, told, begun, asks = "", Counter[bytes](), False, scope["path"] in ANSWERING
         if asks:
             tenant.ask()
             tenant.had(0, requests=1)  # at once, as others of it may ask before a replica says so
             model, body = _asked(body)
-        scope = {name: scope[name] for name in TOLD if name in scope}
+        mark, scope = scope["state"]["mark"], {name: scope[name] for name in TOLD if name in scope}
         for _ in range(3 + self.serving.replicas):  # as one that is dead may be asked once more
             stream = self.replicas.options(multiplexed_model_id=_group(model), stream=True)
-            answer, at = stream.ask.remote(scope, body, model, tenant.name, tenant.rights, begun), 0
+            answer = stream.ask.remote(scope, body, mark, model, tenant.name, tenant.rights, begun)
+            at = Counter[bytes]()
             try:
                 async for tokens, was, message in answer:
                     tenant.had(tokens)
                     begun = was
                     if message["type"] == "from":
                         self.routed.labels(message["loaded"]).inc()
-                    elif (at := at + 1) > told:
+                        continue
+                    choice = (CHOICE.search(message.get("body", b"")) or [b""])[0]
+                    at[choice] += 1
+                    if at[choice] > told[choice]:
                         if asks and not begun:  # who is refused has not asked
                             tenant.had(0, requests=-1)
                             asks = False
                         await send(message)
-                        told += 1
+                        told[choice] += 1
                 return
             except RayActorError:
                 self.again.inc()

@@ -26,10 +26,13 @@ LONG = {**ASK, "max_tokens": 300, "ignore_eos": True, "stream": True}
 
 
 class Local:
-    """A handle as Ray's: of one replica, which for who asks next dies after `lives` messages."""
+    """A handle as Ray's: of one replica, which for who asks next dies after `lives` messages.
+
+    `order`: by which messages come, as they would from an engine that has other work.
+    """
 
     def __init__(self):
-        self.replica, self.groups, self.lives = Replica.__new__(Replica), [], None
+        self.replica, self.groups, self.lives, self.order = Replica.__new__(Replica), [], None, None
 
     def options(self, multiplexed_model_id, stream):
         self.groups.append(multiplexed_model_id)
@@ -41,18 +44,21 @@ class Local:
 
     def remote(self, *arguments):
         lives, self.lives = self.lives, None
-        return Asked(self.replica.ask(*arguments), lives)
+        return Asked(self.replica.ask(*arguments), lives, self.order if lives is None else None)
 
 
 class Asked:
     """An answer as Ray gives it: computed ahead, whoever reads it; and given up where it is computed."""
 
-    def __init__(self, answer, lives):
-        self.heard, self.lives = asyncio.Queue(), lives
+    def __init__(self, answer, lives, order):
+        self.heard, self.lives, self.order = asyncio.Queue(), lives, order
         self.task = asyncio.create_task(self.hear(answer))
         self.cancel = self.task.cancel
 
     async def hear(self, answer):
+        if self.order:
+            for message in sorted([message async for message in answer], key=self.order):
+                self.heard.put_nowait(message)
         async for message in answer:
             self.heard.put_nowait(message)
         self.heard.put_nowait(None)
@@ -162,3 +168,31 @@ def test_who_leaves_early_owes_what_was_said_nevertheless(base, home):
         time.sleep(0.5)
         assert http.post("/v1/completions", json=ASK).status_code == 200  # which tells
         assert http.post("/v1/completions", json=ASK).status_code == 429
+
+
+def test_what_one_that_died_told_is_not_told_again_though_another_tells_it_in_another_order(base, home):
+    def last_first(message):
+        chunk = re.match(rb"data: (\{.*)", message[2].get("body", b""))
+        choices = json.loads(chunk[1])["choices"] if chunk else []
+        return 0 if "body" not in message[2] else 3 if not choices else 2 - choices[0]["index"]
+
+    def told():
+        texts, heads, usage = ["", ""], set(), None
+        with http.stream("POST", "/v1/completions", json=asked) as reply:
+            for line in reply.iter_lines():
+                if line.startswith("data: {"):
+                    chunk = json.loads(line[6:])
+                    usage = chunk.get("usage", usage)
+                    heads.add((chunk["id"], chunk["created"]))
+                    for choice in chunk["choices"]:
+                        texts[choice["index"]] += choice["text"]
+        return texts, usage, len(heads)
+
+    asked = {**LONG, "max_tokens": 12, "n": 2, "seed": 3, "temperature": 1, "logprobs": 2,
+             "stream_options": {"include_usage": True}}  # fmt: skip
+    with served(base, home) as (url, local), httpx.Client(base_url=url, timeout=PATIENCE) as http:
+        want, local.order = told(), last_first
+        for lives in (1, 2, 3, 8, 20, 26):
+            local.lives = lives
+            assert told() == want, lives
+        assert "deltaw_again_total 6.0" in http.get("/metrics/routing").text
