@@ -1,6 +1,7 @@
 """Adapters over HTTP: listed, put up by path or by upload, taken down, and followed in the folders they come from."""
 
 import asyncio
+import errno
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -31,8 +32,6 @@ class Shelf:
 
     def __init__(self, hub: Hub, created: int) -> None:
         self.hub, self.catalog, self.created = hub, hub.catalog, created
-        self.coming = set[str]()
-        """Names of what is being uploaded."""
         self.say: Callable[[str], None] = lambda _: None
         """Told what changes, a line each."""
 
@@ -74,19 +73,14 @@ class Shelf:
         if names not in (["adapter.safetensors"], [foreign.CONFIG, foreign.WEIGHTS]):
             raise UserError(f"Files are called {', '.join(sorted(PARTS))}: ours, or PEFT's two.")
         folder = self.catalog.folders[0] / name
-        if name in self.catalog.sources or name in self.coming:
+        if name in self.catalog.sources:
             raise UserError(f"There is an adapter '{name}' already.", remedy="Take another name, or take it down.")
-        if folder.exists():
-            raise UserError("Here are files already.", where=str(folder), remedy="Put them up by their path.")
-        self.coming.add(name)
+        await asyncio.to_thread(_store, folder, parts)
         try:
-            await asyncio.to_thread(_store, folder, parts)
             return await self.put(name, folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        finally:
-            self.coming.discard(name)
 
     async def drop(self, name: str) -> None:
         """Know it no longer; whoever talks with it is answered to the end, and its files stay."""
@@ -169,9 +163,15 @@ def _check_name(name: str, base: str) -> None:
 
 
 def _store(folder: Path, parts: list[UploadFile]) -> None:
-    with replacing_folder(folder) as scratch:
-        inside = scratch / "adapter" if len(parts) == 1 else scratch  # where it is found again: ours lies as in a run
-        inside.mkdir(exist_ok=True)
-        for part in parts:
-            with (inside / str(part.filename)).open("wb") as file:
-                shutil.copyfileobj(part.file, file)
+    there = UserError("Here are files already.", where=str(folder), remedy="Put them up by their path.")
+    if folder.exists():
+        raise there
+    try:
+        with replacing_folder(folder) as scratch:
+            inside = scratch / "adapter" if len(parts) == 1 else scratch  # where it is found again: as in a run
+            inside.mkdir(exist_ok=True)
+            for part in parts:
+                with (inside / str(part.filename)).open("wb") as file:
+                    shutil.copyfileobj(part.file, file)
+    except OSError as e:
+        raise there if e.errno == errno.ENOTEMPTY else e from None  # they came meanwhile, here or by another replica

@@ -152,6 +152,24 @@ def test_of_uploads_of_one_name_at_once_one_is_taken(shelf, base, tmp_path):
     assert (home / "up").exists()
 
 
+def test_what_another_replica_was_given_meanwhile_stays(shelf, base, tmp_path, monkeypatch):
+    http, home, _ = shelf
+    saved(base, tmp_path / "adapter.safetensors", "lora", {"rank": 5}, seed=5)
+    files = [("files", ("adapter.safetensors", (tmp_path / "adapter.safetensors").read_bytes()))]
+    copy = shutil.copyfileobj
+
+    def slowly(told, file):
+        copy(told, file)
+        (home / "up" / "adapter").mkdir(parents=True)
+        shutil.copy(tmp_path / "adapter.safetensors", home / "up" / "adapter")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("deltaw.web.adapters.shutil.copyfileobj", slowly)
+        refused = http.post("/v1/adapters/upload", data={"name": "up"}, files=files)
+    assert (refused.status_code, "Here are files already" in refused.text) == (400, True)
+    assert [path.name for path in (home / "up").rglob("*.safetensors")] == ["adapter.safetensors"]
+
+
 def test_names_that_are_no_text_stop_neither_the_server_nor_its_eyes(shelf, base):
     http, home, hub = shelf
     Path(os.fsdecode(os.fsencode(home) + b"/\xff.safetensors")).write_bytes(b"nothing")
