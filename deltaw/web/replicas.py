@@ -10,10 +10,11 @@ import logging
 import os
 import random
 import re
+import secrets
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -22,7 +23,7 @@ import ray
 from fastapi import Depends, FastAPI, Request, Response
 from prometheus_client import CollectorRegistry, Counter as Counts
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
@@ -189,21 +190,21 @@ def replicas_of(load: Callable[[], Base], folders: Sequence[Path], serving: Serv
         UserError: they did not come up.
     """
     os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0", **os.environ})
-    ends = signal.getsignal(signal.SIGTERM)
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    signal.signal(signal.SIGTERM, ends)  # Ray has one of its own, which leaves at once
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(proxy_location="Disabled")
+    there, name = os.environ.get("RAY_ADDRESS"), f"deltaw-{secrets.token_hex(4)}"  # others may be in one cluster
     options = {"num_cpus": (os.cpu_count() or 1) / serving.replicas}
     made = serve.deployment(num_replicas=serving.replicas, max_ongoing_requests=MOST_ASKED, ray_actor_options=options)
-    try:
-        with explained("The replicas did not come up.", RuntimeError, why=lambda e: str(e).splitlines()[0]):
-            replicas = serve.run(made(Replica).bind(load, folders, serving), name="deltaw", route_prefix=None)
+    kinds, signals = (RayError, RuntimeError, ValueError, OSError), signal.getsignal(signal.SIGTERM)
+    with ExitStack() as ends:
+        with explained("The replicas did not come up.", *kinds, why=lambda e: str(e).partition("\n")[0]):
+            ends.callback(ray.shutdown)
+            ray.init(there or "local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            signal.signal(signal.SIGTERM, signals)  # Ray has one of its own, which leaves at once
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)
+            serve.start(proxy_location="Disabled")
+            if there:  # else all of Ray ends with this process
+                ends.callback(serve.delete, name)
+            replicas = serve.run(made(Replica).bind(load, folders, serving), name=name, route_prefix=None)
         yield replicas
-    finally:
-        if "RAY_ADDRESS" in os.environ:  # else all of Ray ends with this process
-            serve.delete("deltaw")
-        ray.shutdown()
 
 
 def _first(model: str) -> str:

@@ -125,6 +125,13 @@ def test_a_base_that_is_not_there_is_told_before_any_replica_is_begun(tmp_path, 
     assert "smollm2-135m" in capsys.readouterr().err
 
 
+def test_a_cluster_that_is_none_is_a_mistake(here, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", "nonsense")
+    saved(load_base("base", dtype="float32"), here / "runs" / "poet.safetensors", "lora", {"rank": 2})
+    assert run(["serve", "--replicas", "2", "--port", "0"]) == 2
+    assert "nonsense" in capsys.readouterr().err
+
+
 def test_keys_are_asked_for_and_limits_are_those_of_all_replicas_together(replicas):
     url, want = replicas
     for key, name, status in (("none", "persona-0", 401), ("few", "persona-1", 404)):
