@@ -162,8 +162,7 @@ class Catalog:
     def add(self, name: str, source: Source) -> Entry:
         """Know a persona by this name; whoever talks with one that had it goes on with that."""
         self.sources[name] = source
-        stamp = bytes.fromhex(source.stamp)
-        return self.wardrobe.add(name, stamp, lambda: self.read(source))
+        return self.wardrobe.add(name, bytes.fromhex(source.stamp), lambda: self.read(source))
 
     def read(self, source: Source) -> Served:
         """An adapter as it is served here.

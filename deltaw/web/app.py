@@ -110,6 +110,7 @@ def _answering(routes: FastAPI, hub: Hub) -> None:
 async def _respond(hub: Hub, asked: Asked, prompts: list[list[int]], form: Form, request: Request) -> Response:
     tenant = tenant_of(request)
     tenant.ask()  # before anything is done for it
+    asked.seed = request.state.mark[2] if asked.seed is None else asked.seed
     choices = await asyncio.to_thread(hub.choices, asked, prompts, tenant)  # a grammar may take its time
     pieces = hub.answered(asked, choices, tenant)
     if asked.stream:

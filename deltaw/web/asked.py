@@ -3,7 +3,6 @@
 References: the OpenAI API reference (completions, chat completions); vLLM's sampling parameters.
 """
 
-import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -103,11 +102,12 @@ class Asked(Body):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     def sampling(self, room: int) -> Sampling:
-        """How the answer is drawn, of at most `room` tokens if nothing is said; without a seed, by chance."""
+        """How the answer is drawn, of at most `room` tokens if nothing is said."""
         given = {"temperature": 1.0, **self.model_dump(include={*names(Sampling)}, exclude_none=True)}
-        seed = secrets.randbits(32) if self.seed is None else self.seed % 2**32
         most = max(1, room if self.most is None else self.most)
-        return Sampling(**given | {"top_k": max(0, self.top_k or 0), "max_new_tokens": most, "seed": seed})
+        return Sampling(
+            **given | {"top_k": max(0, self.top_k or 0), "max_new_tokens": most, "seed": (self.seed or 0) % 2**32}
+        )
 
     @property
     def most(self) -> int | None:
@@ -175,8 +175,7 @@ class Turn(Body):
 
 def turns(messages: Sequence[Turn]) -> list[Message]:
     """Messages as templates have them, to which whoever developed is the system."""
-    roles = {"developer": "system"}
-    return [{"role": roles.get(turn.role, turn.role), "content": str(turn.content)} for turn in messages]
+    return [{"role": turn.role.replace("developer", "system"), "content": str(turn.content)} for turn in messages]
 
 
 def _asked_for(told: int | None, info: ValidationInfo) -> int | None:

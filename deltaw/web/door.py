@@ -32,7 +32,7 @@ class Door:
             tenant = self.keys.of(key) or NOBODY
             if tenant is NOBODY and scope["path"] not in OPEN:
                 return await Answer(fault(ASKS, "invalid_api_key"), 401)(scope, receive, send)
-            mark = secrets.token_hex(12), int(time.time())  # what its answer is known by
+            mark = secrets.token_hex(12), int(time.time()), secrets.randbits(32)  # its answer's id, time and seed
             scope.setdefault("state", {}).update(tenant=tenant, mark=mark)
             upload = scope["path"] == "/v1/adapters/upload" and tenant.rights.manage
             receive = _counted(receive, 1e6 * (self.serving.upload_mb if upload else self.serving.body_mb))

@@ -21,6 +21,8 @@ from deltaw.web.asked import ChatAsked, CompletionAsked
 from deltaw.web.keys import TooMuch
 
 Json = dict[str, Any]
+Mark = tuple[str, int, int]
+"""What an answer is known by, wherever it is computed: an id, a time, and the seed if none is asked for."""
 FIELDS = CompletionAsked.model_fields.keys() | ChatAsked.model_fields.keys()
 MISTAKE = {"description": "What is wrong, and what to do.", "content": {"application/json": {}}}
 ROUTE = ": clients take /v1 as the end of their base_url."
@@ -33,7 +35,7 @@ class Form:
     silent = False
     """Whether of an answer nothing is told: only the prompt was asked for."""
 
-    def __init__(self, mark: tuple[str, int], model: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, mark: Mark, model: str, tokenizer: Tokenizer) -> None:
         self.head = {"id": f"{self.kind}-{mark[0]}", "created": mark[1], "model": model}
         self.tokenizer = tokenizer
 
@@ -81,8 +83,7 @@ class CompletionForm(Form):
 
     kind, whole, part = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, mark: tuple[str, int], asked: CompletionAsked, tokenizer: Tokenizer,
-                 texts: Sequence[str]) -> None:  # fmt: skip
+    def __init__(self, mark: Mark, asked: CompletionAsked, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
         super().__init__(mark, asked.model, tokenizer)
         self.asked, self.texts, self.silent = asked, texts, asked.max_tokens == 0
 

@@ -8,7 +8,6 @@ import asyncio
 import json
 import logging
 import os
-import random
 import re
 import secrets
 import signal
@@ -30,7 +29,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from deltaw.api.persona import Base
 from deltaw.errors import explained
-from deltaw.settings import Rights, Serving
+from deltaw.settings import Serving
 from deltaw.web.answers import Refused
 from deltaw.web.app import application, unless_gone
 from deltaw.web.door import guarded, manages, tenant_of
@@ -41,9 +40,7 @@ from deltaw.web.server import hub_of
 
 GROUPS = 1024
 """Of personas, by their names: Ray keeps where each was, and of names, which anybody may make up, it forgets none."""
-MOST_ASKED = 10_000
-"""Requests that a replica has at once: which of them wait, its own engine says."""
-TOLD = ("type", "http_version", "method", "path", "raw_path", "query_string", "headers", "root_path", "scheme")
+TOLD = ("type", "http_version", "method", "path", "raw_path", "query_string", "headers", "root_path", "scheme", "state")
 CHOICE = re.compile(rb'"index": \d+, "finish_reason": ')
 """Of which answer a chunk is; how those of one request follow each other, differs from one engine to another."""
 ANSWERING = {"/v1/completions", "/v1/chat/completions"}
@@ -52,18 +49,17 @@ ANSWERING = {"/v1/completions", "/v1/chat/completions"}
 class Spent(Tenant):
     """Who asks, as a replica knows it: it was let in, and what it has is owed to who let it in.
 
-    `begun`: whether its answer was, here or by one that died, which told what the prompt is.
+    `again`: whether another one, which died, told what the prompt is.
     """
 
-    def __init__(self, name: str, rights: Rights, owed: Counter[str], begun: bool) -> None:
-        super().__init__(name, rights)
-        self.owed, self.begun = owed, begun
+    def __init__(self, known: Tenant, owed: Counter[str], again: bool) -> None:
+        super().__init__(known.name, known.rights)
+        self.owed, self.again = owed, again
 
     def had(self, tokens: int, requests: int = 0) -> None:
         """Owe what it had."""
-        if not (self.begun and requests):
+        if not (self.again and requests):
             self.owed[self.name] += tokens
-        self.begun = True
 
 
 class Replica:
@@ -71,8 +67,7 @@ class Replica:
 
     async def __init__(self, load: Callable[[], Base], folders: Sequence[Path], serving: Serving) -> None:  # type: ignore[misc]  # Ray awaits it
         self.stack, self.owed = AsyncExitStack(), Counter[str]()
-        base = await asyncio.to_thread(load)
-        self.hub, shelf = self.stack.enter_context(hub_of(base, folders, serving))
+        self.hub, shelf = self.stack.enter_context(hub_of(await asyncio.to_thread(load), folders, serving))
         self.app = application(self.hub, shelf, serving, guard=False)
         await self.stack.enter_async_context(self.app.router.lifespan_context(self.app))
 
@@ -81,28 +76,25 @@ class Replica:
         """Let Ray know that who asks for a persona of this group is best sent here."""
         return group
 
-    async def ask(self, scope: Scope, body: bytes, mark: tuple[str, int], model: str, name: str, rights: Rights,
-                  begun: bool) -> AsyncIterator[tuple[int, bool, Message]]:  # fmt: skip
+    async def ask(self, scope: Scope, body: bytes, model: str, again: bool) -> AsyncIterator[tuple[int, Message]]:
         """What the server sends; before it, whether the persona was loaded.
 
-        With each, the tokens that the tenant had meanwhile (of an answer that it left early: when it asks again), and
-        whether its answer was begun.
+        With each, the tokens that the tenant had meanwhile (of an answer that it left early: when it asks again).
         """
         entries = self.hub.catalog.wardrobe.entries
         entry = entries.get(model) or entries.get(_first(model))
         loaded = "no persona" if entry is None else str(entry.state == "ready").lower()
-        yield self.owed.pop(name, 0), begun, {"type": "from", "loaded": loaded}
+        who = scope["state"]["tenant"] = Spent(scope["state"]["tenant"], self.owed, again)
+        yield self.owed.pop(who.name, 0), {"type": "from", "loaded": loaded}
         if entry is not None:
-            await self.known(_group(model))
+            await self.known(serve.get_multiplexed_model_id())
         received, sent = asyncio.Queue[Message](), asyncio.Queue[Message | None]()
         received.put_nowait({"type": "http.request", "body": body, "more_body": False})
-        who = Spent(name, rights, self.owed, begun)
-        scope = {**scope, "state": {"tenant": who, "mark": mark}}
         running = asyncio.create_task(self.app(scope, received.get, sent.put))
         running.add_done_callback(lambda _: sent.put_nowait(None))
         try:
             while (message := await sent.get()) is not None:
-                yield self.owed.pop(name, 0), who.begun, message
+                yield self.owed.pop(who.name, 0), message
             await running
         finally:
             received.put_nowait({"type": "http.disconnect"})
@@ -130,29 +122,26 @@ class Front:
 
     async def pass_on(self, scope: Scope, body: bytes, tenant: Tenant, send: Send) -> None:
         """Send what a replica answers; if it dies, what is missing of it, from another."""
-        model, told, begun, asks = "", Counter[bytes](), False, scope["path"] in ANSWERING
-        if asks:
+        model, told, scope = "", Counter[bytes](), {name: scope[name] for name in TOLD if name in scope}
+        if asks := scope["path"] in ANSWERING:
             tenant.ask()
             tenant.had(0, requests=1)  # at once, as others of it may ask before a replica says so
-            model, body = _asked(body)
-        mark, scope = scope["state"]["mark"], {name: scope[name] for name in TOLD if name in scope}
+            model = _asked(body)
+        group = str(crc32(_first(model).encode("utf-8", "replace")) % GROUPS) if model else ""
         for _ in range(3 + self.serving.replicas):  # as one that is dead may be asked once more
-            stream = self.replicas.options(multiplexed_model_id=_group(model), stream=True)
-            answer = stream.ask.remote(scope, body, mark, model, tenant.name, tenant.rights, begun)
-            at = Counter[bytes]()
+            stream = self.replicas.options(multiplexed_model_id=group, stream=True)
+            answer, at = stream.ask.remote(scope, body, model, bool(told)), Counter[bytes]()
             try:
-                async for tokens, was, message in answer:
+                async for tokens, message in answer:
                     tenant.had(tokens)
-                    begun = was
                     if message["type"] == "from":
                         self.routed.labels(message["loaded"]).inc()
                         continue
                     choice = (CHOICE.search(message.get("body", b"")) or [b""])[0]
                     at[choice] += 1
                     if at[choice] > told[choice]:
-                        if asks and not begun:  # who is refused has not asked
+                        if asks and message.get("status", 0) >= 400:  # who is refused has not asked
                             tenant.had(0, requests=-1)
-                            asks = False
                         await send(message)
                         told[choice] += 1
                 return
@@ -192,7 +181,8 @@ def replicas_of(load: Callable[[], Base], folders: Sequence[Path], serving: Serv
     os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0", **os.environ})
     there, name = os.environ.get("RAY_ADDRESS"), f"deltaw-{secrets.token_hex(4)}"  # others may be in one cluster
     options = {"num_cpus": (os.cpu_count() or 1) / serving.replicas}
-    made = serve.deployment(num_replicas=serving.replicas, max_ongoing_requests=MOST_ASKED, ray_actor_options=options)
+    made = serve.deployment(num_replicas=serving.replicas, ray_actor_options=options,
+                            max_ongoing_requests=10_000)  # fmt: skip  # which of them wait, its own engine says
     kinds, signals = (RayError, RuntimeError, ValueError, OSError), signal.getsignal(signal.SIGTERM)
     with ExitStack() as ends:
         with explained("The replicas did not come up.", *kinds, why=lambda e: str(e).partition("\n")[0]):
@@ -212,16 +202,10 @@ def _first(model: str) -> str:
     return model.partition("+")[0].partition(":")[0].strip()
 
 
-def _group(model: str) -> str:
-    return str(crc32(_first(model).encode("utf-8", "replace")) % GROUPS) if model else ""
-
-
-def _asked(body: bytes) -> tuple[str, bytes]:
-    """The model that is asked for; and the body, with a seed, so that another replica can say the same."""
+def _asked(body: bytes) -> str:
+    """The model that is asked for."""
     with suppress(ValueError, RecursionError):  # which a replica tells
         told = json.loads(body)
         if isinstance(told, dict) and isinstance(told.get("model"), str):
-            if told.get("seed") is None:
-                body = json.dumps(told | {"seed": random.getrandbits(31)}).encode()
-            return told["model"], body
-    return "", body
+            return str(told["model"])
+    return ""

@@ -117,7 +117,7 @@ def test_what_is_open_to_all_is_open_before_replicas_too(base, home):
         assert [http.get(route).status_code for route in ("/v1/models", "/metrics", "/metrics/routing")] == [401] * 3
 
 
-def test_a_seed_is_told_only_where_one_is_known_and_no_body_breaks_what_listens(base, home, caplog):
+def test_a_body_goes_on_as_it_came_and_none_breaks_what_listens(base, home, caplog):
     with served(base, home) as (url, _), httpx.Client(base_url=url, timeout=PATIENCE) as http:
         assert http.post("/tokenize", json={"model": "poet", "prompt": "abc"}).json()["tokens"] == [64, 65, 66]
         deep = b'{"model": "poet", "prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
@@ -172,9 +172,9 @@ def test_who_leaves_early_owes_what_was_said_nevertheless(base, home):
 
 def test_what_one_that_died_told_is_not_told_again_though_another_tells_it_in_another_order(base, home):
     def last_first(message):
-        chunk = re.match(rb"data: (\{.*)", message[2].get("body", b""))
+        chunk = re.match(rb"data: (\{.*)", message[1].get("body", b""))
         choices = json.loads(chunk[1])["choices"] if chunk else []
-        return 0 if "body" not in message[2] else 3 if not choices else 2 - choices[0]["index"]
+        return 0 if "body" not in message[1] else 3 if not choices else 2 - choices[0]["index"]
 
     def told():
         texts, heads, usage = ["", ""], set(), None
