@@ -58,9 +58,8 @@ class Source:
         try:
             if path.is_file():
                 header = adapters.read_header(path)
-                rank = header.settings.get("rank")
                 other = "" if header.fingerprint == fingerprint else f"It was made for another base: '{header.base}'."
-                return cls(path, stamp, header.method, rank, header.base, header.system, other)
+                return cls(path, stamp, header.method, header.settings.get("rank"), header.base, header.system, other)
             told = read_json(path / foreign.CONFIG)
             kind, rank = str(told.get("peft_type", "")).lower(), told.get("r")
             base = _legible(str(told.get("base_model_name_or_path") or ""))
@@ -84,8 +83,7 @@ class Source:
         return replace(got, digest=bytes.fromhex(digest))
 
     def _adapter(self, model: Decoder, fingerprint: str) -> Adapter:
-        own = self.path.is_file()
-        adapter = adapters.load(self.path, model, fingerprint) if own else peft.read(self.path, model)
+        adapter = adapters.load(self.path, model, fingerprint) if self.path.is_file() else peft.read(self.path, model)
         if odd := next((name for name, t in adapter.state_dict().items() if not torch.isfinite(t).all()), None):
             raise UserError(f"'{odd}' has values that are no numbers.")
         return adapter
@@ -241,15 +239,12 @@ def _legible(name: str) -> str:
 
 
 def _files(path: Path) -> Iterable[Path]:
-    if path.is_file():
-        return [path]
-    return [file for file in (path / foreign.CONFIG, path / foreign.WEIGHTS) if file.exists()]
+    both = path / foreign.CONFIG, path / foreign.WEIGHTS
+    return [path] if path.is_file() else [file for file in both if file.exists()]
 
 
 def _stamp(path: Path) -> str:
     """Another whenever the files are: the system notes each change, which no program can undo."""
-    told = [str(path.absolute())]
-    for file in _files(path):
-        s = file.stat()
-        told.append(f"{s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}")
+    stats = (file.stat() for file in _files(path))
+    told = [str(path.absolute()), *(f"{s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for s in stats)]
     return hashlib.blake2b(os.fsencode("\n".join(told)), digest_size=16).hexdigest()

@@ -38,8 +38,7 @@ class Shelf:
     async def look(self) -> None:
         """Take in what changed in the folders."""
         before = dict(self.catalog.sources)
-        there = await asyncio.to_thread(self.catalog.found, before)
-        await self._do(partial(self.catalog.update, there))
+        await self._do(partial(self.catalog.update, await asyncio.to_thread(self.catalog.found, before)))
         for name in before.keys() | self.catalog.sources.keys():
             was, now = before.get(name), self.catalog.sources.get(name)
             if was != now:

@@ -21,7 +21,7 @@ from deltaw.serve.catalog import BASE
 from deltaw.settings import Serving
 from deltaw.web.adapters import WATCH_SECONDS, Shelf, adapter_routes
 from deltaw.web.answers import Choice, Hub, Piece, Refused, UnknownModel
-from deltaw.web.asked import Asked, ChatAsked, CompletionAsked, DetokenizeAsked, Prompt, TokenizeAsked, turns
+from deltaw.web.asked import Asked, ChatAsked, CompletionAsked, DetokenizeAsked, TokenizeAsked, turns
 from deltaw.web.door import guarded, manages, tenant_of
 from deltaw.web.forms import MISTAKE, Answer, ChatForm, CompletionForm, Form, Gone, event, fault, mistakes
 from deltaw.web.metrics import measured
@@ -76,7 +76,8 @@ def _answering(routes: FastAPI, hub: Hub) -> None:
     @routes.post("/v1/completions")
     async def completions(asked: CompletionAsked, request: Request) -> Response:
         """Go on with a text, or with tokens; several prompts are answered together."""
-        prompts = _prompts(asked.prompt)
+        one = isinstance(asked.prompt, str) or (asked.prompt and isinstance(asked.prompt[0], int))
+        prompts = cast("list[str] | list[list[int]]", [asked.prompt] if one else asked.prompt)
         begin = tokenizer.begin_ids if asked.add_special_tokens else []
         ids = [[*begin, *tokenizer.encode(p)] if isinstance(p, str) else p for p in prompts]
         texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts] if asked.echo else []
@@ -201,9 +202,3 @@ def _open(app: FastAPI, hub: Hub) -> None:
         """Whether questions are answered."""
         status = "ending" if hub.ending else hub.service.status
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
-
-
-def _prompts(told: Prompt) -> list[str] | list[list[int]]:
-    """Prompts, one or many."""
-    one = isinstance(told, str) or (told and isinstance(told[0], int))
-    return cast("list[str] | list[list[int]]", [told] if one else told)
