@@ -14,7 +14,7 @@ HINT = "Stopping as soon as what is trained is saved. Once more to leave at once
 T = TypeVar("T")
 
 
-def leave() -> None:
+def leave(*_: object) -> None:
     """End the process now, whatever it is doing."""
     os._exit(Interrupted.code)
 
@@ -33,17 +33,17 @@ def heeding(items: Iterable[T], stop: Callable[[], bool]) -> Iterator[T]:
 
 @contextmanager
 def interruptible(
-    hint: str = HINT, again: Callable[[], object] = leave, signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM)
+    hint: str = HINT, again: Callable[..., object] = leave, signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM)
 ) -> Iterator[Callable[[], bool]]:
     """Give a function that says whether a stop was asked for, for the length of a `with` block.
 
-    `again` is what a second signal does. Outside the main thread, where Python has no signals, nothing is caught.
+    `again` is what handles a second signal. Outside the main thread, where Python has no signals, nothing is caught.
     """
     asked = threading.Event()
 
-    def ask(_number: int, _frame: FrameType | None) -> None:
+    def ask(number: int, frame: FrameType | None) -> None:
         if asked.is_set():
-            again()
+            again(number, frame)
         asked.set()
         if hint:
             os.write(2, f"\n{hint}\n".encode())

@@ -168,11 +168,7 @@ def _answer(session: Chat, console: Console, question: str) -> None:
 @contextmanager
 def _heard() -> Iterator[Callable[[], bool]]:
     """Give a function that says whether the answer is still wanted. Ctrl-C ends it; once more, and it is dropped."""
-
-    def drop() -> None:
-        raise KeyboardInterrupt
-
-    with interruptible(hint="", again=drop, signals=(signal.SIGINT,)) as stop:
+    with interruptible(hint="", again=signal.default_int_handler, signals=(signal.SIGINT,)) as stop:
         yield lambda: not stop()
     if stop() and not sys.stdin.isatty():
         raise KeyboardInterrupt  # nobody is there to ask something else
