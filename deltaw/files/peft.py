@@ -23,13 +23,13 @@ from deltaw.files import foreign
 from deltaw.files.adapters import filled
 from deltaw.files.foreign import CONFIG, WEIGHTS, Said, understood
 from deltaw.methods import method
-from deltaw.methods.full import PART, Whole
+from deltaw.methods.full import Whole
 from deltaw.methods.lora import first
 from deltaw.methods.prefix_tuning import Prefix
 from deltaw.models.checkpoint import get, read_json
 from deltaw.models.config import ModelConfig
 from deltaw.models.decoder import Decoder
-from deltaw.models.slots import Affine, Linear, Slot
+from deltaw.models.slots import PART, Affine, Linear, Slot
 from deltaw.words import some
 
 PREFIX = "base_model.model."

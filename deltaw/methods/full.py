@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.adapters.adapter import Method, Site
-from deltaw.models.slots import CannotMerge, Delta, Embedding, Linear, Parts, RMSNorm, Slot
+from deltaw.models.checkpoint import get
+from deltaw.models.slots import PART, CannotMerge, Delta, Linear, Parts, Slot
 from deltaw.settings import settings
 from deltaw.weights import Weight
-
-PART = {Linear: "weight", RMSNorm: "gain", Embedding: "table"}
-"""The attribute of a layer that is trained."""
 
 
 class Whole(Delta):
@@ -27,9 +25,7 @@ class Whole(Delta):
     def __init__(self, slot: Slot, heads: bool = True) -> None:
         super().__init__()
         self.part, self.heads = PART[type(slot)], heads
-        value = getattr(slot, self.part)
-        value = value.dense() if isinstance(value, Weight) else value
-        self.value = nn.Parameter(value.detach().float().clone())
+        self.value = nn.Parameter(get(slot, self.part).detach().float().clone())
 
     def forward(self, slot: Slot, x: Tensor) -> Tensor:
         if isinstance(slot, Linear):

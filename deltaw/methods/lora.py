@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from deltaw.adapters.adapter import Method, Site, matches
 from deltaw.errors import UserError
-from deltaw.methods.full import PART, Whole
+from deltaw.methods.full import Whole
 from deltaw.models.fused import joined
-from deltaw.models.slots import Affine, Delta, Linear, Parts, Terms
+from deltaw.models.slots import PART, Affine, Delta, Linear, Parts, Terms
 from deltaw.settings import Count, Rank, settings
 from deltaw.weights import Weight
 

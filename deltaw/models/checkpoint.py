@@ -20,7 +20,7 @@ from deltaw.models import packed
 from deltaw.models.config import ModelConfig
 from deltaw.models.decoder import Decoder
 from deltaw.models.gguf import GGUF
-from deltaw.models.slots import Embedding, Linear, RMSNorm
+from deltaw.models.slots import PART, Linear, Slot
 from deltaw.weights import Dense, Format, Packed, Weight
 from deltaw.words import some
 
@@ -238,15 +238,10 @@ def read_config(path: Path) -> ModelConfig:
 def _places(model: Decoder) -> Iterator[tuple[str, tuple[Any, str]]]:
     """Every weight's checkpoint name (no leading `model.`), the layer that owns it and the attribute it is."""
     for name, module in model.named_modules():
-        match module:
-            case Embedding():
-                yield f"{name}.weight", (module, "table")
-            case RMSNorm():
-                yield f"{name}.weight", (module, "gain")
-            case Linear():
-                yield f"{name}.weight", (module, "weight")
-                if module.bias is not None:
-                    yield f"{name}.bias", (module, "bias")
+        if isinstance(module, Slot) and (part := PART.get(type(module))):
+            yield f"{name}.weight", (module, part)
+        if isinstance(module, Linear) and module.bias is not None:
+            yield f"{name}.bias", (module, "bias")
 
 
 def _put(owner: Any, part: str, w: Tensor, where: str) -> None:

@@ -181,6 +181,10 @@ class Embedding(Slot):
         return x_TD if self.scale == 1 else x_TD * torch.tensor(self.scale, dtype=x_TD.dtype, device=x_TD.device)
 
 
+PART = {Linear: "weight", RMSNorm: "gain", Embedding: "table"}
+"""The attribute of a layer that is its tensor: what is trained of it as a whole, and `weight` in a checkpoint."""
+
+
 class Positions(Slot):
     """Positions to angles, and how far they reach: cosine and sine, of shape 2 x T x 1 x E."""
 
