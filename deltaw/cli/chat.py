@@ -3,12 +3,11 @@
 And answers to given questions, for scripts and pipes.
 """
 
-import importlib.util
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -74,8 +73,8 @@ def _lines(session: Chat, console: Console) -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
-    if importlib.util.find_spec("readline"):  # line editing and history, where Python has it
-        importlib.import_module("readline")
+    with suppress(ImportError):  # line editing and history, where Python has it
+        import readline  # noqa: F401 (only so that it is loaded)
     while True:
         try:
             yield input(f"\n{session.current}> ")
