@@ -8,7 +8,6 @@ import hashlib
 import tempfile
 import weakref
 from array import array
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -82,9 +81,6 @@ class Rows:
         self._file.seek(4 * start)
         words = np.frombuffer(self._file.read(4 * (stop - start)), np.uint32)
         return Encoded(tuple((words & (LEARNT - 1)).tolist()), tuple((words >= LEARNT).tolist()))
-
-    def __iter__(self) -> Iterator[Encoded]:
-        return (self[i] for i in range(len(self)))
 
 
 def _close(file: tempfile.SpooledTemporaryFile[bytes]) -> None:
