@@ -97,9 +97,8 @@ class Yarn:
         return width * math.log(turns) / (2 * math.log(theta))
 
 
-KINDS: dict[str, type[Linear | Dynamic | Llama3 | Yarn]] = {
-    "linear": Linear, "dynamic": Dynamic, "llama3": Llama3, "yarn": Yarn
-}  # fmt: skip
+Scaling = Linear | Dynamic | Llama3 | Yarn
+KINDS: dict[str, type[Scaling]] = {"linear": Linear, "dynamic": Dynamic, "llama3": Llama3, "yarn": Yarn}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,7 @@ class Rope:
 
     width: int
     theta: float = 1e4
-    scaling: Linear | Dynamic | Llama3 | Yarn | None = None
+    scaling: Scaling | None = None
 
     @classmethod
     def from_hf(cls, rope: Mapping[str, Any], head_width: int, context: int, where: str) -> "Rope":
