@@ -31,15 +31,6 @@ def duration(seconds: float | None) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def clock(seconds: float) -> str:
-    """Seconds as a clock shows them: 2:20, or 1:02:20."""
-    if not math.isfinite(seconds):
-        return UNKNOWN
-    minutes, second = divmod(max(0, round(seconds)), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
 def size(n_bytes: float | None) -> str:
     """Bytes with the unit that fits: 512 B, 1.5 KB, 1.9 GB."""
     return _scaled(n_bytes, (" B", " KB", " MB", " GB", " TB"))
@@ -72,9 +63,9 @@ def share(part: float, whole: float) -> str:
     return f"{100 * part / whole:#.2g}%".replace(".%", "%") if 0 < part < whole else "100%" if part else "0%"
 
 
-def off(actual: float, predicted: float | None) -> str:
+def off(actual: float | None, predicted: float | None) -> str:
     """How far what happened is from what was predicted, in per cent: +4%, -2%."""
-    if not predicted or not math.isfinite(actual / predicted):
+    if not actual or not predicted or not math.isfinite(actual / predicted):
         return UNKNOWN
     return f"{100 * (actual / predicted - 1):+.0f}%"
 

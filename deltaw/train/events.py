@@ -141,6 +141,20 @@ class Finished(Event):
     predicted_bytes: int | None = None
 
 
+REASONS = {
+    "done": ("Done", "good"),
+    "no better": ("Stopped early: the validation loss got no better", "good"),
+    "interrupted": ("Interrupted", "warn"),
+    "diverged": ("Diverged: the loss was not a number", "bad"),
+    "disk full": ("The disk is full: the adapter is not written; free some, then resume", "bad"),
+}
+
+
+def told(reason: str) -> tuple[str, str]:
+    """Why a run ended, in words, and whether that is `good`, `bad`, or to be looked at (`warn`)."""
+    return REASONS.get(reason, (reason, "warn"))
+
+
 def is_event(record: Any) -> bool:
     """Whether a JSON value is one of these events, with all that such a one says; a float that was none is null.
 

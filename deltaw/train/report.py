@@ -7,7 +7,6 @@ were measured; none that were not.
 import json
 import math
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,16 +16,10 @@ import yaml
 from deltaw import __version__
 from deltaw.errors import explained
 from deltaw.files.atomic import write_text
-from deltaw.train import svg
+from deltaw.train import events, svg
 from deltaw.train.record import Run, fold, read
+from deltaw.words import UNKNOWN, off, size
 
-NONE = "–"
-REASONS = {
-    "done": ("Done", "good"),
-    "no better": ("Stopped early: no better", "good"),
-    "interrupted": ("Interrupted", "warn"),
-    "diverged": ("Diverged", "bad"),
-}
 SHOWN_SETTINGS = ("targets", "rank", "alpha", "rslora", "dropout", "modules_to_save", "learning_rate", "schedule",
                   "epochs", "steps", "minutes", "batch_rows", "max_tokens", "train_on", "seed", "dtype")  # fmt: skip
 
@@ -39,8 +32,7 @@ def write_report(run_folder: Path) -> Path:
     """
     with explained("This is no run's folder: it has no events.jsonl.", FileNotFoundError, where=run_folder, why=""):
         run = fold(read(run_folder / "events.jsonl"))
-    reason = str(run.finished.get("reason", "Not finished"))
-    words, color = REASONS.get(reason, (reason, "warn"))
+    words, color = events.told(str(run.finished.get("reason", "Not finished")))
     told = (f"{s['method']} on {s['base']} · {s['rows']:,} rows, {s['val_rows']:,} for validation · "
             f"{s['trained_tokens']:,} of {s['tokens']:,} tokens trained · {s['dtype']} on {s['device']}, "
             f"{s['threads']} thread{'s' * (s['threads'] != 1)}") if (s := run.started) else ""  # fmt: skip
@@ -55,8 +47,7 @@ def write_report(run_folder: Path) -> Path:
         smoothed=svg.smooth([y for _, y in run.curve("loss")] or [None])[-1], median=median,
         peak=run.finished.get("peak_bytes") or max(run.measured("memory_bytes"), default=None),
         speeds=run.measured("tokens_per_second"), figure=_text, perplexity=_perplexity,
-        clock=_clock, gigabytes=_gigabytes, rate=_rate, off=_off, loss=loss[1], charts=charts,
-        heat=[svg.heat(layers)] if layers else [], files=files,
+        rate=_rate, off=off, loss=loss[1], charts=charts, heat=[svg.heat(layers)] if layers else [], files=files,
         style=(svg.HERE / "report.css").read_text(encoding="utf-8"))  # fmt: skip
     write_text(run_folder / "report.html", page.encode(errors="replace").decode())
     return run_folder / "report.html"
@@ -72,7 +63,7 @@ def _plots(run: Run) -> Iterator[tuple[str, str]]:
     yield "Loss", svg.line_chart(_aloud("Loss by step", smoothed), series, words="{:.4g}".format, mark=mark, width=1000)
     for title, name, words in (("Learning rate", "learning_rate", _rate),
                                ("Tokens per second", "tokens_per_second", "{:,.0f}".format),
-                               ("Memory", "memory_bytes", _gigabytes)):  # fmt: skip
+                               ("Memory", "memory_bytes", size)):  # fmt: skip
         points = run.curve(name)
         curve, spoken = svg.Series(name=title.lower(), points=points), _aloud(f"{title} by step", points)
         yield title, svg.line_chart(spoken, [curve], words=words, width=360, from_zero=True)
@@ -92,9 +83,9 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         for key, item in value.items():
             yield from _flat(item, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list):
-        yield name, ", ".join(str(item) for item in value) or NONE
+        yield name, ", ".join(str(item) for item in value) or UNKNOWN
     else:
-        yield name, NONE if value is None else str(value)
+        yield name, UNKNOWN if value is None else str(value)
 
 
 def _aloud(title: str, points: list[svg.Point]) -> str:
@@ -102,26 +93,20 @@ def _aloud(title: str, points: list[svg.Point]) -> str:
     return f"{title}, from {values[0]:.4g} to {values[-1]:.4g}" if values else title
 
 
-def _known(words: Callable[[float], str], none: str = NONE) -> Callable[[float | None], str]:
+def _known(words: Callable[[float], str], none: str = UNKNOWN) -> Callable[[float | None], str]:
     """The words for a number, and those for none."""
     return lambda value: none if value is None else words(value)
 
 
 _text = _known("{:.3f}".format, "not a number")
 _perplexity = _known(lambda loss: f"{math.exp(loss):,.2f}" if loss < 20 else "over 10⁸")
-_clock = _known(lambda seconds: str(timedelta(seconds=round(seconds))))
-_gigabytes = _known(lambda n_bytes: f"{n_bytes / 1e9:.2f} GB")
 
 
 def _rate(value: float | None) -> str:
     if not value:
-        return NONE if value is None else "0"
+        return UNKNOWN if value is None else "0"
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
-
-
-def _off(actual: float | None, predicted: float | None) -> str:
-    return NONE if not actual or not predicted else f"{actual / predicted - 1:+.1%}"
 
 
 def write_card(folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """A run on the terminal: a live area where there is a terminal, and one line for each event where there is none."""
 
 import math
+from typing import Any
 
 from rich.box import ROUNDED
 from rich.console import Console, Group, RenderableType
@@ -12,18 +13,12 @@ from rich.text import Text
 
 from deltaw import words
 from deltaw.kernels.library import REFERENCE
-from deltaw.train.events import Evaluated, Event, Finished, Planned, Sampled, Saved, Started, Stepped, Warned
+from deltaw.train.events import Evaluated, Event, Finished, Planned, Sampled, Saved, Started, Stepped, Warned, told
 from deltaw.train.svg import placed, smooth
 
 SPARKS = 40
 BETWEEN_SECONDS = 5.0
-REASONS = {
-    "done": ("Done", "green"),
-    "no better": ("Stopped early: the validation loss got no better", "green"),
-    "interrupted": ("Interrupted", "yellow"),
-    "diverged": ("Diverged: the loss was not a number", "red"),
-    "disk full": ("The disk is full: the adapter is not written; free some, then resume", "red"),
-}
+COLORS = {"good": "green", "warn": "yellow", "bad": "red"}
 
 
 def view(console: Console) -> "LiveView | PlainView":
@@ -37,42 +32,37 @@ class LiveView:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._plan: Planned | None = None
+        self._last = dict[type[Event], Any]()
+        """Of each kind of event."""
         self._first: Stepped | None = None
-        self._step: Stepped | None = None
         self._losses: list[float | None] = []
-        self._evaluated: Evaluated | None = None
         self._best: Evaluated | None = None
-        self._saved: Saved | None = None
         self._samples: list[Sampled] = []
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
     def __call__(self, event: Event) -> None:
+        self._last[type(event)] = event
         match event:
             case Started():
                 self.console.print(_panel(event.run, _facts(event), "cyan"))
                 self._notices(event.notices)
                 self._live.start()
             case Planned():
-                self._plan = event
                 self.console.print(Text(plan_line(event)))
                 self._notices(event.notices)
             case Stepped():
-                self._first, self._step = self._first or event, event
+                self._first = self._first or event
                 self._losses = [*self._losses, event.loss][-10 * SPARKS :]
-            case Evaluated():
-                self._evaluated = event
-                self._best = event if event.best else self._best
+            case Evaluated(best=True):
+                self._best = event
             case Sampled():
                 self._samples.append(event)
-            case Saved():
-                self._saved = event
             case Warned():
                 self.console.print(Text(f"! {words.one_line(event.text)}", style="yellow"))
             case Finished():
                 self.close()
-                reason, color = _reason(event)
-                for text in (*_answers(self._samples, limit=600), _panel(reason, _outcome(event), color)):
+                reason, kind = told(event.reason)
+                for text in (*_answers(self._samples, limit=600), _panel(reason, _outcome(event), COLORS[kind])):
                     self.console.print(text)
 
     def close(self) -> None:
@@ -84,15 +74,14 @@ class LiveView:
             self.console.print(Text(f"• {words.one_line(notice)}", style="dim"))
 
     def _render(self) -> RenderableType:
-        step = self._step
-        if step is None:
-            return Text("Measuring this machine …" if self._plan is None else "Starting …", style="dim")
+        if (step := self._last.get(Stepped)) is None:
+            return Text("Starting …" if Planned in self._last else "Measuring this machine …", style="dim")
         width = self.console.width
         bar = Table.grid(expand=True, padding=(0, 2, 0, 0))
         bar.add_column(ratio=1)
         bar.add_column(no_wrap=True)
         bar.add_row(ProgressBar(max(1, step.steps), step.step), f"{step.step}/{step.steps}  {self._eta(step)}")
-        saved = f"saved at {self._saved.step}" if self._saved else ""
+        saved = f"saved at {self._last[Saved].step}" if Saved in self._last else ""
         pace = [(f"{step.tokens_per_second:,.0f} tok/s", ""), (words.size(step.memory_bytes), ""), (saved, "dim"),
                 (f"epoch {step.epoch:.2f}", "dim"), (f"lr {step.learning_rate:.1e}", "dim")]  # fmt: skip
         answers = _answers(self._samples, limit=max(40, 2 * width))
@@ -102,7 +91,7 @@ class LiveView:
         means = smooth(self._losses)
         sparks = words.sparkline([math.nan if mean is None else mean for mean in means], min(SPARKS, 2 * width // 5))
         now = step.loss if means[-1] is None else means[-1]
-        val = f"val {words.loss(self._evaluated.loss)}" if self._evaluated else ""
+        val = f"val {words.loss(self._last[Evaluated].loss)}" if Evaluated in self._last else ""
         best = f"best {words.loss(self._best.loss)} at {self._best.step}" if self._best else ""
         return [(sparks, "cyan"), (f"train {words.loss(now)}", "bold"), (val, "bold"), (best, "green")]
 
@@ -111,8 +100,8 @@ class LiveView:
         left, done = max(0, step.steps - step.step), step.step - self._first.step
         if done:
             return f"{words.duration(left * (step.seconds - self._first.seconds) / done)} left"
-        if self._plan and self._plan.steps:
-            return f"{words.duration(left * self._plan.train_seconds / self._plan.steps)} left"
+        if (plan := self._last.get(Planned)) and plan.steps:
+            return f"{words.duration(left * plan.train_seconds / plan.steps)} left"
         return ""
 
 
@@ -143,7 +132,7 @@ class PlainView:
         if event := self._waiting:
             self._waiting, self._shown_seconds = None, event.seconds
             rate, pace = f"lr {event.learning_rate:.1e}", f"{event.tokens_per_second:,.0f} tok/s"
-            spent = f"{words.size(event.memory_bytes)}  {words.clock(event.seconds)}"
+            spent = f"{words.size(event.memory_bytes)}  {words.duration(event.seconds)}"
             self._say(f"step {event.step}/{event.steps}  loss {words.loss(event.loss)}  {rate}  {pace}  {spent}")
 
     def _say(self, line: str) -> None:
@@ -154,10 +143,9 @@ class PlainView:
 
 def plan_line(plan: Planned) -> str:
     """What a run will take, in one line."""
-    unit = "min" if plan.high_seconds < 3600 else "h"
     how = ", layers computed twice to save memory" if plan.recompute else ""
-    return (f"Plan: {plan.steps} steps, about {words.duration(plan.train_seconds)} "
-            f"({words.clock(plan.low_seconds)} to {words.clock(plan.high_seconds)} {unit}), "
+    low, high = (words.off(seconds, plan.train_seconds) for seconds in (plan.low_seconds, plan.high_seconds))
+    return (f"Plan: {plan.steps} steps, about {words.duration(plan.train_seconds)} ({low} to {high}), "
             f"peak memory {words.size_of(plan.peak_bytes, plan.available_bytes)}{how}")  # fmt: skip
 
 
@@ -177,7 +165,7 @@ def _lines(event: Event) -> list[str]:
         case Warned():
             return [f"warning: {event.text}"]
         case Finished():
-            return [f"{_reason(event)[0]}: " + ", ".join(f"{name} {value}" for name, value in _outcome(event))]
+            return [f"{told(event.reason)[0]}: " + ", ".join(f"{name} {value}" for name, value in _outcome(event))]
     return []
 
 
@@ -217,10 +205,6 @@ def _outcome(event: Finished) -> list[tuple[str, str]]:
 
 def _against(actual: float, predicted: float | None) -> str:
     return f" ({words.off(actual, predicted)} against the plan)" if predicted else ""
-
-
-def _reason(event: Finished) -> tuple[str, str]:
-    return REASONS.get(event.reason, (event.reason, "yellow"))
 
 
 def _panel(title: str, rows: list[tuple[str, str]], color: str) -> Panel:

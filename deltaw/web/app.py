@@ -125,9 +125,8 @@ async def _respond(hub: Hub, asked: Asked, prompts: list[list[int]], form: Form,
     return Answer(form.answer(await unless_gone(request, all_of_it()), choices))
 
 
-async def _events(
-    asked: Asked, form: Form, choices: list[Choice], first: Piece, pieces: AsyncIterator[Piece]
-) -> AsyncIterator[bytes]:
+async def _events(asked: Asked, form: Form, choices: list[Choice], first: Piece,
+                  pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]:  # fmt: skip
     yield event(form.chunk(first))
     try:
         async for piece in pieces:

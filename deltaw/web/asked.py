@@ -105,9 +105,8 @@ class Asked(Body):
         """How the answer is drawn, of at most `room` tokens if nothing is said."""
         given = {"temperature": 1.0, **self.model_dump(include={*names(Sampling)}, exclude_none=True)}
         most = max(1, room if self.most is None else self.most)
-        return Sampling(
-            **given | {"top_k": max(0, self.top_k or 0), "max_new_tokens": most, "seed": (self.seed or 0) % 2**32}
-        )
+        own = {"top_k": max(0, self.top_k or 0), "max_new_tokens": most, "seed": (self.seed or 0) % 2**32}
+        return Sampling(**given | own)
 
     @property
     def most(self) -> int | None:

@@ -31,9 +31,8 @@ class Metrics(Collector):
         self.refused = Counter("deltaw_refused", "Requests told to come again.", ["key", "why"], registry=own)
         self.queued = Summary("deltaw_queue_seconds", "Until an answer was begun.", each, registry=own)
         self.first = Summary("deltaw_first_token_seconds", "Until its first token.", each, registry=own)
-        self.firsts = Histogram(
-            "deltaw_all_first_token_seconds", "Until any first token.", buckets=SECONDS, registry=own
-        )
+        self.firsts = Histogram("deltaw_all_first_token_seconds", "Until any first token.", buckets=SECONDS,
+                                registry=own)  # fmt: skip
         distinct = Histogram("deltaw_batch_adapters", "Distinct adapters in a step.", buckets=DISTINCT, registry=own)
         engine.stepped = distinct.observe
         self.registry.register(self)
