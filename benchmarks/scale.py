@@ -165,14 +165,13 @@ def simulated(way, asked, target, model):
             entry = replica.entry(persona)
             hits += entry.state == "ready"
             one = Sequence((3,) * prompt, Sampling(max_new_tokens=answer), frozenset(), ((entry, 1.0),),
-                           secret=str(now))  # fmt: skip  # no two prompts begin alike
+                           secret=str(now), since=now)  # fmt: skip  # no two prompts begin alike
             one.heard = heard(one, firsts, now)
             try:
-                replica.engine.waiting.admit([one], target)
+                replica.engine.submit(one, within=target)
             except Busy:
                 refused += 1
                 continue
-            replica.engine.submit(one)
             if idle:
                 replica.now = max(replica.now, now)
                 heapq.heappush(busy, (replica.now, replicas.index(replica)))

@@ -87,7 +87,7 @@ def _replicated(load: partial[Any], folders: list[Path], serving: Serving) -> No
     from deltaw.models import source
 
     source.find(load.args[0])  # told here if it is not there, and fetched once
-    with explained("Replicas need Ray.", ImportError, why="{error}", remedy="pip install 'deltaw[serve,scale]'"):
+    with explained("Replicas need Ray.", ImportError, remedy="pip install 'deltaw[serve,scale]'"):
         from deltaw.web.replicas import front, replicas_of
     import uvicorn
 

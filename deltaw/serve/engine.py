@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
+from math import inf
 from time import monotonic
 
 import torch
@@ -38,14 +39,18 @@ class Engine:
         self.wardrobe = Wardrobe(self.arena)
         self.compute: Compute = Forward(model, self.arena, chunk + most)
         self.most, self.chunk = most, chunk
-        self.waiting = Order(self.arena, most)
         self.running: list[Sequence] = []
+        self.waiting = Order(self.arena, most, self.running)
         self.stepped: Callable[[int], None] = lambda _: None
         """Told after each step how many distinct adapters were worn in it."""
 
-    def submit(self, sequence: Sequence) -> None:
-        """Let a sequence wait for its turn."""
-        self.waiting.enter(sequence)
+    def submit(self, *sequences: Sequence, within: float = inf) -> None:
+        """Let sequences of one request wait for their turns.
+
+        Raises:
+            Busy: in that case the first token would not be there within so many seconds.
+        """
+        self.waiting.enter(sequences, within)
 
     def end(self, sequence: Sequence, why: End, fault: str = "") -> None:
         """Let go of a sequence that runs or waits; its pages are free at once."""
@@ -74,19 +79,21 @@ class Engine:
 
     def plan(self) -> list[Piece]:
         """Who computes how many tokens, with pages for them: one of each answer, and of prompts as their turns come."""
-        # With several tenants steps are shorter: whoever comes waits for the one under way.
-        left, blocked = self.chunk // (1 + (len(self.waiting.tenants.there) > 1)) or 1, False
-        planned = dict[Sequence, int]()
+        planned, read, blocked = dict[Sequence, int](), 0, False
         for sequence in [each for each in self.running if each.pending == 1]:
             if sequence in self.running and self._room(sequence, 1):  # or it was sent back to wait
                 planned[sequence] = 1
+        share, places = self.waiting.share, Counter(each.tenant for each in self.running)
         for sequence in self.waiting.turns([each for each in self.running if each.pending > 1]):
-            if left and sequence not in planned and (not blocked or sequence in self.running):
+            # Who has its share of places reads a little at a time: others who come wait for the step under way.
+            sated = places[sequence.tenant] >= share < self.most
+            left = (self.chunk // 2 or 1 if sated else self.chunk) - read
+            if left > 0 and sequence not in planned and (not blocked or sequence in self.running):
                 if count := self._part(sequence, left):
                     planned[sequence] = count
-                    left -= count
+                    read += count
                 blocked |= count is None
-        for sequence in self.waiting.next(self.most):
+        for sequence in islice(self.waiting.turns(), self.most):  # one of each tenant and of what it wears
             self.wardrobe.fetch(sequence.entries)
         return [piece for piece in planned.items() if piece[0] in self.running]
 
@@ -125,7 +132,7 @@ class Engine:
         """Whether one more may run. If not, who has most of the places gives one to whoever has less than a share."""
         if len(self.running) < self.most:
             return True
-        share = self.most / len(self.waiting.tenants.there)
+        share = self.waiting.share
         places = Counter(each.tenant for each in self.running if share < self.most)  # one tenant has all of them
         most, taken = (places.most_common(1) or [("", 0)])[0]
         there = all(entry.state in ("ready", "waiting") for entry in sequence.entries)
@@ -264,9 +271,7 @@ class Engine:
             sequence.ended = token
             return self.end(sequence, "stop")
         sequence.said.append(token)
-        self.waiting.charge(sequence, SAID)
-        if len(sequence.said) == 1:
-            self.waiting.heard(sequence)
+        self.waiting.spoken(sequence)
         sequence.heard(token)
         more = sequence.grammar is None or sequence.grammar.take(token)
         if not more or len(sequence.said) == sequence.sampling.max_new_tokens:

@@ -1,16 +1,19 @@
 """Whose turn is next, and when: fair shares, a turn for everybody, and no queue without an end.
 
-Shares are those of virtual token counters (VTC; Sheng et al. 2024, arXiv:2401.00588): who was given least is next,
-first among tenants, then among what a tenant's sequences wear. Who comes anew starts from the least of those who are
-there, so that nobody saves up. What nobody wears yet costs its bytes too, so that batches wear few adapters; the longer
-one waits, the less that counts (SGLang's drainer has the same bound).
+Shares are those of virtual token counters (VTC; Sheng et al. 2024, arXiv:2401.00588) that know how long answers are
+expected to be: who was given least is next, first among tenants, then among what a tenant's sequences wear. Who comes
+when nothing of theirs waits starts from the least of those who wait; of what they did not ask for before, only their
+share of the last seconds is saved up. What nobody wears yet costs its bytes too, so that batches wear few adapters; the
+longer one waits, the less that counts (SGLang's drainer has the same bound).
+
+How long one would wait is found by going through the turns of those who wait, without anything coming of it.
 """
 
 import heapq
-import threading
 from bisect import insort
-from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence as Row
+from collections import ChainMap, Counter, defaultdict
+from collections.abc import Collection, Hashable, Iterable, Iterator, MutableMapping, Sequence as Row
+from itertools import chain
 from math import ceil, exp, inf
 from time import monotonic
 
@@ -26,6 +29,7 @@ LATE = 0.04
 """The share of promises that may be broken."""
 RECENT_SECONDS = 10.0
 """How far back speed is measured."""
+Who = tuple[str, tuple[str, ...]]
 Rank = tuple[int, float, int, float, float]
 
 
@@ -45,13 +49,22 @@ class Shares:
     """What each of those who are there was given, in tokens."""
 
     def __init__(self) -> None:
-        self.spent, self.there = dict[Hashable, float](), Counter[Hashable]()
+        self.spent: MutableMapping[Hashable, float] = {}
+        self.there = Counter[Hashable]()
+        self.level = 0.0
+        """What the last one had been given whose turn came."""
 
-    def come(self, who: Hashable) -> None:
-        """One more request of theirs is there."""
-        if not self.there[who]:
-            least = min((self.spent[other] for other in self.there), default=0.0)
-            self.spent[who] = max(self.spent.get(who, 0.0), least)
+    def aside(self) -> "Shares":
+        """The same, to see what would be: what changes there does not here."""
+        other = Shares()
+        other.spent, other.there, other.level = ChainMap({}, self.spent), self.there.copy(), self.level
+        return other
+
+    def come(self, who: Hashable, waiting: Collection[Hashable], saved: float = 0.0) -> None:
+        """One more request of theirs is there, beside others that wait; they may have saved so much up."""
+        if who not in waiting:
+            least = min((self.spent[other] for other in waiting), default=self.level)
+            self.spent[who] = max(self.spent.get(who, least), least - saved)
         self.there[who] += 1
 
     def go(self, who: Hashable) -> None:
@@ -64,61 +77,62 @@ class Shares:
 
 
 class Order:
-    """Sequences that wait, by tenant and by what they wear. Only `admit` may be asked by any thread."""
+    """Sequences that wait, by tenant and by what they wear, while at most so many are `running`."""
 
-    def __init__(self, arena: Arena, most: int) -> None:
-        self.arena, self.most = arena, most
-        self.queues: dict[Hashable, list[Sequence]] = {}
+    def __init__(self, arena: Arena, most: int, running: Row[Sequence]) -> None:
+        self.arena, self.most, self.running = arena, most, running
+        self.queues: dict[Who, list[Sequence]] = {}
         self.tenants, self.worn = Shares(), defaultdict[str, Shares](Shares)
-        self.expected = Counter[Hashable]()
-        """Tokens that will have been read and said by those who were admitted and have not begun: of all, of each
-        tenant, and of each of what its sequences wear."""
         self.said = 64.0
         """How long an answer is."""
         self.done = self.seconds = 0.0
         """Tokens that were computed lately when there was enough to do, and the time it took."""
-        self.slack = 1.0
-        """By how much longer it takes than reckoned, so that LATE are late only: others overtake, steps are whole."""
-        self.lock = threading.RLock()
+        self.margin = 0.0
+        """Seconds that are added to what is reckoned, so that LATE are late only: others come, answers are longer."""
 
     def __len__(self) -> int:
         return sum(map(len, self.queues.values()))
 
     def __iter__(self) -> Iterator[Sequence]:
-        for queue in list(self.queues.values()):
-            yield from list(queue)
+        return chain.from_iterable([*queue] for queue in [*self.queues.values()])
 
-    def admit(self, sequences: Row[Sequence], within: float = inf) -> None:
-        """Expect these, which are of one request.
+    @property
+    def share(self) -> float:
+        """A tenant's share of the places."""
+        return self.most / max(1, len(self.tenants.there))
+
+    def enter(self, sequences: Row[Sequence], within: float = inf) -> None:
+        """Let these wait, which are of one request.
 
         Raises:
             Busy: in that case the first token would not be there within so many seconds.
         """
-        with self.lock:
+        if within < inf:
+            self.margin = min(self.margin, 0.9 * within)  # else nobody is let in from whom it could learn
             if (seconds := self.wait(sequences[0])) > within:
                 raise Busy("All is taken: an answer would begin too late.", max(1, ceil(seconds - within)))
             sequences[0].promised = seconds
-            for sequence in sequences:
-                self._expect(sequence, self._cost(sequence))
+        for sequence in sequences:
+            self._come(sequence)
 
     def wait(self, sequence: Sequence) -> float:
-        """In how many seconds the first token of another sequence like this would come.
+        """In how many seconds its first token would be there, if it came now and nobody after it.
 
-        Others of its tenant, or with what it wears, are before it; of all others only as much as makes shares equal.
+        Before that, prompts are read whose turn is before its own, and so many answers end that it has a place, unless
+        it has one by its tenant's share; meanwhile all places say a token in each step.
         """
-        every, tenant, worn = (self.expected[who] for who in _whose(sequence))
-        own = min(tenant, worn * _with(self.worn.get(sequence.tenant), sequence.names))
-        ahead = min(every, own * _with(self.tenants, sequence.tenant))
-        # Where nobody waits, nobody is refused.
-        return self.slack * (ahead + len(sequence.asked)) * self.seconds / self.done if ahead and self.done else 0.0
-
-    def enter(self, sequence: Sequence) -> None:
-        """One more waits."""
-        self.tenants.come(sequence.tenant)
-        self.worn[sequence.tenant].come(sequence.names)
-        if not sequence.expected:
-            self.admit([sequence])
-        self.put(sequence)
+        order = self._aside()
+        order._come(sequence)
+        before = order._before(sequence)
+        own = 1 + sum(each.tenant == sequence.tenant for each in {*self.running, *before})
+        rounds, place = divmod(len({*before}.difference(self.running)), self.most)
+        ends = [0.0] * (self.most - len(self.running)) + sorted(map(self._left, self.running))
+        steps = 0.0 if own <= order.share < self.most else ends[place] + rounds * self.said
+        read = sum(each.pending for each in before)
+        if not read + steps or not self.done:
+            return 0.0  # where nobody is before it, nobody is refused
+        tokens = read + len(sequence.asked) + SAID * self.most * (steps + 1)
+        return tokens * self.seconds / self.done + (self.margin if steps else 0.0)
 
     def put(self, sequence: Sequence) -> None:
         """It waits, for the first time or again."""
@@ -133,10 +147,12 @@ class Order:
             del self.queues[who]
 
     def begin(self, sequence: Sequence) -> None:
-        """Its turn has come: what it takes to begin is charged, the first time."""
-        if sequence.expected:
-            self.charge(sequence, len(sequence.asked) + self._bytes(sequence, but=1))
-        self._expect(sequence, -sequence.expected)
+        """Its turn has come: the first time, it is charged for what it takes to begin, and is expected to say."""
+        if not sequence.charged:
+            for shares, who in ((self.tenants, sequence.tenant), (self.worn[sequence.tenant], sequence.names)):
+                shares.level = shares.spent[who]
+            sequence.charged = ceil(self._left(sequence))
+            self.charge(sequence, self._cost(sequence) + self._bytes(sequence, but=1))
         sequence.passed = None  # it has had its turn
         self.take(sequence)
 
@@ -145,15 +161,18 @@ class Order:
         self.tenants.spent[sequence.tenant] += tokens
         self.worn[sequence.tenant].spent[sequence.names] += tokens
 
-    def heard(self, sequence: Sequence) -> None:
-        """Its first token is said: whether in time tells how much later than reckoned others are to expect theirs."""
-        if self.done and sequence.promised > self.seconds / self.done * self._cost(sequence):
-            late = monotonic() - sequence.since > sequence.promised
-            self.slack = min(4.0, max(0.5, self.slack * exp(0.1 * (late - LATE))))
+    def spoken(self, sequence: Sequence) -> None:
+        """It has said one more; whether the first came in time tells how much later others are to expect theirs."""
+        if len(sequence.said) > sequence.charged:
+            sequence.charged += 1
+            self.charge(sequence, SAID)
+        if len(sequence.said) == 1 and sequence.promised > self.margin:
+            took = monotonic() - sequence.since
+            self.margin = max(0.0, self.margin + 0.1 * took * ((took > sequence.promised) - LATE))
 
     def gone(self, sequence: Sequence) -> None:
         """It has ended."""
-        self._expect(sequence, -sequence.expected)
+        self.charge(sequence, -SAID * max(0, sequence.charged - len(sequence.said)))
         self.said += 0.05 * (len(sequence.said) - self.said) * bool(sequence.said)
         self.tenants.go(sequence.tenant)
         self.worn[sequence.tenant].go(sequence.names)
@@ -186,36 +205,50 @@ class Order:
                 if n >= 0 and queue and queue[0] is not head:
                     heapq.heappush(heap, (self._rank(queue[0], now), n, queue))
 
-    def next(self, count: int) -> list[Sequence]:
-        """So many that are next, one of each tenant and of what it wears."""
-        return heapq.nsmallest(count, (q[0] for q in self.queues.values()), key=lambda s: self._rank(s, monotonic()))
+    def _come(self, sequence: Sequence) -> None:
+        tenant, names = sequence.tenant, sequence.names
+        saved = self.done / max(1, len(self.tenants.there))  # its share of what was computed lately
+        self.tenants.come(tenant, {other for other, _ in self.queues}, saved)
+        self.worn[tenant].come(names, {worn for other, worn in self.queues if other == tenant})
+        self.put(sequence)
+
+    def _aside(self) -> "Order":
+        """The same, to see whose turn would be when."""
+        order = Order(self.arena, self.most, self.running)
+        order.queues = {who: [*queue] for who, queue in self.queues.items()}
+        order.tenants, order.said, order.done = self.tenants.aside(), self.said, self.done
+        order.worn |= {tenant: shares.aside() for tenant, shares in self.worn.items()}
+        return order
+
+    def _before(self, sequence: Sequence) -> list[Sequence]:
+        """Those whose turn is before its own, with prompts that are not whole; they are taken away."""
+        before = list[Sequence]()
+        for each in self.turns([each for each in self.running if each.pending > 1]):
+            if each is sequence:
+                break
+            before.append(each)
+            if not each.pages:
+                self.take(each)
+                self.charge(each, self._cost(each))
+        return before
 
     def _rank(self, sequence: Sequence, now: float, begun: bool = False) -> Rank:
-        counts = max(0.0, 1 - (now - sequence.since) / STARVED_SECONDS)
-        spent = self.worn[sequence.tenant].spent[sequence.names] + counts * self._bytes(sequence)
+        waited = now - sequence.since
+        spent = self.worn[sequence.tenant].spent[sequence.names]
+        spent += max(0.0, 1 - waited / STARVED_SECONDS) * self._bytes(sequence)
+        # Whoever comes later may have been given less. That must not break what was promised before.
+        due = 0 <= sequence.promised < 4 * waited
         return (sequence.priority, self.tenants.spent[sequence.tenant], sequence.urgency,
-                -1.0 if begun else spent, sequence.since)  # fmt: skip
+                -1.0 if begun or due else spent, sequence.since + sequence.promised)  # fmt: skip
 
-    def _cost(self, sequence: Sequence) -> int:
-        return len(sequence.asked) + SAID * min(sequence.sampling.max_new_tokens, round(self.said))
+    def _left(self, sequence: Sequence) -> float:
+        """How many tokens it is to say yet; who has said as many as is usual is expected to say as many again."""
+        said, most = len(sequence.said), sequence.sampling.max_new_tokens
+        return min(most - said, self.said - said if said < self.said else self.said)
+
+    def _cost(self, sequence: Sequence) -> float:
+        return len(sequence.asked) + SAID * ceil(self._left(sequence))
 
     def _bytes(self, sequence: Sequence, but: int = 0) -> int:
         """The memory of what nobody wears, `but` itself, in tokens whose keys and values take as much."""
         return SIDE * sum(self.arena.pages_for(e.size_bytes) for e in {*sequence.entries} if e.users <= but)
-
-    def _expect(self, sequence: Sequence, tokens: int) -> None:
-        with self.lock:
-            sequence.expected += tokens
-            for who in _whose(sequence):
-                self.expected[who] += tokens
-                if not self.expected[who]:
-                    del self.expected[who]
-
-
-def _with(shares: Shares | None, who: Hashable) -> int:
-    """How many there are, once this one is."""
-    return 1 if shares is None else len(shares.there) + (who not in shares.there)
-
-
-def _whose(sequence: Sequence) -> tuple[Hashable, ...]:
-    return (), (sequence.tenant,), (sequence.tenant, sequence.names)

@@ -19,9 +19,9 @@ from deltaw.serve.grammar import Matcher
 from deltaw.serve.wardrobe import Entry
 from deltaw.serve.wearing import Served
 
-End = Literal["stop", "length", "abort", "refused", "error", "late"]
+End = Literal["stop", "length", "abort", "refused", "error"]
 """Why nothing more is said: the model ended, there was no more room, nobody listens, what was asked cannot be answered,
-it could not be computed, or not in time."""
+or it could not be computed."""
 PREFIX = -1
 """Stands for a token of a persona's prefix."""
 
@@ -72,10 +72,10 @@ class Sequence:
     priority: int = 0
     urgency: int = 0
     """Lower ones come first: of a tenant among all, and of a request among its tenant's."""
-    expected: int = 0
-    """Tokens that are expected of it before it has begun."""
-    promised: float = 0.0
-    """Seconds after which its first token is expected."""
+    charged: int = 0
+    """Tokens of its answer that its tenant was charged for, some before they are said."""
+    promised: float = -1.0
+    """Seconds in which its first token is to be there; negative: that was not promised."""
     since: float = field(default_factory=monotonic)
     begun: float | None = None
     passed: float | None = None

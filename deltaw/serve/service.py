@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from itertools import islice
 from math import inf
 from time import monotonic
 from typing import TypeVar
@@ -67,9 +68,12 @@ class Service(AbstractContextManager["Service"]):
         self.inbox.put(answer)
         return done
 
-    def submit(self, sequence: Sequence) -> None:
-        """Let a sequence be answered: its `heard` is called by the engine's thread."""
-        self.do(lambda: self.engine.submit(sequence))
+    def submit(self, *sequences: Sequence, within: float = inf) -> Future[None]:
+        """Let sequences of one request be answered: their `heard` is called by the engine's thread.
+
+        What is returned raises Busy, if the first would be heard of later than within so many seconds.
+        """
+        return self.do(lambda: self.engine.submit(*sequences, within=within))
 
     def abort(self, sequence: Sequence) -> None:
         """Let go of a sequence, if it has not ended."""
@@ -98,8 +102,9 @@ class Service(AbstractContextManager["Service"]):
                 busy = self.engine.step()
             except Exception as e:
                 log.exception("A step failed.")
-                for sequence in list(self.engine.running) or self.engine.waiting.next(1):
+                for sequence in list(self.engine.running) or [*islice(self.engine.waiting.turns(), 1)]:
                     self.engine.end(sequence, "error", f"It could not be computed: {e}.")
+        self._listen(busy=True)  # whoever asked meanwhile hears that it is closing
         for sequence in [*self.engine.running, *self.engine.waiting]:
             self.engine.end(sequence, "abort", "The server is closing.")
         self.engine.wardrobe.close()

@@ -148,32 +148,34 @@ class Hub:
             Busy: the first would begin too late.
         """
         heard, sequences = asyncio.Queue[tuple[Choice, int | End]](), [choice.sequence for choice in choices]
-        try:
-            tenant.ask()
-            self.service.engine.waiting.admit(sequences, self.serving.first_token_seconds or inf)
-        except Later as e:
-            self.metrics.refused.labels(tenant.name, type(e).__name__).inc()
-            raise
-        tenant.had(sum(len(sequence.asked) for sequence in sequences if not sequence.stream), requests=1)
-        loop, seconds = asyncio.get_running_loop(), self.serving.request_seconds
-        late = loop.call_later(seconds, heard.put_nowait, (choices[0], "late"))
         for choice in choices:
             choice.sequence.heard = partial(self.post.tell, heard, choice)
-            self.service.submit(choice.sequence)
-        left = len(choices)
+        within, left, charged = self.serving.first_token_seconds or inf, 0, 0
+        seconds = self.serving.request_seconds
+        until = asyncio.get_running_loop().time() + seconds
         try:
+            tenant.ask()
+            charged = sum(len(sequence.asked) for sequence in sequences if not sequence.stream)
+            tenant.had(charged, requests=1)  # at once: others of its requests are not to come in meanwhile
+            async with asyncio.timeout_at(until):
+                await asyncio.wrap_future(self.service.submit(*sequences, within=within))
+            left = len(choices)
             while left:
-                choice, what = await heard.get()
-                if what == "late":
-                    raise Refused(f"This took longer than {seconds:g} s.", 504)
+                async with asyncio.timeout_at(until):
+                    choice, what = await heard.get()
                 if choice.finish is None and (piece := self._piece(asked, choice, what)) is not None:
                     left -= piece.finish is not None
                     yield piece
+        except Later as e:
+            tenant.had(-charged, requests=-bool(charged))
+            self.metrics.refused.labels(tenant.name, type(e).__name__).inc()
+            raise
+        except TimeoutError:
+            raise Refused(f"This took longer than {seconds:g} s.", 504) from None
         finally:
-            late.cancel()
             for choice in choices:
                 tenant.had(len(choice.sequence.said))
-                if choice.finish is None:
+                if left and choice.finish is None:
                     self._ended(asked, choice, "abort")
                 with suppress(Closed):
                     self.service.abort(choice.sequence)

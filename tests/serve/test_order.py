@@ -2,6 +2,7 @@
 
 import random
 import threading
+from concurrent.futures import wait
 from dataclasses import replace
 
 import pytest
@@ -72,7 +73,6 @@ def test_tenants_who_wait_are_given_the_same_within_the_bound_of_the_paper(tiny,
         spent = [given_to(tenant) for tenant in waiting]
         assert not spent or max(spent) - min(spent) <= bound
     assert all(len(s.said) == s.sampling.max_new_tokens for s in sequences)
-    assert not engine.waiting.expected
     assert not engine.waiting.worn
 
 
@@ -184,49 +184,163 @@ def test_who_lacks_room_for_its_adapter_is_given_it_in_the_end(tiny, monkeypatch
     assert all(len(s.said) == 30 for s in asks)
 
 
-def test_who_would_wait_too_long_is_told_to_come_again_and_others_shares_are_not_counted(tiny):
-    order = Engine(tiny, MEGABYTE, most=4).waiting
-    for _ in range(50):
-        order.computed(1000, 1.0)  # tokens a second
-    order.said = 50.0
+def quick(engine, most=1000.0):
+    """Its order, as if it had computed so many tokens in a second, and answers had fifty."""
+    order = engine.waiting
+    order.done, order.seconds, order.said = most, 1.0, 50.0
+    return order
+
+
+def test_who_would_wait_too_long_is_told_to_come_again(tiny):
+    order = quick(Engine(tiny, MEGABYTE, most=4))
     assert order.wait(asking("a", length=100, said=50)) == 0  # where nobody waits, nobody is refused
     crowd = [asking("a", length=100, said=50) for _ in range(40)]
-    order.admit(crowd, 1.0)  # what is asked at once is one request, and its first token is that of its first answer
-    assert order.wait(crowd[0]) == pytest.approx(40 * 0.2 + 0.1)
+    order.enter(crowd, 1.0)  # what is asked at once is one request, and its first token is that of its first answer
+    late = asking("a", length=100, said=50)
+    # All are read; ten times four say fifty, and in one step more it begins.
+    assert order.wait(late) == pytest.approx((41 * 100 + SAID * 4 * (10 * 50 + 1)) / 1000)
     with pytest.raises(Busy, match="again in 8 s") as told:
-        order.admit([asking("a", length=100, said=50)], 1.0)
+        order.enter([late], 1.0)
     assert told.value.seconds == 8  # 7.1 more than 1
-    assert order.expected[()] == 40 * 200
-    other = asking("b", length=100, said=50)
-    assert order.wait(other) == 0  # its share comes first
-    order.admit([other], 1.0)
-    for sequence in [*crowd, other]:
-        order.enter(sequence)
-    assert order.wait(asking("b", length=100, said=50)) == pytest.approx(2 * 0.2 + 0.1)
-    for sequence in [*crowd, other]:
-        order.take(sequence)
-        order.gone(sequence)
-    assert not order.expected
+    assert len(order) == 40
+    assert late.promised < 0
+    # Another tenant has its share: one of the crowd is read before it, and nobody's end is waited for.
+    assert order.wait(asking("b", length=100, said=50)) == pytest.approx((200 + SAID * 4) / 1000)
+    assert order.wait(asking("a", length=100, said=50, urgency=-1)) == 0
+
+
+def test_who_runs_has_so_much_to_say_yet(tiny):
+    engine = Engine(tiny, 4 * MEGABYTE, most=2)
+    order = quick(engine)
+    submitted(engine, asking("a", 1, length=10, said=30), asking("a", 2, length=10, said=40))
+    for _ in range(5):
+        engine.step()
+    quick(engine)
+    assert [len(s.said) for s in engine.running] == [5, 5]
+    first, second = (asking("a", i, length=100, said=50) for i in (3, 4))
+    assert order.wait(first) == pytest.approx((100 + SAID * 2 * (25 + 1)) / 1000)
+    engine.submit(first, within=9.0)
+    assert order.wait(second) == pytest.approx((200 + SAID * 2 * (35 + 1)) / 1000)
+    order.said = 3.0  # they have said more than is usual: as many are expected again
+    assert order.wait(second) == pytest.approx((200 + SAID * 2 * (3 + 1)) / 1000)
+
+
+@examples(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(-1, 1), st.integers(1, 30)), min_size=2,
+                max_size=14))  # fmt: skip
+def test_those_who_are_reckoned_to_be_before_one_are_those_who_begin_before_it(tiny, asked):
+    engine = Engine(tiny, MEGABYTE, most=1)
+    sequences = submitted(engine, *(asking("abc"[who], i, length, said=3, urgency=urgency)
+                                    for i, (who, _, urgency, length) in enumerate(asked)))  # fmt: skip
+    last, order = sequences[-1], engine.waiting
+    aside = order._aside()
+    before = [sequences.index(each) for each in aside._before(last)]
+    assert len(order) == len(sequences)  # nothing came of it
+    assert {tenant: order.tenants.spent[tenant] for tenant, _ in order.queues} == dict.fromkeys(order.tenants.there, 0)
+    happened = begun(engine, list(sequences))
+    assert happened[: len(before) + 1] == [*before, sequences.index(last)]
 
 
 def test_promises_are_kept_however_wrong_the_reckoning_is(tiny):
     """It takes two to three and a half times as long as reckoned: after a while few promises are broken."""
-    order, rng = Engine(tiny, MEGABYTE, most=4).waiting, random.Random(0)
-    order.computed(1000, 1.0)
-    order.said = 50.0
-    order.expected[()] = order.expected["",] = order.expected["", ()] = 2000  # others that wait
+    order, rng = quick(Engine(tiny, MEGABYTE, most=4)), random.Random(0)
+    order.enter([asking(length=100, said=50) for _ in range(10)])
+    reckoned = (11 * 100 + SAID * 4 * (2 * 50 + 1)) / 1000
     late = []
     for _ in range(600):
-        sequence = asking("", length=100, said=50)
-        order.admit([sequence])
-        takes = 2.1 * rng.uniform(2, 3.5)
-        sequence.since = orders.monotonic() - takes
+        sequence = asking(length=100, said=50)
+        order.enter([sequence], 99.0)
+        takes = reckoned * rng.uniform(2, 3.5)
+        sequence.since, sequence.said = orders.monotonic() - takes, [1]
         late.append(takes > sequence.promised)
-        order.heard(sequence)
-        order._expect(sequence, -sequence.expected)
+        order.spoken(sequence)
+        sequence.said = []
+        order.take(sequence)
+        order.gone(sequence)
     assert sum(late[:10]) > 5
     assert 0 < sum(late[200:]) / 400 < 0.08
-    assert order.slack < 4
+    assert order.margin < 3 * reckoned
+    assert order.wait(asking("other", length=100, said=50)) == pytest.approx(
+        (200 + SAID * 4) / 1000
+    )  # it has its share
+
+
+def test_however_late_others_were_some_are_let_in_of_whom_there_is_to_learn(tiny):
+    order = quick(Engine(tiny, MEGABYTE, most=4))
+    order.enter([asking(length=100, said=1) for _ in range(4)])
+    order.margin = 50.0
+    order.enter([asking(length=10, said=1)], 10.0)
+    assert order.margin == 9.0
+    with pytest.raises(Busy):
+        order.enter([asking(length=600, said=1)], 10.0)
+
+
+def test_who_was_promised_a_turn_goes_before_its_tenants_others_once_that_is_due(tiny):
+    order = quick(Engine(tiny, MEGABYTE, most=1))
+    order.enter([asking("a", length=100, said=50)])
+    promised, other, fresh = asking("a", 1), asking("b", 2), asking("a", 3, worn=[lora(tiny, "fresh")])
+    order.enter([promised], 99.0)
+    assert promised.promised == pytest.approx((100 + 10 + SAID * 51) / 1000)
+    order.enter([other])
+    order.enter([fresh])
+    order.worn["a"].spent[()] += 1  # the other persona was given less
+    ahead = lambda: [each for each in order.turns() if each.tenant == "a"][0]  # noqa: E731, RUF015
+    assert ahead() is fresh
+    order.take(next(iter(order)))
+    promised.since = orders.monotonic() - promised.promised / 4 - 0.001
+    assert ahead() is promised
+    order.tenants.spent["a"] += 1
+    assert next(order.turns()) is other  # among tenants, shares decide
+
+
+def test_what_an_answer_is_expected_to_take_is_charged_when_it_is_begun(tiny):
+    engine = Engine(tiny, MEGABYTE)
+    order = quick(engine)
+    order.said = 6.0
+    _, long, ends = submitted(engine, asking("a", 1, said=4), asking("b", 2, said=9), asking("c", 3, said=9))
+    engine.step()
+    spent = order.tenants.spent
+    assert spent == {"a": 10 + SAID * 4, "b": 10 + SAID * 6, "c": 10 + SAID * 6}
+    for _ in range(2):
+        engine.step()
+    engine.end(ends, "abort")
+    assert spent["c"] == 10 + SAID * 3  # what it has not said it is given back
+    while len(engine.running) > 1 or len(long.said) < 8:
+        engine.step()
+    assert spent["a"] == 10 + SAID * 4
+    assert spent["b"] == 10 + SAID * 8
+
+
+@pytest.mark.parametrize(("lately", "saved"), [(0.0, 0.0), (60.0, 30.0)])
+def test_a_tenant_that_asked_for_less_has_saved_no_more_than_its_share_of_lately(lately, saved):
+    shares = orders.Shares()
+    for who in ("much", "little"):
+        shares.come(who, ())
+    shares.spent |= {"much": 500.0, "little": 100.0}
+    shares.come("little", {"much"}, lately / 2)
+    assert shares.spent["little"] == 500 - saved
+    shares.come("new", {"much", "little"}, lately / 2)
+    assert shares.spent["new"] == 500 - saved  # the least of those who wait
+    shares.level = 700.0
+    shares.come("much", ())  # nobody waits: as the last whose turn came
+    assert shares.spent["much"] == 700
+
+
+def test_who_has_its_share_of_places_reads_a_little_at_a_time_while_others_are_there(tiny):
+    engine = Engine(tiny, 4 * MEGABYTE, most=2, chunk=64)
+    greedy = asking("greedy", 1, length=200, said=30)
+    submitted(engine, greedy)
+    engine.step()
+    assert greedy.known == 64
+    modest = asking("modest", 2, length=70, said=30)
+    submitted(engine, modest)
+    engine.step()
+    assert (greedy.known, modest.known) == (64, 64)
+    engine.step()
+    assert modest.said
+    before = greedy.known
+    engine.step()
+    assert greedy.known == before + 32
 
 
 @pytest.mark.parametrize(("who", "urgency"), [("a", -1), ("b", 0)])
@@ -254,6 +368,7 @@ def test_two_adapters_that_have_no_room_together_take_turns(tiny, monkeypatch):
     asked = submitted(engine, *(asking(seed=i, said=60, worn=[entry]) for i, entry in enumerate(entries)))
     for _ in range(2000):
         engine.step()
+        wait([entry.reading for entry in entries if entry.reading])
         now[0] += 0.1
         if not (engine.running or engine.waiting):
             break
@@ -273,17 +388,6 @@ def test_no_place_is_taken_for_who_cannot_begin(tiny):
     gate.set()
     begun(engine, [])
     assert modest.said
-
-
-def test_expectations_add_up_whoever_asks_at_once(tiny):
-    order = Engine(tiny, MEGABYTE).waiting
-    asked = [[asking("abc"[i % 3], i) for _ in range(50)] for i in range(8)]
-    threads = [threading.Thread(target=order.admit, args=(each,)) for each in asked]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert order.expected[()] == sum(each.expected for some in asked for each in some) == 400 * (10 + SAID * 4)
 
 
 def test_speed_is_that_of_steps_that_were_full_and_forgets_old_ones(tiny):

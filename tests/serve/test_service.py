@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from serve.test_engine import ENDS, GREEDY, prompt, ties
 
 from deltaw.errors import UserError
 from deltaw.serve.engine import Engine
+from deltaw.serve.order import Busy
 from deltaw.serve.sequence import Sequence
 from deltaw.serve.service import Service
 from deltaw.serve.wardrobe import Entry
@@ -105,3 +107,27 @@ def test_closing_ends_whoever_is_not_answered(tiny):
     with pytest.raises(RuntimeError, match="closed"):
         service.submit(asking())
     service.close()
+
+
+def test_who_is_told_to_come_again_is_told_by_what_is_returned(service, monkeypatch):
+    monkeypatch.setattr(service.engine.waiting, "wait", lambda _: 3.0)
+    with pytest.raises(Busy):
+        service.submit(refused := asking(), within=2.0).result(PATIENCE)
+    service.submit(taken := asking(), within=4.0).result(PATIENCE)
+    assert answer(taken)[0]
+    assert refused.events.empty()
+
+
+def test_who_asks_while_it_closes_hears_so(tiny):
+    service, gate, begun = Service(Engine(tiny, 4 << 20)), threading.Event(), threading.Event()
+    service.engine.step = lambda: begun.set() or gate.wait(PATIENCE)
+    service.submit(first := asking())
+    begun.wait(PATIENCE)
+    service.submit(last := asking(1))
+    closing = threading.Thread(target=service.close)
+    closing.start()
+    while not service.closed:
+        time.sleep(0.001)
+    gate.set()
+    assert [answer(each)[1] for each in (first, last)] == ["abort"] * 2
+    closing.join()

@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import httpx2 as httpx
@@ -239,7 +240,10 @@ def test_a_request_may_be_so_large_and_take_so_long(base, home):
         told = client.post("/v1/completions", json={**ASK, "model": "base", "max_tokens": 50})
         gate.set()
         assert (told.status_code, told.json()["error"]["message"]) == (504, "This took longer than 0.3 s.")
-        hub.service.engine.step = step
+        hub.service.engine.step, gate = step, threading.Event()
+        hub.service.do(lambda: gate.wait(5))  # so that nobody is let in
+        assert client.post("/v1/completions", json={**ASK, "model": "base"}).status_code == 504
+        gate.set()
         until(lambda: not hub.service.do(lambda: len(hub.service.engine.running)).result(10))
 
 
@@ -251,24 +255,13 @@ def test_who_brings_no_key_is_told_so_before_a_body_is_there(base, home):
             assert s.recv(1000).startswith(b"HTTP/1.1 401")
 
 
-def test_who_would_wait_too_long_is_told_when_to_come_again(base, home):
-    with served(base, home, {"a": {}, "b": {}, "boss": {"manage": True}}, most=1, first_token_seconds=1.0) as (
-        url,
-        hub,
-        _,
-    ):
-        engine = hub.service.engine
-        for _ in range(100):
-            engine.waiting.computed(100, 1.0)  # tokens a second, as if it were slow
-        assert http(url, "a").post("/v1/completions", json={**ASK, "model": "base"}).status_code == 200
-        engine.waiting.done, engine.waiting.seconds, engine.waiting.slack = (
-            1000.0,
-            10.0,
-            1.0,
-        )  # however busy the machine is
-        waiting = {(): 300, ("a",): 300, ("a", ()): 300}
-        engine.waiting.expected.update(waiting)
-        told = http(url, "a").post("/v1/completions", json={**ASK, "model": "base", "prompt": [5] * 300})
+def test_who_would_wait_too_long_is_told_when_to_come_again(base, home, monkeypatch):
+    told = {"a": {"requests_per_minute": 2}, "boss": {"manage": True}}
+    with served(base, home, told, first_token_seconds=1.0) as (url, hub, _):
+        ask = partial(http(url, "a").post, "/v1/completions", json={**ASK, "model": "base"})
+        assert ask().status_code == 200
+        monkeypatch.setattr(hub.service.engine.waiting, "wait", lambda _: 5.5)
+        told = ask()
         assert (told.status_code, told.headers["retry-after"]) == (503, "5")
         assert "Ask again in 5 s" in told.json()["error"]["message"]
         with (
@@ -276,9 +269,19 @@ def test_who_would_wait_too_long_is_told_when_to_come_again(base, home):
             pytest.raises(openai.InternalServerError, match="Ask again"),
         ):
             client.completions.create(model="base", prompt=[5] * 300, stream=True)
-        assert engine.waiting.expected == waiting
-        engine.waiting.expected.clear()
         assert 'deltaw_refused_total{key="a",why="Busy"} 2.0' in http(url, "boss").get("/metrics").text
+        monkeypatch.undo()
+        assert [ask().status_code, ask().status_code] == [200, 429]  # those who were refused have had nothing
+
+
+def test_who_asks_at_once_is_let_in_no_more_often_than_one_after_another(base, home):
+    with served(base, home, {"a": {"requests_per_minute": 1}}) as (url, hub, _), ThreadPoolExecutor() as clients:
+        gate = threading.Event()
+        hub.service.do(lambda: gate.wait(10))  # nobody is let in yet
+        asked = [clients.submit(http(url, "a").post, "/v1/completions", json={**ASK, "model": "base"}) for _ in "abc"]
+        until(lambda: sum(each.done() for each in asked) == 2)
+        gate.set()
+        assert sorted(each.result().status_code for each in asked) == [200, 429, 429]
 
 
 def test_health_tells_the_truth(base, home, monkeypatch):
