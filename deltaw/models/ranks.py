@@ -7,7 +7,7 @@ Shoeybi et al. 2019, arXiv:1909.08053). Or of all its matrices, for training (FS
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -83,11 +83,12 @@ class Ranks:
         try:
             yield
         except (UserError, RuntimeError):
-            with suppress(RuntimeError):  # it is gone
-                if self.own:
+            if self.own:
+                try:
                     self.agreed(None)
-                raise
-            raise SystemExit(UserError.code) from None
+                except RuntimeError:  # the first is gone, and has told
+                    raise SystemExit(UserError.code) from None
+            raise
 
     def beside(self, t_TV: Tensor, columns: int) -> Tensor:
         """The columns of all, beside each other; only the first hears them."""

@@ -29,7 +29,6 @@ LATE = 0.04
 """The share of promises that may be broken."""
 RECENT_SECONDS = 10.0
 """How far back speed is measured."""
-Who = tuple[str, tuple[str, ...]]
 Rank = tuple[int, float, int, float, float]
 
 
@@ -81,7 +80,7 @@ class Order:
 
     def __init__(self, arena: Arena, most: int, running: Row[Sequence]) -> None:
         self.arena, self.most, self.running = arena, most, running
-        self.queues: dict[Who, list[Sequence]] = {}
+        self.queues: dict[tuple[str, tuple[str, ...]], list[Sequence]] = {}
         self.tenants, self.worn = Shares(), defaultdict[str, Shares](Shares)
         self.said = 64.0
         """How long an answer is."""

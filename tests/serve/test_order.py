@@ -284,7 +284,10 @@ def test_who_was_promised_a_turn_goes_before_its_tenants_others_once_that_is_due
     order.enter([other])
     order.enter([fresh])
     order.worn["a"].spent[()] += 1  # the other persona was given less
-    ahead = lambda: [each for each in order.turns() if each.tenant == "a"][0]  # noqa: E731, RUF015
+
+    def ahead():
+        return next(each for each in order.turns() if each.tenant == "a")
+
     assert ahead() is fresh
     order.take(next(iter(order)))
     promised.since = orders.monotonic() - promised.promised / 4 - 0.001

@@ -13,8 +13,10 @@ from small import ROOT, end, gone_on, losses, prepared, stopping_at, told, write
 from variants import VARIANTS
 
 from deltaw.api import finetune
+from deltaw.errors import UserError
 from deltaw.files import adapters
 from deltaw.files.runs import Run
+from deltaw.models.ranks import ALONE
 from deltaw.train.events import Evaluated, Sampled, Stepped
 
 PATIENCE = 300
@@ -140,6 +142,12 @@ def test_the_command_line_shows_a_run_once(folder, tiny_path, tmp_path):
     assert len(re.findall("Talk to it: deltaw chat shown", shown)) == 1
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["shown"]
     assert "2 processes train together" in shown
+
+
+@pytest.mark.parametrize("fault", [UserError("wrong"), RuntimeError("no memory"), RecursionError("deep")])
+def test_what_fails_in_the_first_process_or_in_one_alone_is_never_passed_over(fault):
+    with pytest.raises(type(fault), match=str(fault)), ALONE.once():
+        raise fault
 
 
 @pytest.mark.parametrize(("arguments", "complaint"), [
