@@ -240,6 +240,7 @@ def test_without_the_extra_one_is_told_what_to_install(here, said, monkeypatch):
 
 
 def test_without_all_of_ray_one_is_told_what_replicas_need(here, said, monkeypatch):
+    monkeypatch.delattr("ray.serve", raising=False)  # where another test has imported it
     monkeypatch.setitem(sys.modules, "ray.serve", None)
     monkeypatch.delitem(sys.modules, "deltaw.web.replicas", raising=False)
     complaint = said("serve", "--base", "base", "--replicas", "2")
